@@ -1,0 +1,126 @@
+# `make` alone lists what there is. Needs nothing but Python 3.11 or newer.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory --output-sync=target
+
+# The first of these that runs and is new enough; `make PYTHON=...` overrides it.
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
+	$(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
+
+VENV := .venv
+BIN := $(VENV)/bin
+STUBS_VENV := .venv-stubs
+STUBS_BIN := $(STUBS_VENV)/bin
+PROTOS := $(sort $(wildcard protos/spheres/v1/*.proto))
+SERVICE_PROTOS := $(if $(PROTOS),$(shell grep -lE '^service ' $(PROTOS)))
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+# $(call make-venv,DIR)
+define make-venv
+	py='$(PYTHON)'; \
+	if [ ! -x $(1)/bin/pip ]; then \
+		if [ -z "$$py" ] || ! "$$py" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+			echo 'Armillary needs Python 3.11 or newer: name one with make PYTHON=...' >&2; exit 1; \
+		fi; \
+		"$$py" -m venv --clear $(1); \
+	fi
+endef
+
+# $(call generate,DIR): messages of every proto, service stubs of those that have a service.
+define generate
+	$(STUBS_BIN)/python -m grpc_tools.protoc -I protos \
+		--plugin=protoc-gen-mypy=$(STUBS_BIN)/protoc-gen-mypy \
+		--python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS); \
+	$(STUBS_BIN)/python -m grpc_tools.protoc -I protos \
+		--plugin=protoc-gen-mypy_grpc=$(STUBS_BIN)/protoc-gen-mypy_grpc \
+		--grpc_python_out=$(1) --mypy_grpc_out=quiet,only_async:$(1) $(SERVICE_PROTOS)
+endef
+
+.PHONY: help
+help: ## List the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+# ---------------------------------------------------------------------------------------------------------------------
+.PHONY: setup run test clean
+
+setup: $(VENV)/.dev ## Make .venv with both commands and the tools of development
+
+run: $(VENV)/.runtime ## Train digits on a tree of six spheres (ARGS="..." adds flags)
+	$(BIN)/control-cli start --task digits --spheres 6 --fan-out 2 --epochs 30 $(ARGS)
+
+test: $(VENV)/.dev ## Run the tests (ARGS="-k name" narrows them)
+	$(BIN)/python -m pytest $(ARGS)
+
+clean: ## Remove environments, caches and build output; runs/ stays
+	@echo 'clean: removing environments, caches and build output'
+	@rm -rf $(VENV) $(STUBS_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	@find spheres control tests examples benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.runtime: pyproject.toml
+	@echo 'setup: installing what a run needs into $(VENV)'
+	@$(call make-venv,$(VENV))
+	@$(BIN)/pip install -q -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo 'setup: installing the tools of development into $(VENV)'
+	@$(BIN)/pip install -q -e '.[dev]'
+	@touch $@
+
+$(STUBS_VENV)/.made: protos/requirements.txt
+	@echo 'setup: installing the stub generator into $(STUBS_VENV)'
+	@$(call make-venv,$(STUBS_VENV))
+	@$(STUBS_BIN)/pip install -q -r protos/requirements.txt
+	@touch $@
+
+# ---------------------------------------------------------------------------------------------------------------------
+.PHONY: verify verify-lint verify-format verify-types verify-imports verify-protos verify-stubs fix stubs
+
+verify: verify-lint verify-format verify-types verify-imports verify-protos verify-stubs ## Check all but the tests
+	@echo 'verify: all is well'
+
+verify-lint: $(VENV)/.dev
+	@echo 'verify: ruff check'
+	@$(BIN)/ruff check --quiet
+
+verify-format: $(VENV)/.dev
+	@echo 'verify: ruff format'
+	@$(BIN)/ruff format --quiet --diff
+
+verify-types: $(VENV)/.dev
+	@echo 'verify: mypy --strict'
+	@$(BIN)/mypy --no-error-summary
+
+verify-imports: $(VENV)/.dev
+	@echo 'verify: import-linter'
+	@out=$$($(BIN)/lint-imports --no-cache 2>&1) || { echo "$$out"; exit 1; }
+
+verify-protos: $(VENV)/.dev
+	@echo 'verify: buf lint and format'
+	@$(BIN)/buf lint
+	@$(BIN)/buf format --diff --exit-code
+
+verify-stubs: $(STUBS_VENV)/.made
+	@echo 'verify: stubs are fresh'
+	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
+	$(call generate,"$$fresh"); \
+	diff -rq -x __init__.py -x __pycache__ "$$fresh/spheres/v1" spheres/v1 >&2 \
+		|| { echo 'The stubs in spheres/v1 are not those of protos/: run make stubs' >&2; exit 1; }
+
+fix: $(VENV)/.dev ## Mend what can be mended: lint, format, stubs
+	@echo 'fix: ruff, buf format'
+	@$(BIN)/ruff check --quiet --fix-only
+	@$(BIN)/ruff format --quiet
+	@$(BIN)/buf format -w
+	@$(MAKE) stubs
+
+stubs: $(STUBS_VENV)/.made ## Generate spheres/v1 from protos/
+	@echo 'stubs: generating spheres/v1 from protos/'
+	@rm -f spheres/v1/*_pb2*
+	@$(call generate,.)

@@ -1,0 +1,217 @@
+"""``ControlClient``: the run seen from outside, over ``ControlService``. The commands use it, and so may you."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator, Awaitable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self, TypeVar
+
+import grpc
+from grpc import aio
+
+from control.run_state import RunState
+from spheres.errors import ChecksumError, LinkClosedError, RunStateError, UnreachableError
+from spheres.status import from_rpc_error
+from spheres.v1 import control_pb2 as pb
+from spheres.v1.control_pb2_grpc import ControlServiceStub
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["ControlClient", "DownloadedWeights", "state_name"]
+
+T = TypeVar("T")
+
+#: seconds; what saves or reads a checkpoint has longer
+DEADLINE = 10.0
+CHECKPOINT_DEADLINE = 600.0
+#: seconds for which a cut watch tries to come back, and between two tries
+WATCH_PATIENCE = 30.0
+WATCH_RETRY = 0.25
+
+
+@dataclass(frozen=True)
+class DownloadedWeights:
+    """The weights between two steps, checked."""
+
+    version: int
+    sha256: str
+    tensors: dict[str, npt.NDArray[np.float32]]
+
+
+def state_name(run: pb.Run) -> str:
+    """Return the state as everywhere else: ``running``, ``completed``, ..."""
+    return pb.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
+
+
+class ControlClient:
+    """One channel to one control. An async context manager; ``aclose`` ends what is still under way.
+
+    Every call raises the error that control meant, or UnreachableError where nobody answers in time.
+    """
+
+    def __init__(self, address: str, *, deadline: float = DEADLINE) -> None:
+        self.address = address
+        self._deadline = deadline
+        # a proxy of the environment is for the web, not for a control that is named by its address
+        self._channel = aio.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)])
+        self._stub = ControlServiceStub(self._channel)
+
+    def __repr__(self) -> str:
+        return f"<ControlClient {self.address}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._channel.close()
+
+    # --- the run
+
+    async def get_run(self) -> pb.Run:
+        return (await self._call(self._stub.GetRun(pb.GetRunRequest(), timeout=self._deadline))).run
+
+    async def pause(self) -> pb.Run:
+        """Finish the step, then wait. Raises RunStateError where the run is over."""
+        return (await self._call(self._stub.PauseRun(pb.PauseRunRequest(), timeout=self._deadline))).run
+
+    async def resume(self) -> pb.Run:
+        """Go on. Raises RunStateError where the run is over."""
+        return (await self._call(self._stub.ResumeRun(pb.ResumeRunRequest(), timeout=self._deadline))).run
+
+    async def stop(self, reason: str = "asked to stop") -> pb.Run:
+        """Finish the step, checkpoint, end. Returns when it is asked for, not when it is done: see ``watch``."""
+        return (await self._call(self._stub.StopRun(pb.StopRunRequest(reason=reason), timeout=self._deadline))).run
+
+    async def watch(
+        self, after_event_id: int = 0, *, patience: float = WATCH_PATIENCE
+    ) -> AsyncIterator[pb.WatchRunResponse]:
+        """Yield events until the run is over. A cut stream is taken up again after the last event seen.
+
+        Raises UnreachableError after ``patience`` seconds of no answer, at once where there never was one;
+        RunStateError where the events in between are no longer kept.
+        """
+        loop = asyncio.get_running_loop()
+        last, over, lost_at = after_event_id, False, None
+        while True:
+            call = self._stub.WatchRun(pb.WatchRunRequest(after_event_id=last))
+            try:
+                async for response in call:
+                    last, lost_at, over = response.event_id, None, _is_end(response)
+                    yield response
+                return
+            except aio.AioRpcError as error:
+                if over:
+                    return  # it ended before it could say so
+                if error.code() == grpc.StatusCode.OUT_OF_RANGE:
+                    raise RunStateError(
+                        f"control no longer keeps the events after {last}: read journal.jsonl, then watch from now on"
+                    ) from error
+                lost_at = lost_at or loop.time()
+                late = loop.time() - lost_at > patience
+                if error.code() != grpc.StatusCode.UNAVAILABLE or late or last == after_event_id == 0:
+                    raise self._meant(error) from error
+            finally:
+                call.cancel()
+            await asyncio.sleep(WATCH_RETRY)
+
+    # --- the tree
+
+    async def spheres(self) -> list[pb.Sphere]:
+        """Return all spheres, in order of their ids."""
+        spheres: list[pb.Sphere] = []
+        token = ""
+        while True:
+            request = pb.ListSpheresRequest(page_token=token)
+            page = await self._call(self._stub.ListSpheres(request, timeout=self._deadline))
+            spheres += page.spheres
+            token = page.next_page_token
+            if not token:
+                return spheres
+
+    # --- checkpoints and weights
+
+    async def create_checkpoint(self, request_id: str = "") -> pb.Checkpoint:
+        """Save after the step in hand, and return when it is on disk."""
+        request = pb.CreateCheckpointRequest(request_id=request_id or uuid.uuid4().hex)
+        return (await self._call(self._stub.CreateCheckpoint(request, timeout=CHECKPOINT_DEADLINE))).checkpoint
+
+    async def list_checkpoints(self) -> list[pb.Checkpoint]:
+        """Return all checkpoints of the run directory, newest first."""
+        checkpoints: list[pb.Checkpoint] = []
+        token = ""
+        while True:
+            request = pb.ListCheckpointsRequest(page_token=token)
+            page = await self._call(self._stub.ListCheckpoints(request, timeout=self._deadline))
+            checkpoints += page.checkpoints
+            token = page.next_page_token
+            if not token:
+                return checkpoints
+
+    async def restore_checkpoint(self, name: str = "", request_id: str = "") -> pb.Run:
+        """Go to a checkpoint of this run (the newest where no name is given); the run goes on from there."""
+        request = pb.RestoreCheckpointRequest(name=name, request_id=request_id or uuid.uuid4().hex)
+        return (await self._call(self._stub.RestoreCheckpoint(request, timeout=CHECKPOINT_DEADLINE))).run
+
+    async def download_weights(self) -> DownloadedWeights:
+        """Return the weights between two steps. Raises ChecksumError where they are not what was sent, whole."""
+        # here: most commands need no numpy
+        from spheres.config import manifest_from_proto
+        from spheres.numerics import crc32c
+        from spheres.tensors import aligned_zeros
+
+        call = self._stub.DownloadWeights(pb.DownloadWeightsRequest(), timeout=CHECKPOINT_DEADLINE)
+        try:
+            header = await call.read()
+            if not isinstance(header, pb.DownloadWeightsResponse):
+                raise LinkClosedError(f"control at {self.address} ended the download before it began")
+            manifest = manifest_from_proto(header.manifest)
+            flat = aligned_zeros(manifest.size)
+            data = flat.data.cast("B")
+            sha256, received = "", 0
+            message: object = header
+            while isinstance(message, pb.DownloadWeightsResponse):
+                if message.data:
+                    end = message.offset_bytes + len(message.data)
+                    if message.offset_bytes != received or end > len(data) or crc32c(message.data) != message.crc32c:
+                        raise ChecksumError(f"the download of the weights is corrupt at byte {message.offset_bytes}")
+                    data[message.offset_bytes : end] = message.data
+                    received = end
+                sha256 = message.weights_sha256 or sha256
+                message = await call.read()
+        except aio.AioRpcError as error:
+            raise self._meant(error) from error
+        finally:
+            call.cancel()
+        if received != len(data) or manifest.sha256(flat) != sha256:
+            raise ChecksumError("the weights that arrived are not those that were sent; download them again")
+        return DownloadedWeights(header.weights_version, sha256, manifest.views(flat, writeable=False))
+
+    # --- errors
+
+    async def _call(self, call: Awaitable[T]) -> T:
+        try:
+            return await call
+        except aio.AioRpcError as error:
+            raise self._meant(error) from error
+
+    def _meant(self, error: aio.AioRpcError) -> Exception:
+        if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+            return UnreachableError(f"{self.address} is no control, or one of another version")
+        return from_rpc_error(error, f"control at {self.address}")
+
+
+def _is_end(response: pb.WatchRunResponse) -> bool:
+    if response.event != "state":
+        return False
+    try:
+        return RunState(json.loads(response.record_json)["state"]).ended
+    except (ValueError, KeyError, TypeError):
+        return False

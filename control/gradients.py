@@ -1,0 +1,68 @@
+"""From the sum of all gradients to what the optimizer gets: finite check, mean, clipping.
+
+Decided once from the norm of the sum (RECOVERY N16), then applied in pieces or at once, with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from spheres.numerics import clip_value, global_norm, mean, scale
+from spheres.tensors import Manifest
+
+__all__ = ["GradientDecision", "decide", "prepare"]
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class GradientDecision:
+    """What is done to the sum of one step's gradients."""
+
+    #: whether every element is; where not, nothing is applied
+    finite: bool
+    #: norm of the mean gradient, before clipping
+    norm: float
+    #: samples in the sum
+    count: int
+    #: factor that brings the norm down to its limit; 1 where it is within
+    clip_factor: float
+    #: limit of each element, after the norm was clipped
+    value_limit: float | None
+
+    @property
+    def clipped(self) -> bool:
+        """Whether the norm was above its limit; clipping by value is not counted."""
+        return self.clip_factor != 1.0
+
+    def apply(self, flat: Array, lo: int, hi: int) -> None:
+        """Turn elements ``[lo, hi)`` of the sum into the clipped mean, in place; each element once."""
+        if not self.finite:
+            raise ValueError("a gradient that is not finite must not be applied")
+        piece = flat[lo:hi]
+        mean(piece, self.count)
+        if self.clipped:
+            scale(piece, self.clip_factor)
+        if self.value_limit is not None:
+            clip_value(piece, self.value_limit)
+
+
+def decide(sum_norm: float, count: int, *, clip_norm: float | None, clip_value: float | None) -> GradientDecision:
+    """Decide from the norm of the sum over ``count`` samples, which can be gathered while chunks arrive."""
+    norm = sum_norm * float(np.float32(1.0 / count))
+    factor = clip_norm / norm if clip_norm is not None and clip_norm < norm < math.inf else 1.0
+    return GradientDecision(math.isfinite(norm), norm, count, factor, clip_value)
+
+
+def prepare(
+    manifest: Manifest, flat: Array, count: int, *, clip_norm: float | None, clip_value: float | None
+) -> GradientDecision:
+    """Decide, and turn the whole sum into the clipped mean; a sum that is not finite is left as it is."""
+    decision = decide(global_norm(manifest, flat), count, clip_norm=clip_norm, clip_value=clip_value)
+    if decision.finite:
+        decision.apply(flat, 0, flat.size)
+    return decision

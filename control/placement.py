@@ -1,0 +1,301 @@
+"""Who is whose parent: spheres and fan-out in, tree out (DESIGN section 2).
+
+A pure function of its arguments, whatever their order. Who is alive, and when spheres move, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+__all__ = ["CONTROL", "Member", "Tree", "ancestors", "levels", "place", "place_newcomer"]
+
+#: the id of the root
+CONTROL = "control"
+
+#: id -> id of the parent; the root has no entry
+Tree = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What placement knows of a sphere."""
+
+    id: str
+    #: machine; spheres with one ``host`` share its memory and network card
+    host: str
+    zone: str = ""
+    #: declared speed compared with others; the faster are nearer to the root
+    capacity: float = 1.0
+    #: sums and passes on only, so it stands above those that compute
+    relay: bool = False
+    #: where children can dial it; without one it can only be a leaf
+    address: str = ""
+
+
+def place(
+    control_host: str,
+    spheres: Iterable[Member],
+    fan_out: int,
+    *,
+    hosts_per_host: int | None = None,
+) -> Tree:
+    """Return the tree: id -> parent's id, in breadth-first order.
+
+    One host's spheres stand below one of them (the host's head), so one edge leaves each host; those on control's
+    host stand below control, alone they are the breadth-first complete tree of the fan-out. No node has more than
+    ``fan_out`` children, the tree is as shallow as filling it level by level gets it, and ties go to the same zone.
+    ``hosts_per_host`` limits how many other hosts hang on one host: 1 makes a chain of hosts.
+
+    Where too few spheres can be dialled for that, the rules give way so that everyone reaches control: first that of
+    one edge per host and last, where there are no places at all, the fan-out, of control alone. Raises ValueError for
+    ids that are not unique.
+    """
+    members = sorted(spheres, key=_order)
+    ids = {member.id for member in members}
+    if len(ids) < len(members) or CONTROL in ids:
+        raise ValueError(f"ids of spheres must be unique, and {CONTROL!r} is the root's")
+    if fan_out < 1 or (hosts_per_host is not None and hosts_per_host < 1):
+        raise ValueError("fan_out and hosts_per_host must be at least 1")
+    local = [member for member in members if member.host == control_host]
+    groups = _groups([member for member in members if member.host != control_host], fan_out)
+
+    def fill(depth: int) -> _Filling:
+        return _Filling(control_host, fan_out, hosts_per_host).fill(local, groups, depth)
+
+    # without a limit nothing is urgent, so this one places whatever can be placed
+    best = fill(len(members) + 1)
+    if not best.left:
+        for depth in range(_lowest_depth(len(members), fan_out), best.depth):
+            found = fill(depth)
+            if not found.left:
+                best = found
+                break
+    best.take_the_rest()
+    if best.overfull and len(members) <= fan_out * (1 + sum(1 for member in members if member.address)):
+        # there are places enough once hosts do not count
+        best = _Filling(control_host, fan_out, None)
+        best.fill([replace(member, host=control_host) for member in members], [], len(members))
+    return best.tree
+
+
+def place_newcomer(
+    control_host: str,
+    tree: Mapping[str, str],
+    spheres: Sequence[Member],
+    newcomer: Member,
+    fan_out: int,
+) -> str:
+    """Return the id of the parent for a sphere that joins ``tree`` while nobody moves.
+
+    The shallowest free place on its own host; where that has none, the shallowest anywhere, in its own zone first;
+    where nobody has a free place, control.
+    """
+    children: dict[str, int] = {}
+    for parent in tree.values():
+        children[parent] = children.get(parent, 0) + 1
+    known = {member.id: member for member in spheres if member.id in tree and member.id != newcomer.id}
+    level = {CONTROL: 0, **levels(tree)}
+    at_home = newcomer.host == control_host
+    free: list[tuple[bool, int, bool, int, str]] = []
+    for rank, member in enumerate([None, *sorted(known.values(), key=_order)]):
+        parent = CONTROL if member is None else member.id
+        if (member is None or member.address) and children.get(parent, 0) < fan_out:
+            own = at_home if member is None else member.host == newcomer.host
+            own_zone = member is not None and member.zone == newcomer.zone
+            free.append((not own, level[parent], not own_zone, rank, parent))
+    return min(free)[-1] if free else CONTROL
+
+
+def levels(tree: Mapping[str, str]) -> dict[str, int]:
+    """Return id -> level, 1 for control's children. Raises ValueError for a tree that does not reach control."""
+    found = {CONTROL: 0}
+    for start in tree:
+        path = [start]
+        while path[-1] not in found:
+            parent = tree.get(path[-1])
+            if parent is None or len(path) > len(tree):
+                raise ValueError(f"{start} does not reach {CONTROL}")
+            path.append(parent)
+        base = found[path[-1]]
+        for distance, member in enumerate(reversed(path[:-1]), 1):
+            found[member] = base + distance
+    del found[CONTROL]
+    return found
+
+
+def ancestors(tree: Mapping[str, str], id: str) -> tuple[str, ...]:
+    """Return the parent, its parent, and so on to control: the order in which a sphere dials when one is lost."""
+    above: list[str] = []
+    while id != CONTROL:
+        if id not in tree or len(above) > len(tree):
+            raise ValueError(f"{id} does not reach {CONTROL}")
+        id = tree[id]
+        above.append(id)
+    return tuple(above)
+
+
+def _order(member: Member) -> tuple[bool, bool, float, list[tuple[int, str]]]:
+    """Who comes first is nearer to the root; ids in the order people count: s-2 before s-10."""
+    # (0, text) and (number, ""): parts of ids are compared with their like
+    parts = [(int(part) + 1, "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", member.id)]
+    return (not member.address, not member.relay, -member.capacity, [*parts, (0, member.id)])
+
+
+def _lowest_depth(count: int, fan_out: int) -> int:
+    depth, places, width = 0, 0, 1
+    while places < count:
+        depth, width = depth + 1, width * fan_out
+        places += width
+    return depth
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The spheres of one host: the head first; ``height`` levels when nothing else stands between them."""
+
+    members: tuple[Member, ...]
+    height: int
+
+
+def _groups(members: list[Member], fan_out: int) -> list[_Group]:
+    """Return the hosts other than control's; who has no place below its host's head is a group of its own."""
+    hosts: dict[str, list[Member]] = {}
+    for member in members:
+        hosts.setdefault(member.host, []).append(member)
+    groups: list[_Group] = []
+    for group in hosts.values():
+        addressable = sum(1 for member in group if member.address)
+        room = addressable * fan_out + 1
+        groups += [_Group((member,), 1) for member in group[room:]]
+        groups.append(_Group(tuple(group[:room]), _height(addressable, len(group[:room]), fan_out)))
+    # the tallest are hardest to place; those that bring no places come last
+    groups.sort(key=lambda group: (-group.height, _order(group.members[0])))
+    return groups
+
+
+def _height(addressable: int, count: int, fan_out: int) -> int:
+    height, width = 1, 1
+    while count > width:
+        parents = min(width, addressable)
+        addressable, count, width = addressable - parents, count - width, parents * fan_out
+        height += 1
+    return height
+
+
+class _Filling:
+    """Fills a tree level by level. Mutable state: the tree, the free places of the present level, who waits."""
+
+    def __init__(self, control_host: str, fan_out: int, hosts_per_host: int | None) -> None:
+        self._control_host = control_host
+        self._fan_out = fan_out
+        self._hosts_per_host = hosts_per_host
+        self._hosts_below: dict[str, int] = {}
+        self._members: dict[str, Member] = {}
+        # id -> those of its group that wait for a place; one queue for the whole group
+        self._queues: dict[str, deque[Member]] = {}
+        # free places as the parent's id, once per place: on control's host, and on others by zone
+        self._home: deque[str] = deque()
+        self._abroad: dict[str, deque[str]] = {}
+        self._placed: list[str] = []
+        self.tree: Tree = {}
+        self.depth = 0
+        self.left: list[Member] = []
+
+    def fill(self, local: Sequence[Member], groups: Sequence[_Group], depth: int) -> _Filling:
+        """Place what can be placed in ``depth`` levels; the rest is in ``left``.
+
+        At each level: first the spheres of groups whose head is placed, then groups that fit at no deeper level, then
+        spheres of control's host and more groups, and last those that nobody can dial.
+        """
+        home_zone = local[0].zone if local else ""
+        waiting_local, waiting = deque(local), deque(groups)
+        parents: list[str] = [CONTROL]
+        for level in range(1, depth + 1):
+            self._home, self._abroad, self._placed = deque(), {}, []
+            for parent in parents:
+                self._offer(parent)
+            # the first of the groups is always the tallest left
+            while waiting and level + waiting[0].height > depth and self._place_head(waiting[0], home_zone):
+                waiting.popleft()
+            while waiting_local and waiting_local[0].address and self._home:
+                self._put(waiting_local.popleft(), self._home.popleft())
+            while waiting and waiting[0].members[0].address and self._place_head(waiting[0], home_zone):
+                waiting.popleft()
+            while waiting_local and self._home:
+                self._put(waiting_local.popleft(), self._home.popleft())
+            while waiting and self._place_head(waiting[0], home_zone):
+                waiting.popleft()
+            if not self._placed:
+                break
+            self.depth, parents = level, self._placed
+        self.left = [*waiting_local, *(member for group in waiting for member in group.members)]
+        for queue in self._queues.values():
+            while queue:
+                self.left.append(queue.popleft())
+        return self
+
+    def take_the_rest(self) -> None:
+        """Place those left at the shallowest free places of any host, then on control beyond its fan-out."""
+        children: dict[str, int] = {}
+        for parent in self.tree.values():
+            children[parent] = children.get(parent, 0) + 1
+        open_parents = deque([CONTROL, *self.tree])
+        for member in sorted(self.left, key=_order):
+            while open_parents and children.get(open_parents[0], 0) >= self._room(open_parents[0]):
+                open_parents.popleft()
+            parent = open_parents[0] if open_parents else CONTROL
+            self._put(member, parent)
+            children[parent] = children.get(parent, 0) + 1
+            open_parents.append(member.id)
+        self.left = []
+
+    @property
+    def overfull(self) -> bool:
+        return sum(1 for parent in self.tree.values() if parent == CONTROL) > self._fan_out
+
+    def _room(self, parent: str) -> int:
+        return self._fan_out if parent == CONTROL or self._members[parent].address else 0
+
+    def _offer(self, parent: str) -> None:
+        """Give the places of ``parent`` to its own group first, the rest to anyone of this level."""
+        room = self._room(parent)
+        if parent == CONTROL or self._members[parent].host == self._control_host:
+            self._home.extend([parent] * room)
+            return
+        queue = self._queues[parent]
+        inside = min(room, len(queue))
+        for _ in range(inside):
+            member = queue.popleft()
+            self._queues[member.id] = queue
+            self._put(member, parent)
+        self._abroad.setdefault(self._members[parent].zone, deque()).extend([parent] * (room - inside))
+
+    def _place_head(self, group: _Group, home_zone: str) -> bool:
+        """Place a group's head at this level if it can be; the others follow at the next levels."""
+        head, *others = group.members
+        # elsewhere before control's own host: its network card has the most to carry
+        near = [self._home] if home_zone == head.zone else []
+        for places in (self._abroad.get(head.zone, deque()), *near, *self._abroad.values(), self._home):
+            while places:
+                parent = places[0]
+                host = self._control_host if places is self._home else self._members[parent].host
+                below = self._hosts_below.get(host, 0)
+                if self._hosts_per_host is not None and below >= self._hosts_per_host:
+                    if places is self._home:
+                        break  # full for other hosts, not for its own spheres
+                    places.popleft()
+                    continue
+                places.popleft()
+                self._hosts_below[host] = below + 1
+                self._queues[head.id] = deque(others)
+                self._put(head, parent)
+                return True
+        return False
+
+    def _put(self, member: Member, parent: str) -> None:
+        self._members[member.id] = member
+        self.tree[member.id] = parent
+        self._placed.append(member.id)

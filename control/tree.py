@@ -1,0 +1,254 @@
+"""Control's end of the tree: who takes part, where each is placed, and the hub at the root that runs a step's work."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+from control.placement import Member, ancestors, place_newcomer
+from spheres.children import Children
+from spheres.config import PROTOCOL_VERSION, NodeConfig
+from spheres.environment import environment_fingerprint
+from spheres.errors import DecodeError, GradientError, RefusedError, VersionMismatchError
+from spheres.hub import Array, Child, Hub, Work
+from spheres.transport import Handlers, Listener, Transport
+from spheres.v1 import common_pb2, control_pb2, work_pb2 as pb
+
+__all__ = ["Sphere", "Tree"]
+
+log = logging.getLogger(__name__)
+
+CONTROL = "control"
+
+
+@dataclass
+class Sphere:
+    """A sphere as control sees it."""
+
+    member: Member
+    incarnation: int
+    pid: int
+    enrolled: float
+    relay: bool
+
+    @property
+    def id(self) -> str:
+        return self.member.id
+
+
+class Tree:
+    """Mutable state: the members, their parents, and the work that is under way."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        transport: Transport,
+        *,
+        host: str,
+        incarnation: int,
+        changed: Callable[[str, str, str], None] = lambda _event, _sphere, _reason: None,
+    ) -> None:
+        self.config, self._transport, self._host = config, transport, host
+        self.hub = Hub(config, CONTROL, incarnation=incarnation)
+        self.hub.hooks.sealed = self._sealed
+        self.hub.hooks.failed = self._failed
+        self.hub.hooks.reported = self._reported
+        self.hub.hooks.joined = self._joined
+        self.hub.hooks.lost = self._lost
+        self.hub.hooks.resized = self._resized
+        self.children = Children(self.hub, environment=environment_fingerprint())
+        self.spheres: dict[str, Sphere] = {}
+        self.parents: dict[str, str] = {}
+        self._changed = changed
+        self._requests: dict[str, str] = {}
+        self._term = 0
+        self._open = True
+        self._done: asyncio.Future[None] | None = None
+        self._arrivals = asyncio.Event()
+        self._listener: Listener | None = None
+        self._states: dict[str, pb.StateReport] = {}
+        self._request_id = 0
+        self.address = ""
+
+    # ---- life
+
+    async def listen(self, address: str) -> None:
+        """Take spheres. Raises ConfigError where the address cannot be bound."""
+        handlers = Handlers(self.children.work, self.children.heartbeat, self.enroll)
+        self._listener = await self._transport.listen(address, handlers)
+        self.address = self.hub.address = self._listener.address
+        self.hub.renewed([])
+
+    async def aclose(self) -> None:
+        """End every link; spheres that were not told to stop will look for control until they give up."""
+        self._open = False
+        self.children.drain(RefusedError("the run is over"))
+        if self._listener is not None:
+            await self._listener.aclose()
+
+    def stop_spheres(self, reason: str) -> None:
+        """Tell every sphere to end."""
+        self._open = False
+        self.hub.direct(pb.Directive(kind=pb.DIRECTIVE_KIND_STOP, reason=reason))
+
+    async def all_gone(self, timeout: float) -> bool:
+        """Wait until no child is left; False where some still are after ``timeout`` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                while self.hub.children:
+                    self._arrivals.clear()
+                    await self._arrivals.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    # ---- membership
+
+    async def enroll(self, data: bytes) -> bytes:
+        """Serve EnrollSphere."""
+        try:
+            request = control_pb2.EnrollSphereRequest.FromString(data)
+        except Exception as error:
+            raise DecodeError(f"{len(data)} bytes that are no EnrollSphereRequest") from error
+        return self.grant(request).SerializeToString()
+
+    def grant(self, request: control_pb2.EnrollSphereRequest) -> control_pb2.EnrollSphereResponse:
+        """Give a sphere its id, incarnation and place. Idempotent by request_id."""
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise VersionMismatchError(
+                f"the sphere speaks protocol {request.protocol_version}, control speaks {PROTOCOL_VERSION}; "
+                "install the same release on both"
+            )
+        if not self._open:
+            raise RefusedError("the run is over")
+        known = self._requests.get(request.request_id)
+        sphere = self.spheres.get(known) if known else None
+        if sphere is None:
+            sphere = self._add(request)
+        path = [CONTROL, *reversed([p for p in ancestors(self.parents, sphere.id) if p != CONTROL])]
+        return control_pb2.EnrollSphereResponse(
+            sphere_id=sphere.id,
+            incarnation=sphere.incarnation,
+            configuration=self.config.to_proto(),
+            path_ids=path,
+            path_addresses=[self.address if p == CONTROL else self.spheres[p].member.address for p in path],
+            path_incarnations=[self.hub.incarnation if p == CONTROL else self.spheres[p].incarnation for p in path],
+            term=self._term,
+        )
+
+    def _add(self, request: control_pb2.EnrollSphereRequest) -> Sphere:
+        before = self.spheres.get(request.sphere_id) if request.sphere_id else None
+        name = request.sphere_id or self._new_id()
+        member = Member(
+            id=name, host=request.host, zone=request.zone, address=request.address, relay=request.relay
+        )
+        # Across control's own restarts the term keeps incarnations rising (N1).
+        incarnation = max(before.incarnation if before else 0, self._term * 1_000_000) + 1
+        sphere = Sphere(member, incarnation, request.pid, monotonic(), request.relay)
+        places = {id: parent for id, parent in self.parents.items() if id != name}
+        members = [s.member for s in self.spheres.values() if s.id != name]
+        self.parents[name] = place_newcomer(self._host, places, members, member, self.config.fan_out)
+        self.spheres[name] = sphere
+        if request.request_id:
+            self._requests[request.request_id] = name
+        return sphere
+
+    def _new_id(self) -> str:
+        number = len(self.spheres) + 1
+        while f"s-{number}" in self.spheres:
+            number += 1
+        return f"s-{number}"
+
+    @property
+    def computing(self) -> int:
+        """Spheres that can compute and have a way to control."""
+        return round(self.hub.ledger.capacity)
+
+    async def wait_for(self, spheres: int) -> None:
+        """Wait until so many spheres, relays included, have a way to control."""
+        while self.computing + sum(1 for s in self.spheres.values() if s.relay) < spheres:
+            self._arrivals.clear()
+            await self._arrivals.wait()
+
+    def _resized(self) -> None:
+        self._arrivals.set()
+
+    def report_of(self, sphere: str) -> tuple[float, common_pb2.SphereReport] | None:
+        """Return the age in seconds of a sphere's newest report, and the report."""
+        found = self.children.reports.get(sphere)
+        return None if found is None else (monotonic() - found[0], found[1])
+
+    def state_of(self, sphere: str) -> str:
+        """Return joining, active or lost."""
+        if sphere in self.hub.children:
+            return "active"
+        found = self.report_of(sphere)
+        if found is None or found[1].incarnation < self.spheres[sphere].incarnation:
+            return "joining"
+        return "active" if found[0] < 4 * self.config.heartbeat_seconds + 2 else "lost"
+
+    def _joined(self, child: Child) -> None:
+        self.parents[child.id] = CONTROL
+        self._changed("sphere_joined", child.id, "")
+        self._arrivals.set()
+
+    def _lost(self, child: Child, reason: str) -> None:
+        self._changed("sphere_lost", child.id, reason)
+        self._arrivals.set()
+
+    # ---- work
+
+    def restart(self, term: int) -> None:
+        """A new term: what spheres cached of the one before is dropped (N1)."""
+        self._term = term
+
+    async def compute(self, step: int, kind: common_pb2.WorkKind.ValueType, gradient: Array | None) -> None:
+        """Have one step's work done on the published weights; its sum is in ``gradient``, the rest in the hub.
+
+        Raises GradientError where a task failed. Waits for as long as there is no sphere.
+        """
+        self._done = asyncio.get_running_loop().create_future()
+        self.hub.start(Work(self._term, step, kind), gradient)
+        try:
+            await self._done
+        finally:
+            self._done = None
+
+    def _sealed(self) -> None:
+        if self._done is not None and not self._done.done():
+            self._done.set_result(None)
+
+    def _failed(self, failure: pb.TaskFailure) -> None:
+        samples = ", ".join(map(str, failure.sample_ids[:8])) + (", ..." if len(failure.sample_ids) > 8 else "")
+        error = GradientError(
+            f"task failed on {failure.sphere_id} in step {self.hub.work.step}, microbatch {failure.microbatch} "
+            f"(samples {samples or 'of the test split'}): {failure.error}",
+            failure.traceback,
+        )
+        if self._done is not None and not self._done.done():
+            self._done.set_exception(error)
+
+    # ---- states for a checkpoint
+
+    async def states(self, timeout: float) -> list[pb.StateReport]:
+        """Ask every sphere for its state; those that do not answer in time are left out."""
+        self._request_id += 1
+        self._states = {}
+        wanted = {s for s in self.spheres if self.state_of(s) == "active"}
+        self.hub.direct(pb.Directive(kind=pb.DIRECTIVE_KIND_REPORT_STATE, request_id=self._request_id))
+        try:
+            async with asyncio.timeout(timeout):
+                while not wanted <= self._states.keys():
+                    self._arrivals.clear()
+                    await self._arrivals.wait()
+        except TimeoutError:
+            log.warning("no state from %s", ", ".join(sorted(wanted - self._states.keys())))
+        return [self._states[name] for name in sorted(self._states)]
+
+    def _reported(self, report: pb.StateReport) -> None:
+        if report.request_id == self._request_id:
+            self._states[report.report.sphere_id] = report
+            self._arrivals.set()

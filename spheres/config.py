@@ -1,0 +1,132 @@
+"""What a node must know of its run: one frozen dataclass, and its form on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from spheres.errors import DecodeError
+from spheres.sampling import Sampler
+from spheres.tensors import Manifest, TensorSpec
+from spheres.v1 import common_pb2, control_pb2
+
+__all__ = ["MAX_MESSAGE_BYTES", "PROTOCOL_VERSION", "NodeConfig", "manifest_from_proto", "manifest_to_proto"]
+
+#: raised when nodes of today and tomorrow could not work in one tree
+PROTOCOL_VERSION = 1
+
+#: no message on the wire is larger: a chunk of at most 1 MiB and what goes around it
+MAX_MESSAGE_BYTES = 1_100 * 1024
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """The run as a node sees it, control included."""
+
+    #: the run
+    run_id: str
+    #: layout of the model
+    manifest: Manifest
+    #: built-in name or module:attribute
+    task: str = ""
+    #: options of the task
+    task_options: Mapping[str, str] = field(default_factory=dict)
+    #: seed of shuffle and task randomness
+    seed: int = 0
+    #: samples per step over all spheres
+    batch_size: int = 64
+    #: M, microbatches per step
+    microbatches: int = 16
+    #: slices of the test split per evaluation
+    evaluation_microbatches: int = 16
+    #: samples of the train split
+    train_size: int = 0
+    #: samples of the test split
+    test_size: int = 0
+    #: bytes per chunk, a multiple of 64
+    chunk_bytes: int = 1 << 20
+    #: W, chunks that may be in flight beyond the frontier (N6)
+    window: int = 4
+    #: control's fingerprint of the task
+    task_fingerprint: str = ""
+    #: control's fingerprint of the data
+    data_fingerprint: str = ""
+    #: seconds between heartbeats
+    heartbeat_seconds: float = 1.0
+    #: seconds without any progress after which a peer counts as stuck
+    patience_seconds: float = 5.0
+    #: most children of one node
+    fan_out: int = 12
+
+    @cached_property
+    def chunk_elements(self) -> int:
+        return self.chunk_bytes // 4
+
+    @cached_property
+    def chunk_count(self) -> int:
+        return self.manifest.chunk_count(self.chunk_elements)
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        return Sampler(
+            seed=self.seed, size=self.train_size, batch_size=self.batch_size, microbatches=self.microbatches
+        )
+
+    def to_proto(self) -> control_pb2.SphereConfiguration:
+        message = control_pb2.SphereConfiguration(
+            run_id=self.run_id,
+            task=self.task,
+            task_options=dict(self.task_options),
+            seed=self.seed,
+            batch_size=self.batch_size,
+            microbatches_count=self.microbatches,
+            evaluation_microbatches_count=self.evaluation_microbatches,
+            train_size=self.train_size,
+            test_size=self.test_size,
+            manifest=manifest_to_proto(self.manifest),
+            chunk_bytes=self.chunk_bytes,
+            window_chunks=self.window,
+            task_fingerprint=self.task_fingerprint,
+            data_fingerprint=self.data_fingerprint,
+            fan_out=self.fan_out,
+        )
+        message.heartbeat_interval.FromNanoseconds(round(self.heartbeat_seconds * 1e9))
+        message.patience.FromNanoseconds(round(self.patience_seconds * 1e9))
+        return message
+
+    @classmethod
+    def from_proto(cls, message: control_pb2.SphereConfiguration) -> NodeConfig:
+        return cls(
+            run_id=message.run_id,
+            manifest=manifest_from_proto(message.manifest),
+            task=message.task,
+            task_options=dict(message.task_options),
+            seed=message.seed,
+            batch_size=message.batch_size,
+            microbatches=message.microbatches_count,
+            evaluation_microbatches=message.evaluation_microbatches_count,
+            train_size=message.train_size,
+            test_size=message.test_size,
+            chunk_bytes=message.chunk_bytes,
+            window=message.window_chunks,
+            task_fingerprint=message.task_fingerprint,
+            data_fingerprint=message.data_fingerprint,
+            heartbeat_seconds=message.heartbeat_interval.ToNanoseconds() / 1e9,
+            patience_seconds=message.patience.ToNanoseconds() / 1e9,
+            fan_out=message.fan_out,
+        )
+
+
+def manifest_to_proto(manifest: Manifest) -> common_pb2.Manifest:
+    """Return the manifest's message."""
+    tensors = [common_pb2.Tensor(name=s.name, shape=s.shape, offset=s.offset, dtype=s.dtype) for s in manifest.tensors]
+    return common_pb2.Manifest(tensors=tensors, digest=manifest.digest)
+
+
+def manifest_from_proto(message: common_pb2.Manifest) -> Manifest:
+    """Return the manifest. Raises DecodeError where its digest does not fit what it says."""
+    manifest = Manifest(tuple(TensorSpec(t.name, tuple(t.shape), t.offset, t.dtype) for t in message.tensors))
+    if not manifest.tensors or manifest.digest != message.digest:
+        raise DecodeError("the manifest does not fit its digest")
+    return manifest

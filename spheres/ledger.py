@@ -1,0 +1,428 @@
+"""Who owes which block on one node's edges: the event table of a step. Pure: no I/O, no clock, no payload.
+
+Every method is an event; it returns the actions to carry out, in order. Rules N1 to N14 are those of docs/protocol.md.
+
+| event           | what changes                                              | actions                              |
+|-----------------|-----------------------------------------------------------|--------------------------------------|
+| start           | a new step: everything of the old one is dropped (N14)    | Assign per child, Compute            |
+| resume          | the same step again, from a parent that came later (N14)  | Begin per child                      |
+| begin           | a new attempt from above: obligations unknown again (N4)  | Begin per child, then perhaps Ready  |
+| assign          | obligations known                                         | Assign per child, Compute            |
+| relinked        | a new parent or session: obligations void (N5b)           | -                                    |
+| child_joined    | one more edge                                             | Begin per child where it is needed   |
+| child_lost      | one edge less; what it owed is open                       | Begin per child where it owed        |
+| child_ready     | one answer less to wait for; with the last one:           | Ready, or Assign per child, Compute  |
+| child_changed   | capacity; leaving                                         | Begin where work was unassigned      |
+| computed        | a block is held until the seal                            | -                                    |
+| sent            | the frontier may rise                                     | Credit per child                     |
+| credit          | more may be sent up (N6)                                  | -                                    |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from spheres.blocks import Block, BlockSet
+from spheres.cut import cut
+from spheres.errors import CreditError, ProtocolError, StaleError
+
+__all__ = [
+    "SELF",
+    "Action",
+    "Edge",
+    "Ledger",
+    "SendAssign",
+    "SendBegin",
+    "SendCredit",
+    "SendReady",
+    "Stuck",
+]
+
+#: owner of the slots that this node computes itself
+SELF = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SendBegin:
+    """To a child: a new attempt from ``from_chunk``."""
+
+    child: str
+    attempt: int
+    from_chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendAssign:
+    """To a child: the blocks that it owes."""
+
+    child: str
+    attempt: int
+    from_chunk: int
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SendCredit:
+    """To a child: it may send through this chunk."""
+
+    child: str
+    attempt: int
+    through: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendReady:
+    """To the parent: what this subtree holds and whether any of it is idle."""
+
+    attempt: int
+    held: tuple[Block, ...]
+    idle: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """Blocks are owed and nobody below can compute them: control waits, any other node gives its parent notice."""
+
+    blocks: tuple[Block, ...]
+
+
+Action = SendBegin | SendAssign | SendCredit | SendReady | Stuck
+
+
+@dataclass(slots=True)
+class Edge:
+    """One child. All that is known of it; gone with its link."""
+
+    capacity: float
+    #: within this child's session and this step (N5b)
+    attempt: int = 0
+    #: its answer in this attempt: held blocks and whether it is idle
+    held: tuple[Block, ...] = ()
+    idle: bool = True
+    #: took part in this attempt from its start, so that it may be given work
+    ready: bool = False
+    assigned: tuple[Block, ...] = ()
+    #: chunks through this one may come (N6)
+    credit: int = -1
+    leaving: bool = False
+
+    def reset(self, attempt: int, *, ready: bool) -> None:
+        self.attempt, self.ready = attempt, ready
+        self.held, self.idle, self.assigned, self.credit = (), True, (), -1
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Mutable state of one node's step; owned by its hub."""
+
+    #: W, in chunks
+    window: int
+    #: whether this node computes itself: false for control and relays
+    computes: bool
+    #: control: it has no parent, its obligation is everything
+    root: bool = False
+    edges: dict[str, Edge] = field(default_factory=dict)
+
+    #: M of the step's kind
+    total: int = 0
+    #: units per block that travel up: the chunks, or one message for an evaluation
+    chunks: int = 0
+    active: bool = False
+    #: the parent's number of this attempt
+    attempt: int = 0
+    #: block -> next chunk to send up; meaningful once ``assigned``
+    obligations: dict[Block, int] = field(default_factory=dict)
+    assigned: bool = False
+    from_chunk: int = 0
+    #: the last chunk that may be sent up
+    allowed: int = -1
+    #: an exact partition of the unfinished obligations: block -> child or SELF (I2)
+    slots: dict[Block, str] = field(default_factory=dict)
+    #: children whose Ready is missing; not None while an attempt is being gathered
+    waiting: set[str] | None = None
+    ready_sent: bool = True
+    stuck: bool = False
+    #: blocks computed here, kept until the seal (N7); the one being computed; those to compute next
+    held: set[Block] = field(default_factory=set)
+    computing: Block | None = None
+    queue: list[Block] = field(default_factory=list)
+    #: local attempts begun in this step (I12)
+    attempts: int = 0
+
+    # ---- from above
+
+    def start(self, total: int, chunks: int, blocks: Sequence[Block] | None) -> list[Action]:
+        """A step begins; ``blocks`` is attempt 0's assignment, None for a spare. Nobody holds anything yet (N5)."""
+        self.total, self.chunks, self.active = total, max(1, chunks), True
+        self.attempt, self.attempts, self.from_chunk = 0, 0, 0
+        self.waiting, self.ready_sent, self.stuck = None, True, False
+        self.held.clear()
+        self.computing = None
+        for edge in self.edges.values():
+            edge.reset(0, ready=True)
+        self._void()
+        return [] if blocks is None else self._take(blocks)
+
+    def resume(self, blocks: Sequence[Block]) -> list[Action]:
+        """Attempt 0 of a step that is running here already, from a parent that came to it later: caches are kept."""
+        self._void()
+        self.attempt, self.from_chunk, self.ready_sent = 0, 0, True
+        return self._gather(0) + self._take(blocks)
+
+    def begin(self, attempt: int, from_chunk: int) -> list[Action]:
+        """The parent begins a new attempt (N4). Raises StaleError for an older number, ProtocolError out of range."""
+        if attempt <= self.attempt:
+            raise StaleError(f"begin of attempt {attempt}; attempt {self.attempt} is running")
+        if not 0 <= from_chunk <= self.chunks:
+            raise ProtocolError(f"begin from chunk {from_chunk} of {self.chunks}")
+        self.attempt, self.from_chunk = attempt, from_chunk
+        self._void()
+        self.ready_sent = False
+        return self._gather(from_chunk)
+
+    def assign(self, attempt: int, from_chunk: int, blocks: Sequence[Block]) -> list[Action]:
+        """The parent's answer to Ready. Raises StaleError where it belongs to another attempt."""
+        if attempt != self.attempt or self.assigned or attempt == 0:
+            raise StaleError(f"assignment of attempt {attempt}; attempt {self.attempt} is running")
+        # A chunk that was on its way up when the attempt began may have left since: then the frontier is higher.
+        if not self.from_chunk <= from_chunk <= self.chunks:
+            raise ProtocolError(f"assignment from chunk {from_chunk}; the attempt began at {self.from_chunk}")
+        self.from_chunk = from_chunk
+        return self._take(blocks)
+
+    def credit(self, attempt: int, through: int) -> None:
+        """The parent takes more. Raises StaleError where it belongs to another attempt."""
+        if attempt != self.attempt or not self.assigned:
+            raise StaleError(f"credit of attempt {attempt}; attempt {self.attempt} is running")
+        self.allowed = max(self.allowed, through)
+
+    def relinked(self) -> None:
+        """A new session with a parent: what was owed is void; children must not go on with it (N5b)."""
+        self._void()
+        self.attempt, self.ready_sent, self.waiting = 0, True, None
+        for edge in self.edges.values():
+            edge.reset(edge.attempt + 1, ready=False)
+
+    # ---- from below
+
+    def child_joined(self, child: str, capacity: float, *, holds: bool) -> list[Action]:
+        """A link to a child opened. An attempt only where it brings blocks, or work lies unassigned (N13)."""
+        self.edges[child] = Edge(capacity)
+        if self.active and (self.stuck or (holds and not self.finished)):
+            return self._gather(self.frontier)
+        return []
+
+    def child_lost(self, child: str) -> list[Action]:
+        """A link to a child ended."""
+        if self.edges.pop(child, None) is None or not self.active:
+            return []
+        if self.waiting is not None:
+            self.waiting.discard(child)
+            return self._gathered()
+        if any(owner == child for owner in self.slots.values()) and not self.finished:
+            return self._gather(self.frontier)
+        return []
+
+    def child_ready(self, child: str, attempt: int, held: Iterable[Block], *, idle: bool) -> list[Action]:
+        """A child's answer to Begin. Raises StaleError where it belongs to another attempt."""
+        edge = self.edges[child]
+        if self.waiting is None or child not in self.waiting or attempt != edge.attempt:
+            raise StaleError(f"ready of attempt {attempt}; attempt {edge.attempt} is running")
+        edge.held, edge.idle, edge.ready = tuple(held), idle, True
+        self.waiting.discard(child)
+        return self._gathered()
+
+    def child_changed(self, child: str, *, capacity: float | None = None, leaving: bool = False) -> list[Action]:
+        """A child's subtree grew or shrank, or the child wants to go."""
+        edge = self.edges[child]
+        edge.leaving = edge.leaving or leaving
+        if capacity is not None:
+            edge.capacity = capacity
+        if self.active and self.stuck and edge.capacity > 0 and not edge.leaving:
+            return self._gather(self.frontier)
+        return []
+
+    def accepts(self, child: str, attempt: int, block: Block, index: int) -> bool:
+        """Whether a chunk (or header, ``index`` -1) is news.
+
+        False for what was sent up before. Raises StaleError for another attempt, ProtocolError for a block that the
+        child does not owe or a chunk beyond credit (N6).
+        """
+        edge = self.edges[child]
+        if attempt != edge.attempt or self.waiting is not None:
+            raise StaleError(f"a chunk of attempt {attempt}; attempt {edge.attempt} is running")
+        if block not in edge.assigned:
+            raise ProtocolError(f"{child} sent block {block}, which it does not owe")
+        if index > edge.credit or index >= self.chunks:
+            raise CreditError(f"{child} sent chunk {index} of {block} beyond its credit {edge.credit}")
+        return index < 0 or index >= self.obligations[self.cover(block)]
+
+    # ---- own work
+
+    def next_unit(self) -> Block | None:
+        """Take the next block to compute, None where one is being computed or none is left."""
+        if self.computing is not None or not self.queue:
+            return None
+        self.computing = self.queue.pop(0)
+        return self.computing
+
+    def computed(self, block: Block) -> None:
+        """The block is in the cache."""
+        assert block == self.computing
+        self.held.add(block)
+        self.computing = None
+
+    # ---- upward
+
+    def cover(self, block: Block) -> Block:
+        """Return the obligation that ``block`` is part of."""
+        for obligation in self.obligations:
+            if obligation.contains(block):
+                return obligation
+        raise ProtocolError(f"block {block} is part of no obligation")
+
+    def sendable(self, available: Callable[[Block, int], bool]) -> tuple[Block, int] | None:
+        """Return what to send next: chunk by chunk across all blocks (N6), or None."""
+        if self.waiting is not None:
+            return None
+        due = sorted((index, block) for block, index in self.obligations.items() if index < self.chunks)
+        for index, block in due:
+            if (self.root or index <= self.allowed) and available(block, index):
+                return block, index
+        return None
+
+    def sent(self, block: Block, index: int, *, last: bool = False) -> list[Action]:
+        """Chunk ``index`` went up; ``last`` where nothing follows (an absent block)."""
+        before = self.frontier
+        self.obligations[block] = self.chunks if last else index + 1
+        after = self.frontier
+        if after == before or self.waiting is not None:
+            return []
+        actions: list[Action] = []
+        for child, edge in self.edges.items():
+            through = after + self.window - 1
+            if edge.assigned and through > edge.credit and edge.credit < self.chunks - 1:
+                edge.credit = through
+                actions.append(SendCredit(child, edge.attempt, through))
+        return actions
+
+    @property
+    def frontier(self) -> int:
+        """The lowest chunk not yet sent up."""
+        if not self.assigned:
+            return self.from_chunk
+        return min(self.obligations.values(), default=self.chunks)
+
+    @property
+    def finished(self) -> bool:
+        """Everything owed was sent up."""
+        return self.assigned and self.frontier >= self.chunks
+
+    @property
+    def capacity(self) -> float:
+        """What this subtree computes at once, in plain spheres."""
+        return float(self.computes) + sum(edge.capacity for edge in self.edges.values() if not edge.leaving)
+
+    # ---- inside
+
+    def _void(self) -> None:
+        self.obligations, self.assigned, self.allowed = {}, False, -1
+        self.slots, self.queue = {}, []
+
+    def _gather(self, from_chunk: int) -> list[Action]:
+        """Begin a new attempt on every child edge (N4)."""
+        self.attempts += 1
+        self.slots, self.queue, self.stuck = {}, [], False
+        self.waiting = set(self.edges)
+        actions: list[Action] = []
+        for child, edge in self.edges.items():
+            edge.reset(edge.attempt + 1, ready=False)
+            actions.append(SendBegin(child, edge.attempt, from_chunk))
+        return actions + self._gathered()
+
+    def _gathered(self) -> list[Action]:
+        """With the last Ready: give out what is owed, or say upward what there is."""
+        if self.waiting is None or self.waiting:
+            return []
+        self.waiting = None
+        if self.assigned:
+            return self._give()
+        if self.ready_sent:
+            return []
+        self.ready_sent = True
+        held = BlockSet(self.total, self.held)
+        idle = self.computes and self.computing is None
+        for edge in self.edges.values():
+            if edge.ready:
+                for block in edge.held:
+                    held.add(block)
+                idle = idle or (edge.idle and edge.capacity > 0 and not edge.leaving)
+        if self.computing is not None:
+            held.add(self.computing)
+        return [SendReady(self.attempt, tuple(held), idle)]
+
+    def _take(self, blocks: Sequence[Block]) -> list[Action]:
+        self.obligations = {block: self.from_chunk for block in blocks}
+        self.assigned = True
+        self.allowed = self.from_chunk + self.window - 1
+        return [] if self.waiting is not None else self._give()
+
+    def _give(self) -> list[Action]:
+        """Partition what is owed: held blocks to their holders, the rest over idle nodes (N5, N9)."""
+        first = self.frontier
+        owed = [block for block, index in self.obligations.items() if index < self.chunks]
+        rest = BlockSet(self.total, owed)
+        shares: dict[str, BlockSet] = {child: BlockSet(self.total) for child in self.edges}
+        own: list[Block] = []
+        for block, owner in self._offers():
+            if rest.covers(block) and any(top.contains(block) for top in owed):
+                rest.discard(block)
+                if owner == SELF:
+                    own.append(block)
+                else:
+                    shares[owner].add(block)
+        self.queue = []
+        if len(rest):
+            workers = self._workers()
+            if not workers:
+                # Nothing is given out at all: a partition with a hole would only be torn down again.
+                self.slots, self.stuck = {}, True
+                return [Stuck(tuple(rest.within(owed)))]
+            for owner, pieces in cut(rest.within(owed), workers):
+                if owner == SELF:
+                    self.queue = pieces
+                else:
+                    for piece in pieces:
+                        shares[owner].add(piece)
+        self.stuck = False
+        self.slots = dict.fromkeys([*own, *self.queue], SELF)
+        actions: list[Action] = []
+        for child, share in shares.items():
+            blocks = tuple(share.within(owed)) if len(share) else ()
+            edge = self.edges[child]
+            edge.assigned = blocks
+            if blocks:
+                self.slots.update(dict.fromkeys(blocks, child))
+                edge.credit = first + self.window - 1
+                actions.append(SendAssign(child, edge.attempt, first, blocks))
+        return actions
+
+    def _offers(self) -> list[tuple[Block, str]]:
+        """Blocks that are held or being computed, the largest first, own ones before those of children (N9)."""
+        offers = [(block, SELF) for block in self.held]
+        if self.computing is not None:
+            offers.append((self.computing, SELF))
+        for child, edge in self.edges.items():
+            if edge.ready:
+                offers += [(block, child) for block in edge.held]
+        return sorted(offers, key=lambda offer: (-offer[0].width, offer[1] != SELF, offer))
+
+    def _workers(self) -> list[tuple[str, float]]:
+        """Who can be given more, idle ones where there are any."""
+        able = [(SELF, 1.0, self.computing is None)] if self.computes else []
+        for child, edge in self.edges.items():
+            if edge.ready and edge.capacity > 0 and not edge.leaving:
+                able.append((child, edge.capacity, edge.idle))
+        idle = [(owner, capacity) for owner, capacity, free in able if free]
+        return idle or [(owner, capacity) for owner, capacity, _ in able]

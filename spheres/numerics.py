@@ -1,0 +1,203 @@
+"""Arithmetic that must give the same bits everywhere: checksums, norms, statistics, means, clipping.
+
+Sums over a tensor run in float64 over fixed blocks, never through BLAS (whose order depends on its threads).
+Pure; it does not know where buffers come from or which chunks they crossed the wire in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import crc32c as _crc32c
+import numpy as np
+import numpy.typing as npt
+
+from spheres.task import Sums
+from spheres.tensors import Manifest
+
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "NormSum",
+    "TensorStatistics",
+    "add_sums",
+    "clip_norm",
+    "clip_value",
+    "crc32c",
+    "global_norm",
+    "is_finite",
+    "mean",
+    "scale",
+    "statistics",
+    "version_digest",
+]
+
+Array = npt.NDArray[np.float32]
+Wide = npt.NDArray[np.float64]
+
+#: elements per partial sum; fixed, so that a norm does not depend on chunk sizes (DESIGN section 4)
+BLOCK_ELEMENTS = 65_536
+
+
+def crc32c(buffer: bytes | bytearray | memoryview | npt.NDArray[np.generic]) -> int:
+    """Return the CRC-32C (Castagnoli) of a contiguous buffer."""
+    return int(_crc32c.crc32c(buffer))  # type: ignore[arg-type]
+
+
+def version_digest(manifest_digest: bytes, checksums: Sequence[int]) -> bytes:
+    """Return the digest of one version of the weights: 16 bytes over the manifest's digest and each chunk's CRC-32C.
+
+    The first 16 bytes of SHA-256 over the digest, then each checksum as uint32 little-endian, in chunk order: a node
+    has it as soon as the last chunk is in, without a second pass over the weights.
+    """
+    return hashlib.sha256(manifest_digest + struct.pack(f"<{len(checksums)}I", *checksums)).digest()[:16]
+
+
+def is_finite(flat: Array) -> bool:
+    """Whether no element is infinite or NaN."""
+    return all(np.isfinite(flat[block]).all() for block in _blocks(0, flat.size))
+
+
+def _blocks(start: int, size: int) -> Iterator[slice]:
+    end = start + size
+    for low in range(start, end, BLOCK_ELEMENTS):
+        yield slice(low, min(low + BLOCK_ELEMENTS, end))
+
+
+def _square_sum(block: Array, scratch: Wide) -> float:
+    # a float32 squared cannot overflow a float64; NumPy's own pairwise sum depends on the length alone
+    wide = scratch[: block.size]
+    np.copyto(wide, block)
+    np.multiply(wide, wide, out=wide)
+    return float(np.add.reduce(wide))
+
+
+class NormSum:
+    """The global norm of a flat buffer, gathered as the buffer fills from its start (N16).
+
+    The result depends on the contents alone, not on how ``advance`` was called. Mutable state: the next block, the
+    sum of the present tensor, the sum of the tensors before it.
+    """
+
+    def __init__(self, manifest: Manifest, flat: Array) -> None:
+        self._flat = flat
+        self._pending = (
+            (block, block.stop == spec.offset + spec.size)
+            for spec in manifest.tensors
+            for block in _blocks(spec.offset, spec.size)
+        )
+        self._next = next(self._pending, None)
+        self._scratch = np.empty(min(BLOCK_ELEMENTS, flat.size), np.float64)
+        self._tensor = 0.0
+        self._total = 0.0
+
+    def advance(self, filled: int) -> None:
+        """Take in what can be: the first ``filled`` elements of the buffer are final."""
+        while self._next is not None and self._next[0].stop <= filled:
+            block, last = self._next
+            self._tensor += _square_sum(self._flat[block], self._scratch)
+            if last:
+                self._total += self._tensor
+                self._tensor = 0.0
+            self._next = next(self._pending, None)
+
+    def norm(self) -> float:
+        """Return the norm, taking in all that is left; it is finite exactly when every element is."""
+        self.advance(self._flat.size)
+        return math.sqrt(self._total)
+
+
+def global_norm(manifest: Manifest, flat: Array) -> float:
+    """Return the Euclidean norm over all tensors, padding excluded; finite exactly when every element is."""
+    return NormSum(manifest, flat).norm()
+
+
+@dataclass(frozen=True, slots=True)
+class TensorStatistics:
+    """One tensor in five numbers; ``variance`` is that of the population. All 0 for a tensor without elements."""
+
+    norm: float
+    minimum: float
+    maximum: float
+    mean: float
+    variance: float
+
+
+def statistics(manifest: Manifest, flat: Array) -> dict[str, TensorStatistics]:
+    """Return name -> statistics of every tensor. Reads each element three times: not for every step."""
+    scratch = np.empty(min(BLOCK_ELEMENTS, flat.size), np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return {spec.name: _tensor_statistics(flat, spec.offset, spec.size, scratch) for spec in manifest.tensors}
+
+
+def _tensor_statistics(flat: Array, offset: int, size: int, scratch: Wide) -> TensorStatistics:
+    if size == 0:
+        return TensorStatistics(0.0, 0.0, 0.0, 0.0, 0.0)
+    squares, count, average, spread = 0.0, 0, 0.0, 0.0
+    lows: list[float] = []
+    highs: list[float] = []
+    for piece in _blocks(offset, size):
+        block = flat[piece]
+        lows.append(float(block.min()))
+        highs.append(float(block.max()))
+        squares += _square_sum(block, scratch)
+        # spread around each block's own mean, then combined: a large mean must not eat a small variance
+        wide = scratch[: block.size]
+        np.copyto(wide, block)
+        block_mean = float(np.add.reduce(wide)) / block.size
+        wide -= block_mean
+        np.multiply(wide, wide, out=wide)
+        both = count + block.size
+        delta = block_mean - average
+        spread += float(np.add.reduce(wide)) + delta * delta * count * block.size / both
+        average += delta * block.size / both
+        count = both
+    # np.min, unlike min(), passes a NaN on
+    return TensorStatistics(math.sqrt(squares), float(np.min(lows)), float(np.max(highs)), average, spread / size)
+
+
+def scale(flat: Array, factor: float) -> None:
+    """Multiply in place by ``float32(factor)``."""
+    np.multiply(flat, np.float32(factor), out=flat)
+
+
+def mean(flat: Array, count: int) -> None:
+    """Turn a sum over ``count`` samples into their mean, in place: times ``float32(1 / count)``."""
+    if count < 1:
+        raise ValueError(f"no mean over {count} samples")
+    scale(flat, 1.0 / count)
+
+
+def clip_norm(manifest: Manifest, flat: Array, limit: float, norm: float | None = None) -> float:
+    """Scale in place so that the global norm does not pass ``limit``; return the norm from before.
+
+    ``norm`` saves a pass where it is known. Nothing changes where the norm is within the limit, or not finite.
+    """
+    if norm is None:
+        norm = global_norm(manifest, flat)
+    if limit < norm < math.inf:
+        scale(flat, limit / norm)
+    return norm
+
+
+def clip_value(flat: Array, limit: float) -> None:
+    """Bring every element into ``-limit .. limit``, in place; NaN stays."""
+    bound = np.float32(limit)
+    np.minimum(flat, bound, out=flat)
+    np.maximum(flat, -bound, out=flat)
+
+
+def add_sums(left: Sums, right: Sums) -> Sums:
+    """Return left + right. A metric that only one side has passes unchanged; the left's keys come first."""
+    metrics: Mapping[str, float]
+    if left.metrics.keys() == right.metrics.keys():
+        other = right.metrics
+        metrics = {name: value + other[name] for name, value in left.metrics.items()}
+    else:
+        metrics = dict(left.metrics)
+        for name, value in right.metrics.items():
+            metrics[name] = metrics[name] + value if name in metrics else value
+    return Sums(left.loss + right.loss, left.count + right.count, metrics)

@@ -1,0 +1,120 @@
+"""What waits to be sent to one child: notices, the step's messages, and a cursor into the node's weights.
+
+No queue of payload: each child reads the one weights buffer at its own pace (N17). Pure but for the wake-up event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from spheres.errors import LinkClosedError
+from spheres.frames import encode_with_chunk
+from spheres.v1 import work_pb2 as pb
+from spheres.weights import Weights
+
+__all__ = ["Outbox"]
+
+#: control messages that may wait for one child; a child that reads nothing for so long is cut off
+_MOST_WAITING = 1024
+
+
+class Outbox:
+    """Mutable state: what is due, and how far the child is in the weights."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        #: welcome and directives: they belong to no step
+        self._notices: deque[pb.WorkResponse] = deque()
+        #: begin and assign of the present step
+        self._steps: deque[pb.WorkResponse] = deque()
+        self._credit: pb.WorkResponse | None = None
+        self._header: pb.WorkResponse | None = None
+        self._tag = pb.Tag()
+        #: next chunk to send; None where the version is whole at the child, or must not be read
+        self._cursor: int | None = None
+        #: term and version that the child holds whole, and its digest
+        self.holds: tuple[int, int, bytes] | None = None
+        self.wake = asyncio.Event()
+        self.sent_bytes = 0
+
+    def notice(self, message: pb.WorkResponse) -> None:
+        """Add a message that belongs to no step. Raises LinkClosedError where the child has stopped reading."""
+        if len(self._notices) + len(self._steps) >= _MOST_WAITING:
+            raise LinkClosedError(f"{_MOST_WAITING} messages wait for a child that reads none")
+        self._notices.append(message)
+        self.wake.set()
+
+    def header(self, tag: pb.Tag) -> None:
+        """A step starts: what waits of the one before is dropped (N14)."""
+        self._steps.clear()
+        self._credit = None
+        self._tag = tag
+        self._header = pb.WorkResponse(tag=tag)
+        self.wake.set()
+
+    def abort(self) -> None:
+        """The weights are about to be overwritten: a transfer that is under way ends here (N17)."""
+        self._cursor = None
+
+    def step(self, message: pb.WorkResponse) -> None:
+        """Add begin or assign. The first assign rides on the header (N5)."""
+        if self._header is not None and message.HasField("assign") and not self._steps:
+            self._header.assign.CopyFrom(message.assign)
+        else:
+            self._steps.append(message)
+        self._credit = None
+        self.wake.set()
+
+    def credit(self, message: pb.WorkResponse) -> None:
+        """Only the latest counts."""
+        self._credit = message
+        self.wake.set()
+
+    def next(self) -> bytes | None:
+        """Return the next message, or None where nothing can be sent now."""
+        if self._notices:
+            return self._notices.popleft().SerializeToString()
+        if self._header is not None:
+            return self._start(self._header)
+        if self._steps:
+            return self._steps.popleft().SerializeToString()
+        if self._credit is not None:
+            message, self._credit = self._credit, None
+            return message.SerializeToString()
+        return self._go_on(pb.WorkResponse(tag=self._tag)) if self._cursor is not None else None
+
+    def _start(self, message: pb.WorkResponse) -> bytes:
+        self._header = None
+        weights = self._weights
+        header = message.weights_header
+        header.manifest_digest = weights.config.manifest.digest
+        if weights.complete and self.holds == (weights.term, weights.version, weights.digest):
+            header.held_digest = weights.digest
+            return message.SerializeToString()
+        header.previous_digest = weights.previous_digest
+        self._cursor = 0
+        if weights.config.chunk_count == 1:
+            return self._go_on(message) or message.SerializeToString()
+        return message.SerializeToString()
+
+    def _go_on(self, message: pb.WorkResponse) -> bytes | None:
+        """Send the next chunk if it is here, with the footer if it is the last."""
+        weights, index = self._weights, self._cursor
+        assert index is not None
+        count = weights.config.chunk_count
+        last = weights.complete and index >= count - 1
+        if last:
+            message.weights_footer.digest = weights.digest
+            self.holds = (weights.term, weights.version, weights.digest)
+        if index < count:
+            if index >= weights.arrived:
+                return None
+            self._cursor = None if last else index + 1
+            chunk, data = weights.chunk(index)
+            self.sent_bytes += len(data)
+            return encode_with_chunk(message, chunk, data)
+        if last:
+            self._cursor = None
+            return message.SerializeToString()
+        return None

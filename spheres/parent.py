@@ -1,0 +1,238 @@
+"""The child's side of an edge: dials the parent, says hello, reads and writes until the link ends, then dials again.
+
+What the messages mean is the hub's; this module owns the link's tasks, the fallbacks and the wait of an orphan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import monotonic, monotonic_ns, perf_counter
+
+from spheres.config import PROTOCOL_VERSION
+from spheres.errors import ArmillaryError, FingerprintError, LinkClosedError, ProtocolError, RefusedError
+from spheres.errors import UnreachableError, VersionMismatchError, WrongRunError
+from spheres.frames import blocks_to, decode
+from spheres.hub import Hub, Outgoing
+from spheres.transport import Link, Rpc, Transport
+from spheres.v1 import common_pb2, work_pb2 as pb
+
+__all__ = ["Fingerprints", "Parent"]
+
+log = logging.getLogger(__name__)
+
+#: refusals that no other attempt can cure
+_FINAL = (VersionMismatchError, FingerprintError, WrongRunError)
+#: seconds that a parent has to answer: it may itself be loading its task
+WELCOME_SECONDS = 20.0
+#: reports of other spheres that ride on one heartbeat
+_REPORTS = 31
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """What must be equal in one run (DESIGN section 4)."""
+
+    task: str
+    data: str
+    environment: str
+
+
+class Parent:
+    """The link upward. Mutable state: the session number and the ancestors to dial, nearest last."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        transport: Transport,
+        fingerprints: Fingerprints,
+        ancestors: Sequence[pb.Ancestor],
+        *,
+        orphan_timeout: float,
+        reports: Callable[[int], list[common_pb2.SphereReport]],
+    ) -> None:
+        self._hub, self._transport, self._fingerprints = hub, transport, fingerprints
+        self._ancestors = list(ancestors)
+        self._orphan_timeout = orphan_timeout
+        self._reports = reports
+        self._session = 0
+        self._wake = asyncio.Event()
+        self._linked = asyncio.Event()
+        #: set once the first welcome has come: only then is there a path to hand on
+        self.placed = asyncio.Event()
+        self._cut: asyncio.Future[None] | None = None
+        hub.wake_up = self._wake.set
+
+    @property
+    def linked(self) -> bool:
+        return self._linked.is_set()
+
+    @property
+    def id(self) -> str:
+        return self._ancestors[-1].id
+
+    async def run(self) -> None:
+        """Keep a link until cancelled. Raises what cannot be cured: a refusal, or UnreachableError of an orphan."""
+        alone_since = monotonic()
+        pause = 0.05
+        while True:
+            for ancestor in list(reversed(self._ancestors)):
+                try:
+                    link = await self._transport.dial(ancestor.address, Rpc.WORK)
+                except UnreachableError as error:
+                    log.debug("%s: %s", self._hub.id, error)
+                    continue
+                try:
+                    await self._serve(link, ancestor)
+                    reason: str | ArmillaryError = "it ended"
+                except _FINAL:
+                    raise
+                except ArmillaryError as error:
+                    reason = error
+                finally:
+                    was_linked = self._linked.is_set()
+                    self._linked.clear()
+                log.info("%s: the link to %s has ended: %s", self._hub.id, ancestor.id, reason)
+                if was_linked:
+                    alone_since, pause = monotonic(), 0.05
+                    break
+            left = alone_since + self._orphan_timeout - monotonic()
+            if left <= 0:
+                raise UnreachableError(
+                    f"no way to control for {self._orphan_timeout:g} s (--orphan-timeout); this sphere ends"
+                )
+            await asyncio.sleep(min(pause, left))
+            pause = min(pause * 2, 2.0)
+
+    def cut(self, error: ArmillaryError) -> None:
+        """End the present link and dial again."""
+        if self._cut is not None and not self._cut.done():
+            self._cut.set_exception(error)
+
+    async def _serve(self, link: Link, ancestor: pb.Ancestor) -> None:
+        """Say hello and work until the link ends."""
+        error: ArmillaryError | None = None
+        try:
+            await self._hello(link, ancestor)
+            self._cut = asyncio.get_running_loop().create_future()
+            jobs = [self._read(link), self._write(link), self._beat(ancestor)]
+            await _first_end([asyncio.ensure_future(job) for job in jobs] + [self._cut])
+        except ProtocolError as caught:
+            error = caught
+            self._hub.counts.refused[type(caught).__name__] += 1
+            log.warning("%s: the link to %s ends: %s", self._hub.id, ancestor.id, caught)
+            raise
+        finally:
+            await link.aclose(error)
+
+    async def _hello(self, link: Link, ancestor: pb.Ancestor) -> None:
+        hub = self._hub
+        self._session += 1
+        hello = pb.Hello(
+            protocol_version=PROTOCOL_VERSION,
+            sphere_id=hub.id,
+            incarnation=hub.incarnation,
+            parent_id=ancestor.id,
+            parent_incarnation=ancestor.incarnation,
+            task_fingerprint=self._fingerprints.task,
+            data_fingerprint=self._fingerprints.data,
+            environment_fingerprint=self._fingerprints.environment,
+            holds_weights=hub.weights.complete,
+            weights_version=max(0, hub.weights.version),
+            weights_digest=hub.weights.digest,
+            held=blocks_to(hub.held()),
+            capacity=hub.ledger.capacity,
+            address=hub.address,
+        )
+        await link.send(pb.WorkRequest(tag=hub.tag, session=self._session, hello=hello).SerializeToString())
+        try:
+            async with asyncio.timeout(WELCOME_SECONDS):
+                data = await link.receive()
+        except TimeoutError:
+            raise LinkClosedError(f"{ancestor.id} did not answer hello in {WELCOME_SECONDS:g} s") from None
+        if data is None:
+            raise LinkClosedError(f"{ancestor.id} ended the link without an answer")
+        message = decode(pb.WorkResponse, data)
+        if not message.HasField("welcome"):
+            raise ProtocolError(f"{ancestor.id} answered hello with something else than welcome")
+        path = list(message.welcome.path)
+        if not path or path[-1].id != ancestor.id:
+            raise RefusedError(f"the welcome came from {path[-1].id if path else 'nobody'}, not from {ancestor.id}")
+        self._adopt(path)
+
+    def _adopt(self, path: list[pb.Ancestor]) -> None:
+        # The address that worked is kept: what a parent believes of its own may not be reachable from here.
+        known = {a.id: a.address for a in self._ancestors}
+        for node in path:
+            node.address = known.get(node.id) or node.address
+        self._ancestors = path
+        self._hub.relinked(self._session, path)
+        self._linked.set()
+        self.placed.set()
+
+    async def _read(self, link: Link) -> None:
+        while (data := await link.receive()) is not None:
+            message = decode(pb.WorkResponse, data)
+            if message.HasField("welcome"):  # the parent itself has a new parent (N11)
+                self._ancestors = list(message.welcome.path)
+                self._hub.renewed(self._ancestors)
+            else:
+                self._hub.on_response(message)
+
+    async def _write(self, link: Link) -> None:
+        hub = self._hub
+        while True:
+            item = hub.next_up()
+            if item is None:
+                self._wake.clear()
+                await self._wake.wait()
+            elif isinstance(item, Outgoing):
+                started = perf_counter()
+                await link.send(item.data)
+                hub.went_up(item, perf_counter() - started)
+            else:
+                await link.send(item)
+
+    async def _beat(self, ancestor: pb.Ancestor) -> None:
+        """Send reports at heartbeat rate, on a stream of their own; its end alone does not end the edge."""
+        while True:
+            try:
+                link = await self._transport.dial(ancestor.address, Rpc.HEARTBEAT)
+            except UnreachableError:
+                await asyncio.sleep(self._hub.config.heartbeat_seconds)
+                continue
+            try:
+                while True:
+                    message = pb.HeartbeatRequest(
+                        run_id=self._hub.config.run_id,
+                        sphere_id=self._hub.id,
+                        incarnation=self._hub.incarnation,
+                        session=self._session,
+                        reports=self._reports(_REPORTS),
+                        sent_nanos=monotonic_ns(),
+                    )
+                    await link.send(message.SerializeToString())
+                    if await link.receive() is None:
+                        break
+                    await asyncio.sleep(self._hub.config.heartbeat_seconds)
+            except ArmillaryError as error:
+                log.debug("%s: heartbeat to %s: %s", self._hub.id, ancestor.id, error)
+            finally:
+                await link.aclose()
+            await asyncio.sleep(self._hub.config.heartbeat_seconds)
+
+
+async def _first_end(tasks: Sequence[asyncio.Future[None]]) -> None:
+    """Wait for the first of ``tasks`` to end, end the others, and raise what it raised."""
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
+
+

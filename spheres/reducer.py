@@ -1,0 +1,137 @@
+"""The chunk sums of one node: what children sent and what was computed here, added in canonical order.
+
+It holds payload and adds it; which block is owed by whom is the ledger's, sending is the hub's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from spheres.blocks import Block, halves
+from spheres.numerics import add_sums
+from spheres.task import Sums
+from spheres.tensors import aligned_zeros
+
+__all__ = ["Held", "Reducer"]
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A block computed here: its gradient and its sums, both None where no microbatch of it has one.
+
+    Absent + x = x (N16): adding a zero instead would change -0.0.
+    """
+
+    array: Array | None
+    sums: Sums | None
+
+
+@dataclass(slots=True)
+class _Arrived:
+    """What a child has sent of one block in this attempt."""
+
+    sums: Sums | None
+    absent: bool
+    chunks: dict[int, Array] = field(default_factory=dict)
+
+
+class Reducer:
+    """Mutable state: ``cache`` (own blocks, until the seal), ``arrived`` (children's blocks, this attempt only)."""
+
+    def __init__(self, chunk_elements: int) -> None:
+        self._chunk = chunk_elements
+        self._scratch: list[Array] = []
+        self.cache: dict[Block, Held] = {}
+        self.arrived: dict[Block, _Arrived] = {}
+        #: block -> who owes it: the ledger's own mapping
+        self.slots: Mapping[Block, str] = {}
+
+    @property
+    def pending(self) -> int:
+        """Chunks of children that wait for others (I4)."""
+        return sum(len(a.chunks) for a in self.arrived.values())
+
+    def forget(self, slots: Mapping[Block, str]) -> None:
+        """A new attempt: children's chunks are dropped, own blocks are kept (N4, N7)."""
+        self.arrived.clear()
+        self.slots = slots
+
+    def header(self, block: Block, sums: Sums | None, *, absent: bool) -> None:
+        """A child starts a block."""
+        if block not in self.arrived:
+            self.arrived[block] = _Arrived(sums, absent)
+
+    def chunk(self, block: Block, index: int, array: Array) -> None:
+        """A child sent a chunk of a block whose header came before."""
+        self.arrived[block].chunks[index] = array
+
+    def has_header(self, block: Block) -> bool:
+        return block in self.arrived
+
+    def has(self, block: Block, index: int) -> bool:
+        """Whether chunk ``index`` of ``block`` can be summed now: every slot below it has it (N8)."""
+        if block in self.slots:
+            if block in self.cache:
+                return True
+            arrived = self.arrived.get(block)
+            return arrived is not None and (arrived.absent or index in arrived.chunks)
+        if block.width == 1:
+            return False
+        left, right = halves(block)
+        return self.has(left, index) and self.has(right, index)
+
+    def absent(self, block: Block) -> bool:
+        """Whether ``block``, of which some chunk can be summed, has no gradient at all."""
+        if block in self.slots:
+            held = self.cache.get(block)
+            return held.array is None if held is not None else self.arrived[block].absent
+        left, right = halves(block)
+        return self.absent(left) and self.absent(right)
+
+    def sums(self, block: Block) -> Sums | None:
+        """Sums over the block, left + right; None where it is absent."""
+        if block in self.slots:
+            held = self.cache.get(block)
+            return held.sums if held is not None else self.arrived[block].sums
+        left, right = (self.sums(half) for half in halves(block))
+        if left is None or right is None:
+            return left if right is None else right
+        return add_sums(left, right)
+
+    def take(self, block: Block, index: int) -> Array | None:
+        """Return chunk ``index`` of ``block``, left + right at every canonical node; None where it is absent.
+
+        The array is valid until the next call. Chunks of children that went into it are let go.
+        """
+        value, scratch = self._take(block, index)
+        if scratch is not None:
+            self._scratch.append(scratch)
+        return value
+
+    def _take(self, block: Block, index: int) -> tuple[Array | None, Array | None]:
+        """Return the sum, and the scratch buffer that it lies in where it is one."""
+        if block in self.slots:
+            held = self.cache.get(block)
+            if held is not None:
+                part = slice(index * self._chunk, (index + 1) * self._chunk)
+                return (None if held.array is None else held.array[part]), None
+            arrived = self.arrived[block]
+            return (None if arrived.absent else arrived.chunks.pop(index)), None
+        (left, left_scratch), (right, right_scratch) = (self._take(half, index) for half in halves(block))
+        if left is None:
+            return right, right_scratch
+        if right is None:
+            return left, left_scratch
+        out = left_scratch
+        if out is None:
+            out = self._scratch.pop() if self._scratch else aligned_zeros(self._chunk)
+        total = np.add(left, right, out=out[: left.size])
+        if right_scratch is not None:
+            self._scratch.append(right_scratch)
+        return total, out

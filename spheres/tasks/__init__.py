@@ -1,0 +1,1 @@
+"""Tasks that come with the project: small models on data that needs no download."""

@@ -1,0 +1,216 @@
+"""Computes blocks: the task's gradients, checked, and summed in canonical order, on one pinned thread.
+
+It knows no tree and no wire. ``Computer`` is the pure-CPU part that the reference loop shares.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spheres.blocks import Block, halves
+from spheres.config import NodeConfig
+from spheres.errors import GradientError
+from spheres.numerics import add_sums, is_finite
+from spheres.reducer import Held
+from spheres.sampling import evaluation_slice
+from spheres.task import Sums, Task
+from spheres.tensors import aligned_zeros
+
+__all__ = ["Computer", "Failure", "Unit", "Worker", "limit_threads"]
+
+Array = npt.NDArray[np.float32]
+
+_limiter: Any = None
+
+
+def limit_threads() -> int:
+    """Pin BLAS and OpenMP in this process to one thread, for good; bits differ between one thread and two.
+
+    Returns the number of libraries found.
+    """
+    global _limiter
+    from threadpoolctl import ThreadpoolController
+
+    controller = ThreadpoolController()
+    if any(library.num_threads != 1 for library in controller.lib_controllers):
+        _limiter = controller.limit(limits=1)
+    return len(controller.lib_controllers)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A task raised, or gave something that is no gradient."""
+
+    microbatch: int
+    error: str
+    traceback: str
+    sample_ids: tuple[int, ...]
+    #: not finite, or of a wrong shape or dtype, rather than an exception
+    invalid: bool
+
+
+@dataclass
+class Unit:
+    """A block to compute. ``cancelled`` is set when its step is over: the rest of it is skipped."""
+
+    block: Block
+    step: int
+    train: bool
+    cancelled: bool = False
+    samples: int = 0
+    microbatches: int = 0
+    seconds: float = 0.0
+
+
+Done = Callable[[Unit, Held | Failure | None], None]
+
+
+class Computer:
+    """Gradients of microbatches by calls of fixed shape on aligned buffers (DESIGN section 4)."""
+
+    def __init__(self, config: NodeConfig, task: Task) -> None:
+        self._config, self._task, self._sampler = config, task, config.sampler
+        # out's id -> out itself (so that the id stays its own) and its views
+        self._views: dict[int, tuple[Array, dict[str, Array]]] = {}
+
+    def gradient(self, weights: Mapping[str, Array], step: int, index: int, out: Array) -> Sums | None:
+        """Write the gradient of one microbatch into ``out``; None where it holds no sample.
+
+        Raises GradientError for a gradient that is not finite or not of the weights' shape and dtype; what the task
+        raises passes through.
+        """
+        if self._sampler.count(step, index) == 0:
+            return None
+        samples = self._sampler.microbatch(step, index)
+        out.fill(0)
+        known = self._views.get(id(out))
+        if known is None:
+            known = self._views[id(out)] = (out, self._config.manifest.views(out))
+        views = known[1]
+        given = dict(views)
+        sums = self._task.gradient(weights, samples, self._sampler.generator(step, index), given)
+        for name, view in views.items():
+            # A task that binds a new array instead of writing into the view is told so, not trained on zeros.
+            if given.get(name) is not view:
+                raise GradientError(f"gradient() replaced out[{name!r}]; write into it: out[{name!r}][...] = value")
+        _check_sums(sums, "gradient")
+        if not is_finite(out):
+            bad = [name for name, view in views.items() if not np.isfinite(view).all()]
+            raise GradientError(f"the gradient of {', '.join(bad)} is not finite")
+        return sums
+
+    def evaluate(self, weights: Mapping[str, Array], index: int) -> Sums | None:
+        """Return the sums of one slice of the test split; None where it is empty."""
+        samples = evaluation_slice(self._config.test_size, self._config.evaluation_microbatches, index)
+        if samples.size == 0:
+            return None
+        sums = self._task.evaluate(weights, samples)
+        _check_sums(sums, "evaluate")
+        return sums
+
+
+def _check_sums(sums: object, method: str) -> None:
+    if not isinstance(sums, Sums):
+        raise GradientError(f"{method}() returned {type(sums).__name__}; return Sums(loss, count, metrics)")
+    if not np.isfinite(sums.loss) or sums.count <= 0:
+        raise GradientError(f"{method}() returned loss {sums.loss} over {sums.count} samples")
+
+
+class Worker:
+    """One compute thread of a sphere. Mutable state: a pool of gradient buffers, touched once and used again."""
+
+    def __init__(self, config: NodeConfig, task: Task) -> None:
+        self._config = config
+        self._computer = Computer(config, task)
+        self._pool: list[Array] = []
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
+
+    def submit(self, unit: Unit, weights: Mapping[str, Array], done: Done) -> None:
+        """Compute a block; ``done`` is called on the loop, with None where it was cancelled.
+
+        The buffer of what it gives goes back with ``release``.
+        """
+        future = asyncio.get_running_loop().run_in_executor(self._executor, self._compute, unit, weights)
+        future.add_done_callback(lambda f: None if f.cancelled() else done(unit, f.result()))
+
+    def release(self, held: Held) -> None:
+        """The step is sealed: the buffer may be used again."""
+        if held.array is not None:
+            self._pool.append(held.array)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _compute(self, unit: Unit, weights: Mapping[str, Array]) -> Held | Failure | None:
+        started = perf_counter()
+        index = unit.block.lo
+
+        def block(part: Block) -> Held | None:
+            """Depth first and left before right: at most log2(width) + 1 buffers at a time."""
+            nonlocal index
+            if unit.cancelled:
+                return None
+            if part.width == 1:
+                index = part.lo
+                return self._microbatch(unit, weights, part.lo)
+            left_part, right_part = halves(part)
+            left = block(left_part)
+            right = block(right_part) if left is not None else None
+            if left is None or right is None:
+                if left is not None:
+                    self.release(left)
+                return None
+            return self._add(left, right)
+
+        try:
+            return block(unit.block)
+        except Exception as error:  # the task's own code: anything can come out of it
+            if unit.cancelled:
+                return None  # it read weights that were being replaced (N14): what it says means nothing
+            return self._failure(unit, index, error)
+        finally:
+            unit.seconds = perf_counter() - started
+
+    def _microbatch(self, unit: Unit, weights: Mapping[str, Array], index: int) -> Held:
+        if not unit.train:
+            sums = self._computer.evaluate(weights, index)
+            return Held(None, sums)
+        out = self._pool.pop() if self._pool else aligned_zeros(self._config.manifest.size)
+        try:
+            sums = self._computer.gradient(weights, unit.step, index, out)
+        except BaseException:
+            self._pool.append(out)
+            raise
+        if sums is None:
+            self._pool.append(out)
+            return Held(None, None)
+        unit.samples += self._config.sampler.count(unit.step, index)
+        unit.microbatches += 1
+        return Held(out, sums)
+
+    def _add(self, left: Held, right: Held) -> Held:
+        if left.sums is None or right.sums is None:
+            return right if left.sums is None else left
+        sums = add_sums(left.sums, right.sums)
+        if left.array is None or right.array is None:
+            return Held(None, sums)
+        np.add(left.array, right.array, out=left.array)
+        self._pool.append(right.array)
+        return Held(left.array, sums)
+
+    def _failure(self, unit: Unit, index: int, error: Exception) -> Failure:
+        ids: tuple[int, ...] = ()
+        if unit.train:
+            ids = tuple(int(i) for i in self._config.sampler.microbatch(unit.step, index)[:64])
+        invalid = isinstance(error, GradientError)
+        text = str(error) if invalid else f"{type(error).__name__}: {error}"
+        return Failure(index, text, "".join(traceback.format_exception(error))[-65_536:], ids, invalid)
