@@ -43,7 +43,9 @@ EVENTS = (
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened. The loop in pseudo-code::
+    """Something that happened.
+
+    The loop in pseudo-code::
 
         train_start
         while step < total_steps:
@@ -163,7 +165,7 @@ class CallbackRegistry:
         misspelt = [a for a in dir(callback) if a.startswith("on_") and a[3:] not in EVENTS]
         if misspelt or not listeners:
             raise ConfigError(
-                f"callback {name}: {misspelt[0] if misspelt else 'it has no method'} that fits no event; "
+                f"callback {name}: {f'{misspelt[0]} fits no event' if misspelt else 'it has no method for any event'}; "
                 f"methods are on_<event>, with the events {', '.join(EVENTS)}"
             )
         if any(inspect.iscoroutinefunction(listener) for listener in listeners.values()):

@@ -49,7 +49,6 @@ class Tree:
         *,
         host: str,
         incarnation: int,
-        changed: Callable[[str, str, str], None] = lambda _event, _sphere, _reason: None,
     ) -> None:
         self.config, self._transport, self._host = config, transport, host
         self.hub = Hub(config, CONTROL, incarnation=incarnation)
@@ -62,9 +61,10 @@ class Tree:
         self.children = Children(self.hub, environment=environment_fingerprint())
         self.spheres: dict[str, Sphere] = {}
         self.parents: dict[str, str] = {}
-        self._changed = changed
+        #: told when a child of control's joins or is lost: event, sphere, reason
+        self.changed: Callable[[str, str, str], None] = lambda _event, _sphere, _reason: None
         self._requests: dict[str, str] = {}
-        self._term = 0
+        self.term = 0
         self._open = True
         self._done: asyncio.Future[None] | None = None
         self._arrivals = asyncio.Event()
@@ -136,7 +136,7 @@ class Tree:
             path_ids=path,
             path_addresses=[self.address if p == CONTROL else self.spheres[p].member.address for p in path],
             path_incarnations=[self.hub.incarnation if p == CONTROL else self.spheres[p].incarnation for p in path],
-            term=self._term,
+            term=self.term,
         )
 
     def _add(self, request: control_pb2.EnrollSphereRequest) -> Sphere:
@@ -146,7 +146,7 @@ class Tree:
             id=name, host=request.host, zone=request.zone, address=request.address, relay=request.relay
         )
         # Across control's own restarts the term keeps incarnations rising (N1).
-        incarnation = max(before.incarnation if before else 0, self._term * 1_000_000) + 1
+        incarnation = max(before.incarnation if before else 0, self.term * 1_000_000) + 1
         sphere = Sphere(member, incarnation, request.pid, monotonic(), request.relay)
         places = {id: parent for id, parent in self.parents.items() if id != name}
         members = [s.member for s in self.spheres.values() if s.id != name]
@@ -192,18 +192,18 @@ class Tree:
 
     def _joined(self, child: Child) -> None:
         self.parents[child.id] = CONTROL
-        self._changed("sphere_joined", child.id, "")
+        self.changed("sphere_joined", child.id, "")
         self._arrivals.set()
 
     def _lost(self, child: Child, reason: str) -> None:
-        self._changed("sphere_lost", child.id, reason)
+        self.changed("sphere_lost", child.id, reason)
         self._arrivals.set()
 
     # ---- work
 
     def restart(self, term: int) -> None:
         """A new term: what spheres cached of the one before is dropped (N1)."""
-        self._term = term
+        self.term = term
 
     async def compute(self, step: int, kind: common_pb2.WorkKind.ValueType, gradient: Array | None) -> None:
         """Have one step's work done on the published weights; its sum is in ``gradient``, the rest in the hub.
@@ -211,7 +211,7 @@ class Tree:
         Raises GradientError where a task failed. Waits for as long as there is no sphere.
         """
         self._done = asyncio.get_running_loop().create_future()
-        self.hub.start(Work(self._term, step, kind), gradient)
+        self.hub.start(Work(self.term, step, kind), gradient)
         try:
             await self._done
         finally:

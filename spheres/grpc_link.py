@@ -176,7 +176,7 @@ class GrpcTransport:
         }
         generic = [grpc.method_handlers_generic_handler(SERVICE, methods)]
         if handlers.enroll is not None:
-            enroll = {"EnrollSphere": grpc.unary_unary_rpc_method_handler(_answer(handlers.enroll))}
+            enroll: dict[str, Any] = {"EnrollSphere": grpc.unary_unary_rpc_method_handler(_answer(handlers.enroll))}
             generic.append(grpc.method_handlers_generic_handler("spheres.v1.ControlService", enroll))
         server.add_generic_rpc_handlers(tuple(generic))
         if self._add_services is not None:

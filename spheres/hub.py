@@ -133,6 +133,8 @@ class Hub:
         self._capacity = self.ledger.capacity
         self._started = 0.0
         self._down_bytes = 0
+        #: payload bytes of gradients that children have sent
+        self.received_bytes = 0
 
     def __repr__(self) -> str:
         return f"Hub({self.id}, {self.work}, frontier {self.ledger.frontier}, {len(self.children)} children)"
@@ -415,6 +417,7 @@ class Hub:
             raise ProtocolError(f"{child.id}: chunk {index} of {block} came before its header")
         if crc32c(data) != chunk.crc32c:
             raise ChecksumError(f"{child.id}: chunk {index} of {block} does not fit its checksum")
+        self.received_bytes += len(data)
         if news:
             self._reducer.chunk(block, index, np.frombuffer(data, np.float32))
 
@@ -611,6 +614,10 @@ class Hub:
         if sum(1 for index in self.ledger.obligations.values() if index < self.ledger.chunks) == 1:
             self.phases.close(self.elapsed, computes=self._worker is not None)
             self.phases.write(footer.phases, self.id)
+
+    def contributors_of_all(self) -> list[tuple[Block, str]]:
+        """Return who computed which part of the step."""
+        return self.contributors(Block(0, self.ledger.total))
 
     def contributors(self, within: Block) -> list[tuple[Block, str]]:
         """Return who computed which part of a block, as far as footers have come."""

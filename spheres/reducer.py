@@ -87,10 +87,10 @@ class Reducer:
         return self.has(left, index) and self.has(right, index)
 
     def absent(self, block: Block) -> bool:
-        """Whether ``block``, of which some chunk can be summed, has no gradient at all."""
+        """Whether ``block``, of which some chunk can be summed, has no sample at all."""
         if block in self.slots:
             held = self.cache.get(block)
-            return held.array is None if held is not None else self.arrived[block].absent
+            return held.sums is None if held is not None else self.arrived[block].absent
         left, right = halves(block)
         return self.absent(left) and self.absent(right)
 

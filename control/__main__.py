@@ -1,0 +1,5 @@
+"""``python -m control`` is the ``control-cli`` command."""
+
+from control.cli import main
+
+main()

@@ -1,0 +1,194 @@
+"""Commands to a running control: ``status``, ``watch``, ``spheres``, ``pause``, ``resume``, ``stop``."""
+
+from __future__ import annotations
+
+import asyncio
+import json as json_module
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from control.cli.output import JsonFlag, VerboseFlag, console, plain, put_json, rows
+
+if TYPE_CHECKING:
+    from control.client import ControlClient
+    from spheres.v1 import control_pb2 as pb
+
+__all__ = ["AddressFlag", "RunDirFlag", "ask", "pause", "resume", "spheres", "status", "stop", "watch"]
+
+T = TypeVar("T")
+
+AddressFlag = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", envvar="ARMILLARY_ADDRESS", help="Address of control.")
+]
+RunDirFlag = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", envvar="ARMILLARY_RUN_DIR", help="Run directory that has it; none: the latest."),
+]
+
+
+def ask(address: str | None, run_dir: Path | None, question: Callable[[ControlClient], Awaitable[T]]) -> T:
+    """Return the answer of the control that the flags mean."""
+    from control.client import ControlClient
+    from control.run_dir import find
+
+    found = find(address, run_dir)
+
+    async def answer() -> T:
+        async with ControlClient(found) as client:
+            return await question(client)
+
+    return asyncio.run(answer())
+
+
+def status(
+    address: AddressFlag = None, run_dir: RunDirFlag = None, json: JsonFlag = False, verbose: VerboseFlag = 0
+) -> None:
+    """Say how the run is: step, loss, rates, where the time goes, spheres."""
+    put_run(ask(address, run_dir, lambda client: client.get_run()), json=json)
+
+
+def pause(
+    address: AddressFlag = None, run_dir: RunDirFlag = None, json: JsonFlag = False, verbose: VerboseFlag = 0
+) -> None:
+    """Finish the step in hand, then wait."""
+    put_run(ask(address, run_dir, lambda client: client.pause()), json=json, short=True)
+
+
+def resume(
+    address: AddressFlag = None, run_dir: RunDirFlag = None, json: JsonFlag = False, verbose: VerboseFlag = 0
+) -> None:
+    """Go on after a pause."""
+    put_run(ask(address, run_dir, lambda client: client.resume()), json=json, short=True)
+
+
+def stop(
+    address: AddressFlag = None,
+    run_dir: RunDirFlag = None,
+    reason: Annotated[str, typer.Option(help="For the log.")] = "control-cli stop",
+    json: JsonFlag = False,
+    verbose: VerboseFlag = 0,
+) -> None:
+    """Finish the step in hand, checkpoint, end."""
+    put_run(ask(address, run_dir, lambda client: client.stop(reason)), json=json, short=True)
+
+
+def watch(
+    address: AddressFlag = None,
+    run_dir: RunDirFlag = None,
+    after: Annotated[int, typer.Option(metavar="N", help="Number of the last event seen; 0: from now on.")] = 0,
+    json: JsonFlag = False,
+    verbose: VerboseFlag = 0,
+) -> None:
+    """Print what happens until the run is over. JSON lines with --json or where the output is no terminal."""
+    lines = json or not sys.stdout.isatty()
+
+    async def follow(client: ControlClient) -> None:
+        async for response in client.watch(after):
+            record = json_module.loads(response.record_json or "{}")
+            if lines:
+                put_json({"event_id": response.event_id, "event": response.event, **record})
+            else:
+                typer.echo(_event_line(response.event, record))
+
+    ask(address, run_dir, follow)
+
+
+def spheres(
+    address: AddressFlag = None, run_dir: RunDirFlag = None, json: JsonFlag = False, verbose: VerboseFlag = 0
+) -> None:
+    """Show the tree of spheres and what each has done."""
+    found = ask(address, run_dir, lambda client: client.spheres())
+    if json:
+        put_json([plain(sphere) for sphere in found])
+        return
+    from rich.tree import Tree
+
+    top = Tree("control")
+    branches = {"": top, "control": top}
+    waiting = list(found)
+    # parents first; who has none that is known hangs below control
+    while waiting:
+        ready = [s for s in waiting if s.parent_id in branches]
+        for sphere in ready or waiting[:1]:
+            branch = branches.get(sphere.parent_id, top)
+            branches[sphere.sphere_id] = branch.add(_sphere_line(sphere))
+            waiting.remove(sphere)
+    console().print(top, markup=False)
+
+
+def put_run(run: pb.Run, *, json: bool, short: bool = False) -> None:
+    from control.callbacks.progress import format_rate, format_value
+    from control.client import state_name
+
+    if json:
+        values = plain(run)
+        values["config"] = json_module.loads(values.pop("config_json") or "{}")
+        put_json(values)
+        return
+    state = state_name(run) + (f" ({run.reason})" if run.reason else "")
+    part = f", {run.step / run.total_steps:.0%}" if run.total_steps else ""
+    pairs: list[tuple[str, object]] = [
+        ("run", run.run_id),
+        ("state", state),
+        ("step", f"{run.step:,}/{run.total_steps:,} (epoch {run.epoch}{part})"),
+    ]
+    if not short:
+        rates = dict(run.rates)
+        texts = [
+            f"{rates.pop(f'{name}_per_second'):,.1f} {name}/s"
+            for name in ("steps", "samples")
+            if f"{name}_per_second" in rates
+        ]
+        texts += [
+            f"{format_rate(rates[f'{way}_bytes_per_second'])} {way}"
+            for way in ("up", "down")
+            if f"{way}_bytes_per_second" in rates
+        ]
+        pairs += [
+            *((name, format_value(name, value)) for name, value in sorted(run.metrics.items())),
+            ("rates", ", ".join(texts)),
+            ("time", _shares(run.phase_seconds)),
+            ("spheres", f"{run.living_spheres_count}/{run.known_spheres_count}"),
+            ("parameters", f"{run.parameters_count:,}"),
+            ("checkpoint", run.latest_checkpoint),
+            ("run directory", run.run_dir),
+        ]
+    rows([*pairs, ("error", run.error)])
+
+
+def _shares(seconds: Mapping[str, float]) -> str:
+    total = sum(seconds.values())
+    ordered = sorted(seconds.items(), key=lambda item: -item[1])
+    return (
+        ", ".join(f"{name} {value / total:.0%}" for name, value in ordered if value >= 0.005 * total) if total else ""
+    )
+
+
+def _sphere_line(sphere: pb.Sphere) -> str:
+    report = sphere.report
+    texts = [
+        f"{sphere.sphere_id} {sphere.state}",
+        f"{report.role} on {report.host}:{report.pid}" if report.host else "",
+        f"weights {report.weights_version}",
+        f"{report.samples_count:,} samples",
+        f"{report.resident_bytes / 2**20:.0f} MiB" if report.resident_bytes else "",
+        _shares(report.phase_seconds),
+        report.activity,
+    ]
+    return "  ".join(text for text in texts if text)
+
+
+def _event_line(event: str, record: Mapping[str, Any]) -> str:
+    from control.callbacks.progress import format_value
+
+    where = f"step {record['step']}: " if "step" in record else ""
+    if event in ("step", "evaluation"):
+        values = {"loss": record.get("loss"), **record.get("metrics", {})}
+        texts = [f"{name} {format_value(name, value)}" for name, value in values.items() if value is not None]
+        return where + ("evaluation " if event == "evaluation" else "") + ", ".join(texts)
+    rest = [f"{key} {value}" for key, value in record.items() if key not in ("event", "step", "time") and value != ""]
+    return f"{where}{event} {', '.join(rest)}".rstrip()

@@ -1,0 +1,204 @@
+"""``start`` and ``config show``: their flags are the keys of the configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json as json_module
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from control.cli.output import JsonFlag, VerboseFlag, console, log_to_stderr, put_json, rows
+from control.config import RunConfig, flat_paths, flatten
+from control.config_sources import Origin, allowed, help_text, load_config
+from spheres.errors import ConfigError
+
+if TYPE_CHECKING:
+    from control.train import Summary
+
+__all__ = ["WithResume", "show_config", "start"]
+
+#: first key of each part of --help
+_PANELS = {
+    "task": "What is trained",
+    "epochs": "How long",
+    "batch_size": "The arithmetic of a step",
+    "eval_every": "Evaluation",
+    "spheres": "The tree",
+    "run_dir": "What is kept and said",
+}
+
+_METAVARS = {
+    "a whole number": "N", "a number": "X", "a duration": "TIME", "a size": "SIZE", "an interval": "INTERVAL",
+    "a path": "PATH", "tables": "JSON", "name=value": "KEY=VALUE",
+}  # fmt: skip
+
+
+def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one flag for each key; those that are not given stay None, so that other sources count."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    defaults, panel = flatten(RunConfig()), ""
+    for key in flat_paths():
+        panel = _PANELS.get(key, panel)
+        name, words, default = f"--{key.replace('_', '-')}", allowed(key), defaults[key]
+        text = help_text(key)
+        if default not in (None, {}, [], ()):
+            text += f" (default {str(default).lower() if isinstance(default, bool) else default})"
+        kind: Any = str | None
+        metavar = next((m for start, m in _METAVARS.items() if words.startswith(start)), None)
+        if metavar is None and not words.startswith("a text"):
+            metavar = "|".join(re.split(r", | or ", words.removesuffix(", or none")))
+        if words.startswith("true"):
+            kind, name, metavar = bool | None, f"{name}/--no-{name[2:]}", None
+        elif key == "task_options":
+            kind, name = list[str] | None, "--task-option"
+        option = typer.Option(name, help=text, metavar=metavar, rich_help_panel=panel, show_default=False)
+        parameters.append(
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+        )
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return command
+
+
+class WithResume(TyperCommand):
+    """``--resume`` alone means the latest run; ``--resume PATH`` that one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        following = [*args[1:], "-"]
+        args = [
+            "--resume=" if a == "--resume" and b.startswith("-") else a for a, b in zip(args, following, strict=True)
+        ]
+        return super().parse_args(ctx, args)
+
+
+ConfigFlag = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", envvar="ARMILLARY_CONFIG", help="Read keys from a TOML file.")
+]
+ResumeFlag = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[PATH]",
+        envvar="ARMILLARY_RESUME",
+        help="Go on from a checkpoint: the latest, or that of a run directory or checkpoint directory.",
+    ),
+]
+
+
+@_with_flags
+def start(
+    *,
+    config: ConfigFlag = None,
+    resume: ResumeFlag = None,
+    json: JsonFlag = False,
+    verbose: VerboseFlag = 0,
+    **flags: Any,
+) -> None:
+    """Train: start control and its local spheres, and end with a summary.
+
+    Each flag is also a key of the file and, as ARMILLARY_<KEY>, of the environment.
+    A flag goes before the environment, the environment before the file.
+    """
+    # read once, when numpy is first imported: the bits of a gradient depend on the number of BLAS threads
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+        os.environ[name] = "1"
+    log_to_stderr(verbose)
+    saved = None
+    if resume is not None:
+        saved, resume, flags["run_dir"] = _resumed("" if resume == "latest" else resume, flags["run_dir"], config)
+    run_config, origins = load_config(flags, os.environ, config, saved)
+    summary = _train(run_config, origins, resume, json=json)
+    if json:
+        put_json({"event": "summary", **summary.to_dict()})
+    else:
+        _print_summary(summary.to_dict())
+    if summary.error is not None:
+        raise summary.error
+
+
+def _train(config: RunConfig, origins: dict[str, Origin], resume: str | None, *, json: bool) -> Summary:
+    import uvloop
+
+    from control.callbacks import Progress
+    from control.train import run
+
+    progress = Progress(json_lines=True if json else None)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run(config, origins=origins, resume=resume, callbacks=[progress]))
+
+
+def _resumed(resume: str, run_dir: str | None, file: Path | None) -> tuple[dict[str, Any], str, str | None]:
+    """Return the keys of the run that goes on, the checkpoint ("": its newest) and the run directory.
+
+    Of the keys, all that are not given now stay as they were.
+    """
+    from control.checkpoint import read_snapshot
+    from control.run_dir import BASE
+
+    variable = {name: value for name, value in os.environ.items() if name == "ARMILLARY_RUN_DIR"}
+    given = load_config({"run_dir": run_dir}, variable, file)[0].run_dir
+    path = Path(resume) if resume else given or BASE / "latest"
+    if (path / "run.json").exists():
+        if given is not None and given.resolve() != path.resolve():
+            raise ConfigError(
+                f"--resume {path}: a run goes on where it is, not in {given}; name one of its checkpoints"
+            )
+        config = RunConfig.from_json(json_module.dumps(json_module.loads((path / "run.json").read_text())["config"]))
+        return flatten(config), "", str(path.resolve())
+    if not resume:
+        raise ConfigError(f"no run to resume at {path}; give --run-dir DIR or --resume PATH")
+    config = RunConfig.from_json(read_snapshot(path).run.config_json)
+    home = path.resolve().parent.parent  # a copy may lie anywhere, and has none
+    return flatten(config), resume, str(given or (home if (home / "run.json").exists() else "")) or None
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    from control.callbacks.progress import format_seconds, format_value
+
+    metrics = {"loss": summary.get("loss"), **(summary.get("metrics") or {})}
+    sync, rate, spheres = (summary.get(key) for key in ("sync_fraction", "samples_per_second", "spheres"))
+    rows(
+        [
+            ("state", summary.get("state")),
+            ("steps", f"{summary['steps']:,}"),
+            ("epochs", summary.get("epochs")),
+            ("samples", f"{summary['samples']:,}"),
+            *((name, format_value(name, value)) for name, value in metrics.items() if value is not None),
+            ("time", format_seconds(summary.get("wall_seconds") or 0)),
+            ("rate", f"{rate:,.0f} samples/s" if rate else None),
+            ("in synchronisation", f"{sync:.1%}" if sync is not None else None),
+            ("spheres", len(spheres) if isinstance(spheres, list) else spheres),
+            ("weights_sha256", summary.get("weights_sha256")),
+            ("run directory", summary.get("run_dir")),
+            ("report", summary.get("report")),
+        ]
+    )
+
+
+@_with_flags
+def show_config(*, config: ConfigFlag = None, json: JsonFlag = False, verbose: VerboseFlag = 0, **flags: Any) -> None:
+    """Say what a run would be started with, and where each value comes from. Takes the flags of `start`."""
+    run_config, origins = load_config(flags, os.environ, config)
+    values = flatten(run_config)
+    if json:
+        put_json(
+            {
+                key: {"value": value, "origin": str(origins[key]), "source": origins[key].source}
+                for key, value in values.items()
+            }
+        )
+        return
+    from rich.table import Table
+
+    table = Table("key", "value", "from", box=None, pad_edge=False, header_style="bold")
+    for key, value in values.items():
+        origin = origins[key]
+        style = "dim" if origin.source == "default" else ""
+        table.add_row(key, "none" if value is None else str(value), str(origin), style=style)
+    console().print(table)

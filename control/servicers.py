@@ -1,0 +1,247 @@
+"""ControlService over gRPC: decode, hand to the controller, encode."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from control.checkpoint import CheckpointInfo
+from control.controller import Controller
+from spheres.config import manifest_to_proto
+from spheres.errors import ArmillaryError, RunStateError
+from spheres.numerics import crc32c
+from spheres.status import code_of
+from spheres.v1 import control_pb2 as pb, control_pb2_grpc
+
+__all__ = ["ControlServicer"]
+
+#: events that a watch can go back to
+_KEPT = 10_000
+
+
+class ControlServicer(control_pb2_grpc.ControlServiceServicer):
+    """Mutable state: the latest events, and the answers of calls that may be retried."""
+
+    def __init__(self) -> None:
+        self._controller: Controller | None = None
+        self._events: deque[tuple[int, float, Mapping[str, Any]]] = deque(maxlen=_KEPT)
+        self._last = 0
+        self._news = asyncio.Event()
+        self._answers: dict[str, CheckpointInfo] = {}
+        self._over = False
+
+    def attach(self, controller: Controller) -> None:
+        """Serve this run."""
+        self._controller = controller
+        controller.publish = self.add
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Note an event for the watchers."""
+        self._last += 1
+        self._events.append((self._last, time.time(), record))
+        self._news.set()
+
+    def close(self) -> None:
+        """End the watches once they have had every event."""
+        self._over = True
+        self._news.set()
+
+    async def EnrollSphere(self, request: pb.EnrollSphereRequest, context: Any) -> pb.EnrollSphereResponse:
+        controller = await self._ready(context)
+        try:
+            return controller.tree.grant(request)
+        except ArmillaryError as error:
+            await context.abort(*code_of(error))
+            raise
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:
+        return pb.GetRunResponse(run=self._run(await self._ready(context)))
+
+    async def WatchRun(self, request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
+        await self._ready(context)
+        seen = request.after_event_id or self._last
+        if self._events and seen + 1 < self._events[0][0]:
+            await context.abort(
+                grpc.StatusCode.OUT_OF_RANGE, f"events before {self._events[0][0]} are in the journal only"
+            )
+        while True:
+            self._news.clear()
+            first = self._events[0][0] if self._events else self._last + 1
+            if seen + 1 < first:
+                await context.abort(grpc.StatusCode.OUT_OF_RANGE, "the watch was too slow; read the journal")
+            for index in range(max(0, seen + 1 - first), len(self._events)):
+                number, when, record = self._events[index]
+                response = pb.WatchRunResponse(
+                    event_id=number, event=str(record["event"]), record_json=json.dumps(record)
+                )
+                response.time.FromNanoseconds(int(when * 1e9))
+                yield response
+                seen = number
+            if seen < self._last:
+                continue
+            if self._over:
+                return
+            await self._news.wait()
+
+    async def PauseRun(self, request: pb.PauseRunRequest, context: Any) -> pb.PauseRunResponse:
+        controller = await self._alive(context)
+        controller.pause()
+        return pb.PauseRunResponse(run=self._run(controller))
+
+    async def ResumeRun(self, request: pb.ResumeRunRequest, context: Any) -> pb.ResumeRunResponse:
+        controller = await self._alive(context)
+        controller.resume()
+        return pb.ResumeRunResponse(run=self._run(controller))
+
+    async def StopRun(self, request: pb.StopRunRequest, context: Any) -> pb.StopRunResponse:
+        controller = await self._ready(context)
+        controller.request_stop(request.reason or "stopped by request")
+        return pb.StopRunResponse(run=self._run(controller))
+
+    async def ListSpheres(self, request: pb.ListSpheresRequest, context: Any) -> pb.ListSpheresResponse:
+        tree = (await self._ready(context)).tree
+        names = sorted(tree.spheres, key=lambda name: (len(name), name))
+        start, stop, token = await _page(request, len(names), context)
+        spheres = []
+        for name in names[start:stop]:
+            sphere = pb.Sphere(
+                sphere_id=name,
+                state=tree.state_of(name),
+                parent_id=tree.parents.get(name, ""),
+                zone=tree.spheres[name].member.zone,
+            )
+            found = tree.report_of(name)
+            if found is not None:
+                sphere.report.CopyFrom(found[1])
+                sphere.parent_id = found[1].parent_id or sphere.parent_id
+                sphere.report_age.FromNanoseconds(int(found[0] * 1e9))
+            spheres.append(sphere)
+        return pb.ListSpheresResponse(spheres=spheres, next_page_token=token)
+
+    async def CreateCheckpoint(self, request: pb.CreateCheckpointRequest, context: Any) -> pb.CreateCheckpointResponse:
+        info = self._answers.get(request.request_id) if request.request_id else None
+        if info is None:
+            controller = await self._alive(context)
+            info = await _or_abort(controller.save(), context)
+            if request.request_id:
+                self._answers[request.request_id] = info
+        return pb.CreateCheckpointResponse(checkpoint=_checkpoint(info))
+
+    async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Any) -> pb.ListCheckpointsResponse:
+        infos = await asyncio.to_thread((await self._ready(context)).checkpoints.list)
+        start, stop, token = await _page(request, len(infos), context)
+        return pb.ListCheckpointsResponse(
+            checkpoints=[_checkpoint(info) for info in infos[start:stop]], next_page_token=token
+        )
+
+    async def RestoreCheckpoint(
+        self, request: pb.RestoreCheckpointRequest, context: Any
+    ) -> pb.RestoreCheckpointResponse:
+        controller = await self._alive(context)
+        await _or_abort(controller.restore(request.name or None), context)
+        return pb.RestoreCheckpointResponse(run=self._run(controller))
+
+    async def DownloadWeights(
+        self, request: pb.DownloadWeightsRequest, context: Any
+    ) -> AsyncIterator[pb.DownloadWeightsResponse]:
+        controller = await self._ready(context)
+        weights, node = controller.tree.hub.weights, controller.node
+        version, sha256 = weights.version, controller.weights_sha256
+        yield pb.DownloadWeightsResponse(manifest=manifest_to_proto(node.manifest), weights_version=version)
+        for index in range(node.chunk_count):
+            if weights.version != version or not weights.complete:
+                await context.abort(grpc.StatusCode.ABORTED, "a new version overtook the download; call again")
+            head, data = weights.chunk(index)
+            payload = bytes(data)
+            yield pb.DownloadWeightsResponse(
+                offset_bytes=head.offset_bytes, crc32c=crc32c(payload), data=payload
+            )
+        yield pb.DownloadWeightsResponse(weights_sha256=sha256)
+
+    async def _ready(self, context: Any) -> Controller:
+        if self._controller is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "control is starting; try again")
+            raise AssertionError("abort raises")
+        return self._controller
+
+    async def _alive(self, context: Any) -> Controller:
+        controller = await self._ready(context)
+        if controller.state.ended:
+            await context.abort(*code_of(RunStateError(f"the run is {controller.state}")))
+        return controller
+
+    def _run(self, c: Controller) -> pb.Run:
+        seconds, steps = c.totals["seconds"], c.totals["steps"]
+        rates = {}
+        if seconds:
+            rates = {
+                "steps_per_second": steps / seconds,
+                "weight_updates_per_second": steps / seconds,
+                "samples_per_second": c.totals["samples"] / seconds,
+                "up_bytes_per_second": c.totals["up_bytes"] / seconds,
+                "down_bytes_per_second": c.totals["down_bytes"] / seconds,
+                "sync_fraction": 1 - c.totals["compute"] / seconds,
+            }
+        run = pb.Run(
+            run_id=c.run_id,
+            term=c.tree.term,
+            state=pb.RunState.Value(f"RUN_STATE_{c.state.value.upper()}"),
+            reason=c.reason,
+            step=c.step,
+            total_steps=c.total_steps,
+            epoch=c.epoch,
+            steps_per_epoch=c.node.sampler.steps_per_epoch,
+            samples_count=c.samples,
+            metrics=c.metrics,
+            weights_version=max(0, c.tree.hub.weights.version),
+            weights_digest=c.tree.hub.weights.digest,
+            living_spheres_count=c.living_spheres,
+            known_spheres_count=len(c.tree.spheres),
+            rates=rates,
+            phase_seconds=c.phase_seconds,
+            config_json=c.config.to_json(),
+            latest_checkpoint=c.latest_checkpoint.path if c.latest_checkpoint else "",
+            run_dir=str(c.run_dir.resolve()),
+            error=str(c.error or ""),
+            parameters_count=c.node.manifest.parameters,
+            best_value=c.best_value,
+        )
+        run.start_time.FromNanoseconds(int(c.start_time * 1e9))
+        return run
+
+
+async def _or_abort(work: Any, context: Any) -> Any:
+    try:
+        return await work
+    except ArmillaryError as error:
+        await context.abort(*code_of(error))
+
+
+async def _page(request: Any, count: int, context: Any) -> tuple[int, int, str]:
+    """Return where a page starts and stops, and the next token."""
+    if request.page_token and not request.page_token.isdecimal():
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "page_token is not one of an answer before")
+    start = int(request.page_token or 0)
+    stop = start + (request.page_size or 1000)
+    return start, stop, str(stop) if stop < count else ""
+
+
+def _checkpoint(info: CheckpointInfo) -> pb.Checkpoint:
+    message = pb.Checkpoint(
+        name=info.name,
+        step=info.step,
+        size_bytes=info.size_bytes,
+        weights_sha256=info.weights_sha256,
+        path=info.path,
+        metrics=dict(info.metrics),
+        best=info.best,
+    )
+    message.create_time.FromDatetime(info.create_time)
+    return message

@@ -1,0 +1,5 @@
+"""``python -m spheres`` is the ``sphere`` command."""
+
+from spheres.cli import main
+
+main()
