@@ -1,1 +1,1 @@
-"""placeholder"""
+"""The library of a node: the tree, its streams, the canonical sums, and what a task is."""

@@ -1,1 +1,1 @@
-"""placeholder"""
+"""What tests and benchmarks need: a network in memory, a synthetic task."""
