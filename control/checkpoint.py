@@ -246,8 +246,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "callbacks": sorted(run.callback_states),
         "config": _json(run.config_json),
         "files": [
-            {"name": file.name, "size_bytes": file.size_bytes, "records": file.records_count}
-            for file in manifest.files
+            {"name": file.name, "size_bytes": file.size_bytes, "records": file.records_count} for file in manifest.files
         ],
     }
 

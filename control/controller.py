@@ -268,9 +268,7 @@ class Controller:
         """Mean, clip, optimizer, new version. Nothing is changed before the sum is known to be finite (N16)."""
         manifest, weights, gradient = self.node.manifest, self._hub.weights, self._gradient
         config = self.config
-        decision = prepare(
-            manifest, gradient, sums.count, clip_norm=config.clip_norm, clip_value=config.clip_value
-        )
+        decision = prepare(manifest, gradient, sums.count, clip_norm=config.clip_norm, clip_value=config.clip_value)
         if not decision.finite:
             raise GradientError(f"the summed gradient of step {step} is not finite")
         rate = learning_rate(config.schedule, config.learning_rate, step, self.total_steps)

@@ -12,9 +12,9 @@ from pathlib import Path
 __all__ = ["LocalSpheres"]
 
 #: BLAS and OpenMP read these once, when numpy is first imported
-SINGLE_THREAD = {
-    name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-}
+SINGLE_THREAD = dict.fromkeys(
+    ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
+)
 
 
 class LocalSpheres:

@@ -1,6 +1,6 @@
 """The same training in one plain loop: no tree, no gRPC, no threads. The oracle of the tests, and a place for breakpoints.
 
-    from control.reference import reference; reference(task, config)
+from control.reference import reference; reference(task, config)
 """
 
 from __future__ import annotations

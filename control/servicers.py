@@ -18,7 +18,8 @@ from spheres.config import manifest_to_proto
 from spheres.errors import ArmillaryError, RunStateError
 from spheres.numerics import crc32c
 from spheres.status import code_of
-from spheres.v1 import control_pb2 as pb, control_pb2_grpc
+from spheres.v1 import control_pb2 as pb
+from spheres.v1 import control_pb2_grpc
 
 __all__ = ["ControlServicer"]
 
@@ -160,9 +161,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
                 await context.abort(grpc.StatusCode.ABORTED, "a new version overtook the download; call again")
             head, data = weights.chunk(index)
             payload = bytes(data)
-            yield pb.DownloadWeightsResponse(
-                offset_bytes=head.offset_bytes, crc32c=crc32c(payload), data=payload
-            )
+            yield pb.DownloadWeightsResponse(offset_bytes=head.offset_bytes, crc32c=crc32c(payload), data=payload)
         yield pb.DownloadWeightsResponse(weights_sha256=sha256)
 
     async def _ready(self, context: Any) -> Controller:

@@ -149,7 +149,9 @@ def read_manifest(store: Store, name: str) -> tuple[CheckpointManifest, int]:
     if manifest.format_version > FORMAT_VERSION:
         raise NewerFormatError(
             store.location(name),
-            Problem(_MANIFEST, None, f"has format version {manifest.format_version}, this release reads {FORMAT_VERSION}"),
+            Problem(
+                _MANIFEST, None, f"has format version {manifest.format_version}, this release reads {FORMAT_VERSION}"
+            ),
             "use the release that saved it, or a newer one",
         )
     with _broken_at(store, name, _MANIFEST):
@@ -272,9 +274,7 @@ def _read_spheres(store: Store, name: str, manifest: CheckpointManifest) -> list
     raise AssertionError("unreachable: _broken_at always raises")  # for mypy: a context manager may swallow
 
 
-def _read_control(
-    store: Store, name: str, manifest: CheckpointManifest, buffers: dict[str, Array] | None
-) -> RunRecord:
+def _read_control(store: Store, name: str, manifest: CheckpointManifest, buffers: dict[str, Array] | None) -> RunRecord:
     """Read control's file through. ``buffers`` None: check only, and keep one record in memory at a time."""
     run = RunRecord()
     with _records(store, name, manifest, _CONTROL) as records:

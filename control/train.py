@@ -1,7 +1,7 @@
 """A whole run, from configuration to summary: what ``control-cli start`` does, for Python.
 
-    from control.train import train
-    train(MyTask(), epochs=3, spheres=2)
+from control.train import train
+train(MyTask(), epochs=3, spheres=2)
 """
 
 from __future__ import annotations
@@ -173,9 +173,7 @@ async def _run(
     directory.write_address(tree.address)
     servicer.attach(controller)
     tree.restart(term)
-    local = LocalSpheres(
-        tree.address, directory.path / "logs", orphan_timeout=config.orphan_timeout, verbose=verbose
-    )
+    local = LocalSpheres(tree.address, directory.path / "logs", orphan_timeout=config.orphan_timeout, verbose=verbose)
     with _signals(controller):
         try:
             await local.start(config.spheres)

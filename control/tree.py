@@ -15,7 +15,8 @@ from spheres.environment import environment_fingerprint
 from spheres.errors import DecodeError, GradientError, RefusedError, VersionMismatchError
 from spheres.hub import Array, Child, Hub, Work
 from spheres.transport import Handlers, Listener, Transport
-from spheres.v1 import common_pb2, control_pb2, work_pb2 as pb
+from spheres.v1 import common_pb2, control_pb2
+from spheres.v1 import work_pb2 as pb
 
 __all__ = ["Sphere", "Tree"]
 
@@ -142,9 +143,7 @@ class Tree:
     def _add(self, request: control_pb2.EnrollSphereRequest) -> Sphere:
         before = self.spheres.get(request.sphere_id) if request.sphere_id else None
         name = request.sphere_id or self._new_id()
-        member = Member(
-            id=name, host=request.host, zone=request.zone, address=request.address, relay=request.relay
-        )
+        member = Member(id=name, host=request.host, zone=request.zone, address=request.address, relay=request.relay)
         # Across control's own restarts the term keeps incarnations rising (N1).
         incarnation = max(before.incarnation if before else 0, self.term * 1_000_000) + 1
         sphere = Sphere(member, incarnation, request.pid, monotonic(), request.relay)

@@ -24,7 +24,8 @@ from spheres.frames import decode
 from spheres.hub import Child, Hub
 from spheres.outbox import Outbox
 from spheres.transport import Link
-from spheres.v1 import common_pb2, work_pb2 as pb
+from spheres.v1 import common_pb2
+from spheres.v1 import work_pb2 as pb
 
 __all__ = ["Children"]
 
@@ -179,5 +180,3 @@ class Children:
                     self.reports[report.sphere_id] = (now, report)
                     self._unsent.setdefault(report.sphere_id)
             await link.send(pb.HeartbeatResponse(sent_nanos=message.sent_nanos).SerializeToString())
-
-

@@ -69,9 +69,7 @@ class NodeConfig:
 
     @cached_property
     def sampler(self) -> Sampler:
-        return Sampler(
-            seed=self.seed, size=self.train_size, batch_size=self.batch_size, microbatches=self.microbatches
-        )
+        return Sampler(seed=self.seed, size=self.train_size, batch_size=self.batch_size, microbatches=self.microbatches)
 
     def to_proto(self) -> control_pb2.SphereConfiguration:
         message = control_pb2.SphereConfiguration(

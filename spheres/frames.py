@@ -33,9 +33,7 @@ def decode(kind: type[Message], data: bytes) -> Message:
         raise DecodeError(f"{len(data)} bytes that are no {kind.DESCRIPTOR.name}: {error}") from None
 
 
-def encode_with_chunk(
-    message: pb.WorkRequest | pb.WorkResponse, chunk: pb.Chunk, data: memoryview | bytes
-) -> bytes:
+def encode_with_chunk(message: pb.WorkRequest | pb.WorkResponse, chunk: pb.Chunk, data: memoryview | bytes) -> bytes:
     """Return ``message`` with its field 15 set to ``chunk`` holding ``data``: one copy of the data instead of five.
 
     ``message`` must not have field 15 set, nor ``chunk`` its data; the bytes are those that protobuf would make.

@@ -25,7 +25,8 @@ from spheres.outbox import Outbox
 from spheres.phases import PhaseTimes
 from spheres.reducer import Held, Reducer
 from spheres.task import Sums
-from spheres.v1 import common_pb2, work_pb2 as pb
+from spheres.v1 import common_pb2
+from spheres.v1 import work_pb2 as pb
 from spheres.weights import Weights
 from spheres.worker import Failure, Unit, Worker
 
@@ -207,7 +208,9 @@ class Hub:
             self._do(self.ledger.begin(message.begin.attempt, message.begin.from_chunk))
         if message.HasField("assign") and not message.HasField("weights_header"):
             assign = message.assign
-            self._try(lambda: self._do(self.ledger.assign(assign.attempt, assign.from_chunk, self._owed(assign, tag.kind))))
+            self._try(
+                lambda: self._do(self.ledger.assign(assign.attempt, assign.from_chunk, self._owed(assign, tag.kind)))
+            )
         if message.HasField("weights_chunk"):
             self.weights.put(message.weights_chunk)
             self._wake_children()

@@ -363,7 +363,7 @@ class Ledger:
         return [SendReady(self.attempt, tuple(held), idle)]
 
     def _take(self, blocks: Sequence[Block]) -> list[Action]:
-        self.obligations = {block: self.from_chunk for block in blocks}
+        self.obligations = dict.fromkeys(blocks, self.from_chunk)
         self.assigned = True
         self.allowed = self.from_chunk + self.window - 1
         return [] if self.waiting is not None else self._give()

@@ -12,12 +12,21 @@ from dataclasses import dataclass
 from time import monotonic, monotonic_ns, perf_counter
 
 from spheres.config import PROTOCOL_VERSION
-from spheres.errors import ArmillaryError, FingerprintError, LinkClosedError, ProtocolError, RefusedError
-from spheres.errors import UnreachableError, VersionMismatchError, WrongRunError
+from spheres.errors import (
+    ArmillaryError,
+    FingerprintError,
+    LinkClosedError,
+    ProtocolError,
+    RefusedError,
+    UnreachableError,
+    VersionMismatchError,
+    WrongRunError,
+)
 from spheres.frames import blocks_to, decode
 from spheres.hub import Hub, Outgoing
 from spheres.transport import Link, Rpc, Transport
-from spheres.v1 import common_pb2, work_pb2 as pb
+from spheres.v1 import common_pb2
+from spheres.v1 import work_pb2 as pb
 
 __all__ = ["Fingerprints", "Parent"]
 
@@ -234,5 +243,3 @@ async def _first_end(tasks: Sequence[asyncio.Future[None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
-
-

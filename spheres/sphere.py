@@ -24,7 +24,8 @@ from spheres.hub import Hub
 from spheres.parent import Fingerprints, Parent
 from spheres.task import Task, data_fingerprint, load_task, task_fingerprint
 from spheres.transport import Handlers, Link, Transport
-from spheres.v1 import common_pb2, control_pb2, work_pb2 as pb
+from spheres.v1 import common_pb2, control_pb2
+from spheres.v1 import work_pb2 as pb
 from spheres.worker import Worker
 
 __all__ = ["Sphere", "SphereOptions"]
@@ -160,7 +161,9 @@ class Sphere:
         if found.data != config.data_fingerprint:
             raise FingerprintError(f"the data of task {config.task!r} differ from control's; copy the same data here")
         if self._task.size("train") != config.train_size:
-            raise TaskError(f"task {config.task!r} has {self._task.size('train')} samples, control's {config.train_size}")
+            raise TaskError(
+                f"task {config.task!r} has {self._task.size('train')} samples, control's {config.train_size}"
+            )
         return found
 
     async def _work(self, link: Link) -> None:

@@ -59,7 +59,9 @@ class Clock:
         return self.now
 
 
-def train(registry: CallbackRegistry, run: FakeRun, steps: range, clock: Clock | None = None, seconds: float = 0.01) -> None:
+def train(
+    registry: CallbackRegistry, run: FakeRun, steps: range, clock: Clock | None = None, seconds: float = 0.01
+) -> None:
     """Emit what a controller would."""
     registry.emit(Event("train_start", run.step, 0), run)
     for step in steps:

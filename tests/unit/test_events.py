@@ -123,7 +123,9 @@ def test_a_callback_may_unregister_itself_while_an_event_is_under_way() -> None:
     assert heard == ["once", "always", "always"]
 
 
-def test_an_exception_reaches_no_other_callback_and_is_logged_counted_and_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_exception_reaches_no_other_callback_and_is_logged_counted_and_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     heard: list[Any] = []
     registry = CallbackRegistry()
     registry.register(Raises())
