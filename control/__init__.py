@@ -1,4 +1,4 @@
-"""The application on top of ``spheres``: a run with its optimizer, journal and checkpoints, and the commands around it."""
+"""The application on top of ``spheres``: a run with optimizer, journal, checkpoints, and the commands around it."""
 
 import os
 

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,7 +134,7 @@ class Checkpoints:
             logger.warning("passed over: checkpoint %s holds weights that are not finite", candidate)
         raise CheckpointError(f"no good checkpoint in {self._store.location('')}; {self._available()}")
 
-    def _names(self) -> list[str]:
+    def _names(self) -> Sequence[str]:
         try:
             names = [name for name in self._store.names() if _NAME.fullmatch(name)]
         except OSError as error:

@@ -250,7 +250,7 @@ class Controller:
             record["replayed"] = True
             if recorded != record["weights_digest"]:
                 raise CheckpointError(
-                    f"step {step} was done again and gave weights {record['weights_digest']}, the journal has {recorded}"
+                    f"step {step} done again gave weights {record['weights_digest']}, the journal has {recorded}"
                 )
         self._journal.append(record)
         self.step += 1

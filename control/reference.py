@@ -1,4 +1,4 @@
-"""The same training in one plain loop: no tree, no gRPC, no threads. The oracle of the tests, and a place for breakpoints.
+"""The same training in one plain loop: no tree, no gRPC, no threads. The oracle of the tests; put breakpoints here.
 
 from control.reference import reference; reference(task, config)
 """

@@ -112,7 +112,7 @@ async def run(
     if resume is None:
         directory = RunDirectory.create(config.run_dir, config.task)
     else:
-        path = config.run_dir or (Path(resume).resolve().parent.parent if resume else None)
+        path = config.run_dir or (Path(resume).absolute().parent.parent if resume else None)
         directory = RunDirectory.open(path)
     try:
         checkpoints = Checkpoints(directory.path / "checkpoints", keep=config.keep, keep_every=config.keep_every)

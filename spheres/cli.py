@@ -13,7 +13,7 @@ from spheres.errors import ArmillaryError, GradientError
 
 __all__ = ["main"]
 
-EXIT_CODES = """exit codes: 0 the run is over or the sphere was told to go; 2 wrong flags or a port in use; 3 the task cannot
+EXIT_CODES = """exit codes: 0 the run is over, or told to go; 2 wrong flags or a port in use; 3 the task cannot
 be loaded or its data are missing; 5 control or the run refused, or nobody answered for --orphan-timeout"""
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     except ArmillaryError as error:
         if options.verbose or isinstance(error, GradientError):
             logging.getLogger(__name__).error("%s", error, exc_info=error)
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130

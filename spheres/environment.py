@@ -7,6 +7,7 @@ import hashlib
 import platform
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def resident_bytes() -> tuple[int, int]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak_bytes = peak if sys.platform == "darwin" else peak * 1024
     try:
-        with open("/proc/self/statm") as file:
+        with Path("/proc/self/statm").open() as file:
             return int(file.read().split()[1]) * resource.getpagesize(), peak_bytes
     except OSError:
         return peak_bytes, peak_bytes

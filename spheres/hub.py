@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from time import perf_counter
 
 import numpy as np
@@ -311,7 +312,7 @@ class Hub:
     def _owed(self, assign: pb.Assign, kind: common_pb2.WorkKind.ValueType) -> list[Block]:
         """Check what the parent asks for: canonical blocks that do not overlap (N3)."""
         blocks = sorted(self._canonical(assign.blocks, kind))
-        for before, after in zip(blocks, blocks[1:], strict=False):
+        for before, after in pairwise(blocks):
             if before.hi > after.lo:
                 raise ProtocolError(f"assigned blocks {before} and {after} overlap")
         return blocks

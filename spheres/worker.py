@@ -37,7 +37,7 @@ def limit_threads() -> int:
 
     Returns the number of libraries found.
     """
-    global _limiter
+    global _limiter  # noqa: PLW0603 - the limit lasts as long as this object
     from threadpoolctl import ThreadpoolController
 
     controller = ThreadpoolController()
@@ -173,7 +173,7 @@ class Worker:
 
         try:
             return block(unit.block)
-        except Exception as error:  # the task's own code: anything can come out of it
+        except Exception as error:  # noqa: BLE001 - the task's own code: anything can come out of it
             if unit.cancelled:
                 return None  # it read weights that were being replaced (N14): what it says means nothing
             return self._failure(unit, index, error)
