@@ -365,7 +365,7 @@ class Controller:
         )
         if best and value is not None:
             self.best_value, self.best_step = value, self.step
-        record = {"step": self.step, "epoch": self.node.sampler.epoch_of(self.step - 1), "loss": loss}
+        record: dict[str, Any] = {"step": self.step, "epoch": self.node.sampler.epoch_of(self.step - 1), "loss": loss}
         record |= {"metrics": metrics, "samples": sums.count, "seconds": perf_counter() - began, "best": best}
         self._tell("evaluation", record)
 

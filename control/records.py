@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from typing import BinaryIO, Literal
 
 import crc32c as _crc32c
-import numpy as np
-import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from spheres.errors import CheckpointError
@@ -50,7 +48,7 @@ class RecordWriter:
         self.checksum = 0
         self.count = 0
 
-    def write(self, field: Field, data: bytes | npt.NDArray[np.uint8], checksum: int | None = None) -> None:
+    def write(self, field: Field, data: bytes | memoryview, checksum: int | None = None) -> None:
         """Write one record; ``checksum`` is the CRC-32C of ``data`` where the caller knows it already."""
         # Encoded here and not by protobuf, which would copy each chunk three times. crc32c is field 1, a fixed32.
         if len(data) > _LARGEST_RECORD - 64:

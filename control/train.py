@@ -112,7 +112,7 @@ async def run(
     if resume is None:
         directory = RunDirectory.create(config.run_dir, config.task)
     else:
-        path = config.run_dir or (Path(resume).absolute().parent.parent if resume else None)
+        path = config.run_dir or _run_of(resume)
         directory = RunDirectory.open(path)
     try:
         checkpoints = Checkpoints(directory.path / "checkpoints", keep=config.keep, keep_every=config.keep_every)
@@ -294,3 +294,8 @@ def _add_standard_services(server: grpc.aio.Server) -> None:
     services = [d.services_by_name.values() for d in (control_pb2.DESCRIPTOR, work_pb2.DESCRIPTOR)]
     names = [service.full_name for found in services for service in found]
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+
+
+def _run_of(checkpoint: str) -> Path | None:
+    """Return the run directory that holds a checkpoint; None for the latest run."""
+    return Path(checkpoint).absolute().parent.parent if checkpoint else None

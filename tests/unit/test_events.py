@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -13,7 +13,7 @@ from spheres.errors import ConfigError
 
 class StillRun:
     run_id, state, step, total_steps, epoch = "r", RunState.RUNNING, 3, 10, 0
-    metrics: dict[str, float] = {}
+    metrics: ClassVar[dict[str, float]] = {}
     config = RunConfig()
     run_dir = Path("run")
     living_spheres = 2
