@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grpc.aio
-
 from control.callbacks import configured
 from control.checkpoint import Checkpoints
 from control.config import RunConfig, compare_identity, identity
@@ -30,6 +28,7 @@ from control.journal import EventLog, Journal
 from control.launcher import LocalSpheres
 from control.report import write_report
 from control.run_dir import RunDirectory
+from control.server import add_services
 from control.servicers import ControlServicer
 from control.snapshot import Snapshot
 from control.tree import Tree
@@ -38,7 +37,6 @@ from spheres.environment import tune_malloc
 from spheres.errors import ArmillaryError, ConfigError
 from spheres.grpc_link import GrpcTransport
 from spheres.task import Task, load_task
-from spheres.v1 import control_pb2, control_pb2_grpc, work_pb2
 
 __all__ = ["Summary", "run", "train"]
 
@@ -146,11 +144,8 @@ async def _run(
         registry.register(callback)
     servicer = ControlServicer()
 
-    def add_services(server: grpc.aio.Server) -> None:
-        control_pb2_grpc.add_ControlServiceServicer_to_server(servicer, server)
-        _add_standard_services(server)
-
-    tree = Tree(node, GrpcTransport(add_services), host=socket.gethostname(), incarnation=term)
+    transport = GrpcTransport(lambda server: add_services(server, servicer))
+    tree = Tree(node, transport, host=socket.gethostname(), incarnation=term)
     journal, events = Journal(directory.path / "journal.jsonl"), EventLog(directory.path / "events.jsonl")
     controller = Controller(
         config,
@@ -282,18 +277,6 @@ def _signals(controller: Controller) -> Any:
     finally:
         for sign in signs:
             loop.remove_signal_handler(sign)
-
-
-def _add_standard_services(server: grpc.aio.Server) -> None:
-    from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-    from grpc_reflection.v1alpha import reflection
-
-    servicer = health.aio.HealthServicer()
-    servicer._server_status[""] = health_pb2.HealthCheckResponse.SERVING
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    services = [d.services_by_name.values() for d in (control_pb2.DESCRIPTOR, work_pb2.DESCRIPTOR)]
-    names = [service.full_name for found in services for service in found]
-    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
 
 
 def _run_of(checkpoint: str) -> Path | None:

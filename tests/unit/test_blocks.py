@@ -34,12 +34,12 @@ def test_canonical_is_exactly_the_tree(total: int) -> None:
 @given(totals)
 def test_halves_of_a_node_are_nodes_that_meet(total: int) -> None:
     for block in tree(total):
-        if block.count > 1:
+        if block.width > 1:
             left, right = halves(block)
             assert (left.lo, left.hi, right.hi) == (block.lo, right.lo, block.hi)
             assert is_canonical(left, total)
             assert is_canonical(right, total)
-            assert left.count >= right.count >= 1
+            assert left.width >= right.width >= 1
 
 
 @pytest.mark.parametrize(
