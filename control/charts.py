@@ -1,4 +1,4 @@
-"""Charts as SVG text: lines, stacked areas and a tree. Pure: numbers in, text out; no style sheet of its own."""
+"""Charts as HTML text, a legend and a drawing in SVG: lines, stacked areas, a tree; and the style that they need."""
 
 from __future__ import annotations
 
@@ -7,13 +7,35 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["COLORS", "Series", "downsample", "line_chart", "stacked_chart", "ticks", "tree_chart"]
+__all__ = [
+    "COLORS",
+    "STYLE",
+    "Series",
+    "downsample",
+    "legend",
+    "line_chart",
+    "short",
+    "stacked_chart",
+    "ticks",
+    "tree_chart",
+]
 
-#: told apart by people who see red and green alike (Okabe and Ito), dark ones first
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a7a7a", "#b8a800")
+#: told apart by people who see red and green alike (Okabe and Ito), then some more
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a7a7a", "#b8a800", "#882255", "#3f51b5")
+
+#: letters of drawings shrink with them: on a small screen they start larger
+STYLE = """
+svg{display:block;width:100%;height:auto;margin:0 auto;font-family:inherit}
+.grid{stroke:#e9ecef}.axis{stroke:#9aa5b1}.tick{font-size:11px;fill:#616e7c}.label{font-size:11.5px;fill:#3d4852}
+.edge{fill:none;stroke:#b8c2cc;stroke-width:1.5}
+.node{font-size:13px;font-weight:600;fill:#fff}.note{font-size:10px;font-weight:400;fill:#fff;fill-opacity:.9}
+.key{margin:0 0 10px;font-size:12.5px;color:#3d4852}.key span{margin-right:16px;white-space:nowrap}
+.key i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px}
+@media(max-width:660px){.tick,.label{font-size:17px}}
+"""
 
 WIDTH, HEIGHT = 620, 280
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 30, 40
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 30, 40
 
 Point = tuple[float, float]
 
@@ -42,14 +64,38 @@ def downsample(points: Sequence[Point], limit: int = 400) -> list[Point]:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Return round numbers within ``[low, high]``, about ``count`` of them."""
-    span = high - low
-    if not span > 0:
+    if not high - low > 0:
         return [low]
-    raw = span / count
+    step = _step(high - low, count)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def short(value: float) -> str:
+    """Return a number in few characters, as an axis has room for."""
+    for least, unit, sign in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / unit:.4g} {sign}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def legend(entries: Mapping[str, str]) -> str:
+    """Return names with their colours, which wrap where a line is short."""
+    named = [(escape(name.replace("_", " ")), color) for name, color in entries.items()]
+    shown = "".join(f'<span><i style="background:{color}"></i>{name}</span>' for name, color in named)
+    return f'<p class="key">{shown}</p>'
+
+
+def _step(span: float, count: int = 5) -> float:
+    raw = max(span / count, 1e-300)  # nothing smaller has a logarithm everywhere
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round((first + i) * step, 12) for i in range(int((high - first * step) / step + 1e-9) + 1)]
+    return next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
+
+
+def _outward(low: float, high: float) -> tuple[float, float]:
+    """Return the range up to the next ticks, so that the highest and lowest values can be read."""
+    step = _step(high - low)
+    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +114,7 @@ class _Frame:
     def down(self, y: float) -> float:
         return HEIGHT - BOTTOM - (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1) * (HEIGHT - TOP - BOTTOM)
 
-    def draw(self, body: Sequence[str], *, y_label: str, y_text: Callable[[float], str], legend: Sequence[str]) -> str:
+    def draw(self, body: Sequence[str], *, y_label: str, y_text: Callable[[float], str]) -> str:
         parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} over steps">']
         for y in ticks(*self.y):
             place = self.down(y)
@@ -86,7 +132,7 @@ class _Frame:
         middle = (LEFT + WIDTH - RIGHT) / 2
         parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">step</text>')
         parts.append(f'<text class="label" x="6" y="14">{escape(y_label)}</text>')
-        return "".join([*parts, *legend, "</svg>"])
+        return "".join([*parts, "</svg>"])
 
 
 def line_chart(
@@ -94,7 +140,7 @@ def line_chart(
     *,
     y_label: str,
     y_range: tuple[float | None, float | None] = (None, None),
-    y_text: Callable[[float], str] = lambda y: f"{y:g}",
+    y_text: Callable[[float], str] = short,
 ) -> str:
     """Return lines over steps. ``y_range``: bounds that the axis has at least; None: from the data."""
     series = [s for s in series if s.points]
@@ -108,6 +154,7 @@ def line_chart(
     high = max([*values, *([] if y_range[1] is None else [y_range[1]])])
     if low == high:
         low, high = (low - 0.5 * abs(low or 1), high + 0.5 * abs(high or 1))
+    low, high = _outward(low, high)
     frame = _Frame(_x_range([s.points for s in series]), (low, high))
     body = []
     for s in series:
@@ -126,9 +173,8 @@ def line_chart(
                     f'stroke="{s.color}" stroke-width="1.6">'
                     f"<title>step {x:,.0f}: {y_text(y)}</title></circle>"
                 )
-    clear_series = [(s.name, s.color) for s in series if not s.faint]
-    legend = _legend(clear_series) if len(clear_series) > 1 else []
-    return frame.draw(body, y_label=y_label, y_text=y_text, legend=legend)
+    named = {s.name: s.color for s in series if not s.faint}
+    return (legend(named) if len(named) > 1 else "") + frame.draw(body, y_label=y_label, y_text=y_text)
 
 
 def stacked_chart(
@@ -140,7 +186,7 @@ def stacked_chart(
         return ""
     tops = [math.fsum(values) for values in zip(*layers.values(), strict=True)]
     # one slow step (a checkpoint, a lost sphere) must not flatten all others
-    high = min(max(tops), 1.6 * sorted(tops)[int(0.95 * (len(tops) - 1))]) or 1.0
+    _, high = _outward(0.0, min(max(tops), 1.6 * sorted(tops)[int(0.95 * (len(tops) - 1))]) or 1.0)
     if len(x) == 1:  # an area needs two edges
         x, layers = [x[0] - 0.4, x[0] + 0.4], {name: [values[0]] * 2 for name, values in layers.items()}
     frame = _Frame(_x_range([[(value, 0.0) for value in x]]), (0.0, high))
@@ -151,11 +197,10 @@ def stacked_chart(
         edge += [frame.at(a, min(y, high)) for a, y in zip(reversed(x), reversed(below), strict=True)]
         body.append(
             f'<polygon points="{" ".join(edge)}" fill="{colors[name]}" fill-opacity="0.85">'
-            f"<title>{escape(name)}</title></polygon>"
+            f"<title>{escape(name.replace('_', ' '))}</title></polygon>"
         )
         below = above
-    legend = _legend([(name, colors[name]) for name in layers])
-    return frame.draw(body, y_label=y_label, y_text=lambda y: f"{y:g}", legend=legend)
+    return legend({name: colors[name] for name in layers}) + frame.draw(body, y_label=y_label, y_text=short)
 
 
 def tree_chart(parents: Mapping[str, str], *, colors: Mapping[str, str], notes: Mapping[str, str]) -> str:
@@ -201,7 +246,8 @@ def tree_chart(parents: Mapping[str, str], *, colors: Mapping[str, str], notes: 
             f"{escape(node)}{shown}</text>"
         )
     return (
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px" role="img" '
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px;min-width:{0.6 * width:.0f}px" '
+        f'role="img" '
         f'aria-label="tree of spheres">{"".join(edges + nodes)}</svg>'
     )
 
@@ -227,16 +273,7 @@ def _natural(name: str) -> tuple[str, int]:
 
 def _x_range(lines: Sequence[Sequence[Point]]) -> tuple[float, float]:
     xs = [x for points in lines for x, _ in points]
-    return (min(xs), max(xs)) if max(xs) - min(xs) >= 1 else (min(xs) - 1, max(xs) + 1)
-
-
-def _legend(entries: Sequence[tuple[str, str]]) -> list[str]:
-    """Return the legend from the right end of the top line."""
-    parts, x = [], float(WIDTH - RIGHT)
-    for name, color in reversed(entries):
-        x -= 6.4 * len(name)
-        parts.append(f'<text class="legend" x="{x:.0f}" y="14">{escape(name)}</text>')
-        x -= 14
-        parts.append(f'<rect x="{x:.0f}" y="6" width="9" height="9" rx="2" fill="{color}"/>')
-        x -= 12
-    return parts
+    low, high = min(xs), max(xs)
+    if high - low < 1:
+        return low - 1, high + 1
+    return (0.0 if 0 <= low < 0.05 * high else low), high  # means of several steps begin a little after the first

@@ -22,6 +22,7 @@ from control.snapshot import (
     find_problems,
     read_files,
     read_manifest,
+    read_term,
     write_files,
 )
 from control.store import Fault, LocalStore, Store
@@ -44,6 +45,8 @@ class CheckpointInfo:
     name: str
     path: str
     step: int
+    #: in which it was saved; one that was saved again after a restore belongs to the later (N1)
+    term: int
     size_bytes: int
     create_time: datetime
     weights_sha256: str
@@ -91,29 +94,27 @@ class Checkpoints:
             raise CheckpointError(
                 f"cannot save checkpoint {self._store.location(name)}: {error.strerror or error}; older ones stand"
             ) from error
-        info = self._info(name, manifest, size)
+        info = self._info(name, manifest, size, snapshot.run.term)
         try:
             self._retain(info)
-        except OSError as error:
-            logger.warning("cannot remove an old checkpoint of %r: %s", self._store, error.strerror or error)
+        except (OSError, CheckpointError) as error:
+            logger.warning("cannot remove an old checkpoint of %r: %s", self._store, error)
         return info
 
     def list(self) -> list[CheckpointInfo]:
-        """Return what has a valid manifest, the highest step first. The other files are not looked at."""
-        infos = []
-        for name in self._names():
-            try:
-                infos.append(self._info(name, *read_manifest(self._store, name)))
-            except CheckpointError as error:
-                logger.debug("not listed: %s", error)
-        return infos
+        """Return what can be told from manifest and first record, the newest first. Other bytes are not looked at.
+
+        Newest is by term, then by step: after a restore to an earlier step, with another total perhaps, those saved
+        since go before the higher steps that were left behind.
+        """
+        return [info for _, info in self._entries() if info is not None]
 
     def load(self, name: str | Path | None = None) -> Snapshot:
         """Return a snapshot, every byte of it checked. Raises CheckpointError.
 
-        None is the highest step that verifies and is finite; each one passed over is logged as a warning. One of a
-        newer format is not passed over: it is good, and going back behind it would be a loss. A string is the name of
-        a checkpoint of this run; a path may lead anywhere.
+        None is the newest that verifies and is finite; each one passed over is logged as a warning. One of a newer
+        format is not passed over: it is good, and going back behind it would be a loss. A string is the name of a
+        checkpoint of this run; a path may lead anywhere.
         """
         if isinstance(name, Path):
             return read_snapshot(name)
@@ -121,7 +122,7 @@ class Checkpoints:
             if name not in self._names():
                 raise CheckpointError(f"no checkpoint {name!r} in {self._store.location('')}; {self._available()}")
             return read_files(self._store, name)
-        for candidate in self._names():
+        for candidate, _ in self._entries():
             try:
                 snapshot = read_files(self._store, candidate)
             except NewerFormatError:
@@ -133,6 +134,21 @@ class Checkpoints:
                 return snapshot
             logger.warning("passed over: checkpoint %s holds weights that are not finite", candidate)
         raise CheckpointError(f"no good checkpoint in {self._store.location('')}; {self._available()}")
+
+    def _entries(self) -> Sequence[tuple[str, CheckpointInfo | None]]:
+        """Return all names, the newest first; with None where it cannot be told what is there."""
+        entries: list[tuple[str, CheckpointInfo | None]] = []
+        for name in self._names():
+            try:
+                info = self._info(name, *read_manifest(self._store, name), read_term(self._store, name))
+            except CheckpointError as error:
+                logger.debug("not listed: %s", error)
+                entries.append((name, None))
+            else:
+                entries.append((name, info))
+        # what is broken counts as of the latest term: nobody is to wonder why it was not taken
+        latest = max((info.term for _, info in entries if info is not None), default=0)
+        return sorted(entries, key=lambda entry: latest if entry[1] is None else entry[1].term, reverse=True)
 
     def _names(self) -> Sequence[str]:
         try:
@@ -147,11 +163,12 @@ class Checkpoints:
         names = [info.name for info in self.list()]
         return f"there are {', '.join(names)}" if names else "start without --resume, or name another run's"
 
-    def _info(self, name: str, manifest: CheckpointManifest, size: int) -> CheckpointInfo:
+    def _info(self, name: str, manifest: CheckpointManifest, size: int, term: int) -> CheckpointInfo:
         return CheckpointInfo(
             name=name,
             path=self._store.location(name),
             step=manifest.step,
+            term=term,
             size_bytes=size,
             create_time=manifest.create_time.ToDatetime(UTC),
             weights_sha256=manifest.weights_sha256,
@@ -162,7 +179,6 @@ class Checkpoints:
 
     def _retain(self, saved: CheckpointInfo) -> None:
         infos = self.list()
-        # After a restore to an earlier step the one just saved is not among the highest: it is kept for itself.
         kept = {saved.name, *(info.name for info in infos[: self._keep])}
         kept |= {info.name for info in infos if self._keep_every and info.step % self._keep_every == 0}
         # each was the best of all before it, so the last of them is the best

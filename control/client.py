@@ -98,6 +98,7 @@ class ControlClient:
         Raises UnreachableError after ``patience`` seconds of no answer, at once where there never was one;
         RunStateError where the events in between are no longer kept.
         """
+        await self.get_run()  # an address where nobody is fails here, not after ``patience``
         loop = asyncio.get_running_loop()
         last, over, lost_at = after_event_id, False, None
         while True:
@@ -116,7 +117,7 @@ class ControlClient:
                     ) from error
                 lost_at = lost_at or loop.time()
                 late = loop.time() - lost_at > patience
-                if error.code() != grpc.StatusCode.UNAVAILABLE or late or last == after_event_id == 0:
+                if error.code() != grpc.StatusCode.UNAVAILABLE or late:
                     raise self._meant(error) from error
             finally:
                 call.cancel()

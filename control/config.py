@@ -48,7 +48,13 @@ Interval = Annotated[
 
 class _Model(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        arbitrary_types_allowed=True,
+        use_attribute_docstrings=True,
+        # --help asks for names and ranges only, and must not wait for validators
+        defer_build=True,
     )
 
     @model_validator(mode="before")
@@ -157,8 +163,8 @@ class RunConfig(_Model):
     """fixed parts that a step's samples are cut into, whatever the number of spheres"""
     learning_rate: float = Field(0.1, ge=0)
     """base learning rate, on the mean gradient"""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     clip_norm: float | None = Field(None, gt=0)
     """highest global norm of the mean gradient"""
     clip_value: float | None = Field(None, gt=0)

@@ -20,15 +20,15 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from control.config import SUB_MODELS, RunConfig, flat_paths, flatten
-from control.units import Every
+from control.units import Every, format_duration, format_size
 from spheres.errors import ConfigError
 
-__all__ = ["PREFIX", "Origin", "allowed", "help_text", "load_config"]
+__all__ = ["PREFIX", "Origin", "allowed", "default_text", "help_text", "load_config"]
 
 PREFIX = "ARMILLARY_"
 
-#: read by the commands themselves, or by spheres that share the environment
-_OTHER_VARIABLES = frozenset({"ADDRESS", "ADVERTISE", "CONFIG", "CONTROL", "RELAY", "RESUME", "ZONE"})
+#: read by the commands themselves, by tasks, or by spheres that share the environment
+_OTHER_VARIABLES = frozenset({"ADDRESS", "ADVERTISE", "CONFIG", "CONTROL", "DATA", "RELAY", "RESUME", "ZONE"})
 # Kubernetes sets these for each service whose name begins with "armillary"
 _SERVICE_VARIABLE = re.compile(r"(.*_)?(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_\d+_(TCP|UDP)(_.*)?)?)")
 
@@ -95,11 +95,23 @@ def help_text(key: str) -> str:
     return (_field(key).description or "").strip()
 
 
+def default_text(key: str) -> str:
+    """Return a flat key's default as one would type it; empty where it has none."""
+    field = _field(key)
+    value = field.default
+    if value in (None, ()) or field.default_factory is not None:
+        return ""
+    parsers = _parsers(_unwrapped(field)[1])
+    if "parse_duration" in parsers:
+        return format_duration(value)
+    return format_size(value) if "parse_size" in parsers else _text(value)
+
+
 def allowed(key: str) -> str:
     """Return in words which values a flat key takes."""
     field = _field(key)
     kind, metadata, nullable = _unwrapped(field)
-    parsers = {getattr(getattr(item, "func", None), "__name__", "") for item in metadata}
+    parsers = _parsers(metadata)
     if get_origin(kind) is Literal:
         *names, last = map(str, get_args(kind))
         text = f"{', '.join(names)} or {last}" if names else last
@@ -286,6 +298,10 @@ def _field(key: str) -> FieldInfo:
     path = flat_paths()[key]
     fields = RunConfig.model_fields if len(path) == 1 else SUB_MODELS[path[0]][0].model_fields
     return fields[path[-1]]
+
+
+def _parsers(metadata: list[Any]) -> set[str]:
+    return {getattr(getattr(item, "func", None), "__name__", "") for item in metadata}
 
 
 def _unwrapped(field: FieldInfo) -> tuple[Any, list[Any], bool]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -53,10 +54,10 @@ class Event:
             [epoch_start]                   # at the first step of an epoch
             batch_start
             ...                             # weights go down, gradients come up and are summed
-            gradient_sync                   # the step is sealed: its mean gradient is whole
-            ...                             # clip, optimizer
+            ...                             # the step is sealed; mean, clipping, optimizer
+            gradient_sync                   # the record has the norm of the mean gradient
+            ...                             # the step's record is written to the journal, and on disk
             weight_update                   # weights_version is one higher
-            ...                             # the step's record is on disk in the journal
             batch_end                       # record = the journal's record of the step
             [epoch_end]                     # after the last step of an epoch
             [checkpoint]                    # where one was due or asked for
@@ -139,6 +140,8 @@ class CallbackRegistry:
         self._on_error = on_error
         #: exceptions that callbacks have raised
         self.error_count = 0
+        #: hears the record of each; its owner sets it
+        self.on_failure: Callable[[Mapping[str, Any]], None] = lambda _: None
         # mutable: token -> (name, callback), and per event (token, listener) in order
         self._callbacks: dict[int, tuple[str, Callback]] = {}
         self._listeners: dict[str, tuple[tuple[int, Listener], ...]] = {}
@@ -206,14 +209,31 @@ class CallbackRegistry:
             raise first from first.__cause__
 
     def states(self) -> dict[str, Any]:
-        """Return name -> state of the callbacks that have one, for a checkpoint."""
-        return {name: callback.state_dict() for name, callback in self._stateful()}
+        """Return name -> state of the callbacks that have one, for a checkpoint; one that fails is left out."""
+        states: dict[str, Any] = {}
+        for name, callback in self._stateful():
+            try:
+                state = callback.state_dict()
+                json.dumps(state)
+            except Exception as error:  # noqa: BLE001 - somebody else's code
+                self._no_state(name, error)
+            else:
+                states[name] = state
+        return states
 
     def restore(self, states: Mapping[str, Any]) -> None:
         """Hand back what ``states`` returned. A callback that is new, or gone, is passed over."""
         for name, callback in self._stateful():
             if name in states:
-                callback.load_state_dict(states[name])
+                try:
+                    callback.load_state_dict(states[name])
+                except Exception as error:  # noqa: BLE001 - somebody else's code
+                    self._no_state(name, error)
+
+    def _no_state(self, name: str, error: Exception) -> None:
+        self.error_count += 1
+        log.error("the state of callback %s is no part of the checkpoint", name, exc_info=error)
+        self.on_failure({"callback": name, "during": "checkpoint", "error": f"{type(error).__name__}: {error}"})
 
     def _stateful(self) -> list[tuple[str, Callback]]:
         return [item for item in self._callbacks.values() if hasattr(item[1], "state_dict")]
@@ -228,6 +248,7 @@ class CallbackRegistry:
             return failure  # a listener of errors that fails is not told of its own failure
         record = {"event": "error", "callback": name, "during": event.name, "error": str(failure)}
         report = Event("error", event.step, event.epoch, record)
+        self.on_failure(record)
         for other, listener in self._listeners.get("error", ()):
             if other == token:
                 continue

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from control.config import RunConfig
 from spheres.config import NodeConfig
 from spheres.errors import ConfigError, TaskError
-from spheres.task import Task, data_fingerprint, task_fingerprint
+from spheres.task import Task, data_fingerprint, described, split_size, task_fingerprint
 from spheres.tensors import Manifest
 
 __all__ = ["initial_weights", "node_config"]
@@ -23,7 +23,7 @@ def initial_weights(task: Task, config: RunConfig) -> tuple[Manifest, npt.NDArra
     try:
         arrays = task.init_weights(np.random.Generator(np.random.Philox(key=config.seed)))
     except Exception as error:
-        raise TaskError(f"init_weights() raised {type(error).__name__}: {error}") from error
+        raise TaskError(f"init_weights() raised {described(error)}") from error
     manifest = Manifest.of(arrays)
     if config.init_from is not None:
         from control.weights_file import read_safetensors
@@ -41,7 +41,7 @@ def initial_weights(task: Task, config: RunConfig) -> tuple[Manifest, npt.NDArra
 
 def node_config(task: Task, config: RunConfig, manifest: Manifest, *, run_id: str) -> NodeConfig:
     """Return what every node of the run must know. Raises TaskError where there is nothing to train on."""
-    train_size = task.size("train")
+    train_size = split_size(task, "train")
     if train_size < 1:
         raise TaskError(f"task {config.task!r} has no samples in its train split")
     return NodeConfig(
@@ -54,7 +54,7 @@ def node_config(task: Task, config: RunConfig, manifest: Manifest, *, run_id: st
         microbatches=config.microbatches,
         evaluation_microbatches=config.eval_microbatches,
         train_size=train_size,
-        test_size=task.size("test"),
+        test_size=split_size(task, "test"),
         chunk_bytes=config.chunk_bytes,
         window=config.window,
         task_fingerprint=task_fingerprint(task, config.task, config.task_options),

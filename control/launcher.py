@@ -7,33 +7,75 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["LocalSpheres"]
+__all__ = ["Ended", "LocalSpheres"]
 
 #: BLAS and OpenMP read these once, when numpy is first imported
 SINGLE_THREAD = dict.fromkeys(
     ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
 )
+#: seconds that spheres have to end by themselves, after a signal, and after SIGKILL
+_GRACE_SECONDS = (1.0, 5.0, 5.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A process that ended: its exit code (negative: the signal), and what it said of an error."""
+
+    name: str
+    code: int
+    log: Path
+    error: str
+
+    def __str__(self) -> str:
+        how = f"exit code {self.code}" if self.code >= 0 else f"{signal.Signals(-self.code).name}"
+        return f"{self.name} has ended ({how}){f': {self.error}' if self.error else ''}; its log is {self.log}"
 
 
 class LocalSpheres:
     """Mutable state: the processes. Each writes its log to ``logs/`` of the run directory."""
 
-    def __init__(self, address: str, logs: Path, *, orphan_timeout: float, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        address: str,
+        logs: Path,
+        *,
+        orphan_timeout: float,
+        ended: Callable[[Ended], None],
+        path: Sequence[str] = (),
+        verbose: bool = False,
+    ) -> None:
         self._address, self._logs = address, logs
         self._orphan_timeout, self._verbose = orphan_timeout, verbose
-        self.processes: list[asyncio.subprocess.Process] = []
+        # told of every process that ends before it was told to
+        self._ended = ended
+        # folders that spheres import from, besides the working directory
+        self._path = path
+        self._processes: list[asyncio.subprocess.Process] = []
+        self._watchers: list[asyncio.Task[None]] = []
+        self._closing = False
+
+    @property
+    def living(self) -> int:
+        return sum(1 for process in self._processes if process.returncode is None)
 
     async def start(self, count: int) -> None:
         """Start ``count`` spheres."""
-        self._logs.mkdir(exist_ok=True)
+        if count:
+            self._logs.mkdir(exist_ok=True)
+        environment = {**os.environ, **SINGLE_THREAD}
+        if self._path:
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*self._path, os.environ.get("PYTHONPATH")]))
         for number in range(1, count + 1):
             command = [sys.executable, "-m", "spheres", "start", "--control", self._address]
             command += ["--orphan-timeout", f"{self._orphan_timeout:g}"]
             if self._verbose:
                 command.append("--verbose")
-            with (self._logs / f"sphere-{number}.log").open("ab") as log:
+            path = self._logs / f"sphere-{number}.log"
+            with path.open("ab") as log:
                 # A session of its own: Ctrl+C reaches control alone, which ends the spheres in order.
                 process = await asyncio.create_subprocess_exec(
                     *command,
@@ -41,24 +83,44 @@ class LocalSpheres:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    env={**os.environ, **SINGLE_THREAD},
+                    env=environment,
                 )
-            self.processes.append(process)
+            self._processes.append(process)
+            self._watchers.append(asyncio.create_task(self._watch(process, f"local sphere {number}", path)))
 
-    async def watch(self) -> int:
-        """Wait until all processes have ended; return the first exit code that is not 0."""
-        codes = await asyncio.gather(*(process.wait() for process in self.processes))
-        return next((code for code in codes if code), 0)
+    async def _watch(self, process: asyncio.subprocess.Process, name: str, path: Path) -> None:
+        code = await process.wait()
+        if not self._closing:
+            self._ended(Ended(name, code, path, _last_error(path)))
 
-    async def aclose(self, grace: float = 5.0) -> None:
-        """End what still lives: a signal, then ``grace`` seconds, then SIGKILL."""
-        living = [p for p in self.processes if p.returncode is None]
-        for sign, seconds in ((None, 1.0), (signal.SIGTERM, grace), (signal.SIGKILL, grace)):
-            for process in living:
+    def expect_end(self) -> None:
+        """The run is over: whoever ends from now on was told to."""
+        self._closing = True
+
+    def kill(self) -> None:
+        """End all at once."""
+        for process in self._processes:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+
+    async def aclose(self) -> None:
+        """End what still lives: some time, then SIGTERM, then SIGKILL."""
+        self.expect_end()
+        for sign, seconds in zip((None, signal.SIGTERM, signal.SIGKILL), _GRACE_SECONDS, strict=True):
+            for process in self._processes:
                 if sign is not None and process.returncode is None:
                     with contextlib.suppress(ProcessLookupError):
                         process.send_signal(sign)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await asyncio.gather(*(process.wait() for process in living))
-                    return
+            _, pending = await asyncio.wait(self._watchers, timeout=seconds) if self._watchers else (set(), set())
+            if not pending:
+                return
+
+
+def _last_error(path: Path) -> str:
+    """Return the error with which a sphere's command ended, "" where it said none."""
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - 4096))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("error: ") if lines and lines[-1].startswith("error: ") else ""

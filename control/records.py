@@ -1,6 +1,6 @@
 """The framing of checkpoint files: length-delimited CheckpointRecord messages, each with its checksum.
 
-What records mean and in which order they come is in ``control.checkpoint``.
+What records mean and in which order they come is in ``control.snapshot``.
 """
 
 from __future__ import annotations

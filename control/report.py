@@ -1,6 +1,6 @@
 """``report.html`` of a finished run: one file with its figures, charts and tree, without scripts or outside links.
 
-It reads journal.jsonl, events.jsonl and summary.json of the run directory, and nothing else.
+It reads journal.jsonl, events.jsonl, summary.json and run.json of the run directory, and nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from control.charts import COLORS, Point, Series, downsample, line_chart, stacked_chart, tree_chart
+from control import charts
+from control.charts import COLORS, Point, Series
+from control.store import atomic_file
 from spheres.errors import ConfigError
 
 __all__ = ["write_report"]
@@ -22,23 +24,28 @@ __all__ = ["write_report"]
 PHASES = ("compute", "sum", "send_up", "send_down", "wait", "optimizer", "journal")
 #: parts of a run that one chart tells apart
 BUCKETS = 240
+#: what of a step's record is shown; the rest of a long journal would not fit into memory
+KEYS = ("step", "loss", "metrics", "learning_rate", "gradient", "batch_samples", "seconds", "phases", "spheres")
 ROLES = {"control": "#3d4852", "leaf": "#0072b2", "inner": "#00795a", "relay": "#a8541f"}
 
 
 def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` from what the run left, also of a run that failed, and return its path.
 
-    Raises ConfigError where the directory holds no run.
+    Raises ConfigError where the directory holds no run, or cannot be written.
     """
     steps = _steps(run_dir / "journal.jsonl")
     events = list(_records(run_dir / "events.jsonl"))
     summary = next(_records(run_dir / "summary.json", whole=True), {})
     if not steps and not summary:
         raise ConfigError(f"{run_dir} holds no run: there is neither journal.jsonl nor summary.json in it")
+    config = next(_records(run_dir / "run.json", whole=True), {}).get("config") or {}
     path = run_dir / "report.html"
-    fresh = path.with_suffix(".html.tmp")
-    fresh.write_text(_page(run_dir.name, steps, events, summary), encoding="utf-8")
-    fresh.replace(path)
+    try:
+        with atomic_file(path) as file:
+            file.write(_page(run_dir.name, steps, events, summary, config).encode())
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
     return path
 
 
@@ -58,16 +65,25 @@ def _records(path: Path, *, whole: bool = False) -> Iterator[dict[str, Any]]:
 
 def _steps(path: Path) -> list[dict[str, Any]]:
     """Return one record per step, in order: of a step that was done again, the last."""
-    latest = {record["step"]: record for record in _records(path) if record.get("event", "step") == "step"}
+    latest: dict[int, dict[str, Any]] = {}
+    for record in _records(path):
+        if record.get("event") == "forget":
+            latest = {step: kept for step, kept in latest.items() if step < record["from_step"]}
+        elif isinstance(record.get("step"), int):
+            latest[record["step"]] = {key: record[key] for key in KEYS if key in record}
     return [latest[step] for step in sorted(latest)]
 
 
 def _page(
-    name: str, steps: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+    name: str,
+    steps: Sequence[Mapping[str, Any]],
+    events: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    config: Mapping[str, Any],
 ) -> str:
     evaluations = {r["step"]: r for r in events if r.get("event") == "evaluation"}
     ordered = [evaluations[step] for step in sorted(evaluations)]
-    charts = [
+    drawn = [
         ("Loss", _learning_chart(steps, ordered, "loss")),
         *((_title(metric), _learning_chart(steps, ordered, metric)) for metric in _metric_names(steps, ordered)),
         ("Where the time of a step goes, mean over the spheres", _time_chart(steps)),
@@ -75,19 +91,22 @@ def _page(
         ("Throughput", _throughput_chart(steps)),
         ("Learning rate", _single_chart(steps, ("learning_rate",), "learning rate", COLORS[4])),
     ]
-    spheres = _spheres(summary)
+    parents = summary.get("tree") or {}
+    spheres = _spheres(summary, parents)
     parts = [
-        _header(name, summary),
+        _header(name, summary, config),
         _cards(summary),
         '<div class="charts">',
-        *(f"<section><h2>{escape(title)}</h2>{chart}</section>" for title, chart in charts if chart),
+        *(f"<section><h2>{escape(title)}</h2>{chart}</section>" for title, chart in drawn if chart),
         "</div>",
-        _tree(summary, spheres),
+        _tree(parents, spheres),
         _sphere_table(spheres),
         _event_table(events),
     ]
     return _SHELL.format(
-        title=escape(f"Run {summary.get('run_id', name)}"), style=_STYLE, body="\n".join(p for p in parts if p)
+        title=escape(f"Run {summary.get('run_id', name)}"),
+        style=charts.STYLE + _STYLE,
+        body="\n".join(p for p in parts if p),
     )
 
 
@@ -97,7 +116,7 @@ def _page(
 def _value(record: Mapping[str, Any], *keys: str) -> float | None:
     found: Any = record
     for key in keys:
-        found = found.get(key) if isinstance(found, Mapping) else None
+        found = found.get(key) if isinstance(found, dict) else None
     return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
 
@@ -114,15 +133,15 @@ def _learning_chart(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Ma
     keys = ("loss",) if name == "loss" else ("metrics", name)
     train = _points(steps, *keys)
     percent = "accuracy" in name
-    return line_chart(
+    return charts.line_chart(
         [
-            Series("per step", downsample(train, 700), COLORS[0], faint=True),
+            Series("per step", charts.downsample(train, 700), COLORS[0], faint=True),
             Series("training", _smooth(train), COLORS[0]),
             Series("test", _points(evaluations, *keys), COLORS[1], marks=True),
         ],
         y_label=name,
         y_range=(None, 1.0) if percent else (0.0, None),
-        y_text=(lambda y: f"{y * 100:.4g} %") if percent else (lambda y: f"{y:.4g}"),
+        y_text=(lambda y: f"{y * 100:.4g} %") if percent else charts.short,
     )
 
 
@@ -134,24 +153,20 @@ def _smooth(points: Sequence[Point]) -> list[Point]:
     for i, (x, _) in enumerate(points):
         reach = min(half, i, len(points) - 1 - i)
         smooth.append((x, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
-    return downsample(smooth)
+    return charts.downsample(smooth)
 
 
 def _single_chart(steps: Sequence[Mapping[str, Any]], keys: tuple[str, ...], label: str, color: str) -> str:
     points = _points(steps, *keys)
-    return line_chart([Series(label, downsample(points), color)], y_label=label, y_range=(0.0, None))
+    return charts.line_chart([Series(label, charts.downsample(points), color)], y_label=label, y_range=(0.0, None))
 
 
 def _throughput_chart(steps: Sequence[Mapping[str, Any]]) -> str:
     pairs = [(r["step"], _value(r, "batch_samples"), _value(r, "seconds", "step")) for r in steps]
     buckets = _buckets([(s, n, t) for s, n, t in pairs if n is not None and t])
     points = [(float(part[-1][0]), sum(n for _, n, _ in part) / sum(t for _, _, t in part)) for part in buckets]
-    return line_chart(
-        [Series("samples/s", points, COLORS[2])],
-        y_label="samples per second",
-        y_range=(0.0, None),
-        y_text=lambda y: f"{y:,.0f}",
-    )
+    series = [Series("samples/s", points, COLORS[2])]
+    return charts.line_chart(series, y_label="samples per second", y_range=(0.0, None))
 
 
 def _time_chart(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -161,7 +176,7 @@ def _time_chart(steps: Sequence[Mapping[str, Any]]) -> str:
     buckets = _buckets(list(zip(steps, rows, strict=True)))
     x = [float(part[-1][0]["step"]) for part in buckets]
     layers = {n: [1000 * sum(row.get(n, 0.0) for _, row in part) / len(part) for part in buckets] for n in colors}
-    return stacked_chart(x, layers, colors, y_label="milliseconds")
+    return charts.stacked_chart(x, layers, colors, y_label="milliseconds")
 
 
 def _phase_seconds(record: Mapping[str, Any]) -> dict[str, float]:
@@ -172,9 +187,10 @@ def _phase_seconds(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _phase_colors(rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    seen = dict.fromkeys(name for row in rows for name in row)
+    seen = dict.fromkeys(name for row in rows for name, value in row.items() if value)
     names = [n for n in PHASES if n in seen] + [n for n in seen if n not in PHASES]
-    return {name: COLORS[(PHASES.index(name) if name in PHASES else i) % len(COLORS)] for i, name in enumerate(names)}
+    order = [*PHASES, *(name for name in names if name not in PHASES)]
+    return {name: COLORS[order.index(name) % len(COLORS)] for name in names}
 
 
 def _buckets(items: Sequence[Any]) -> list[Sequence[Any]]:
@@ -185,30 +201,36 @@ def _buckets(items: Sequence[Any]) -> list[Sequence[Any]]:
 # --- the rest of the page
 
 
-def _header(name: str, summary: Mapping[str, Any]) -> str:
+def _header(name: str, summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     state = str(summary.get("state", "unfinished"))
-    error = f'<p class="error">{escape(str(summary["error"]))}</p>' if summary.get("error") else ""
     shown = f'<span class="state {escape(state)}">{escape(state)}</span>'
-    return f"<h1>Run {escape(str(summary.get('run_id', name)))} {shown}</h1>{error}"
+    named = {key: value.get("name", "") if isinstance(value, Mapping) else value for key, value in config.items()}
+    keys = ("task", "optimizer", "learning_rate", "batch_size", "microbatches", "seed")
+    texts = [f"{key.replace('_', ' ')} <b>{escape(str(named[key]))}</b>" for key in keys if key in named]
+    error, reason = summary.get("error"), summary.get("reason")
+    parts = [
+        f"<h1>Run {escape(str(summary.get('run_id') or name))} {shown}</h1>",
+        f'<p class="config">{" · ".join(texts)}</p>' if texts else "",
+        f'<p class="error">{escape(str(error))}</p>' if error else "",
+        f'<p class="reason">{escape(str(reason))}</p>' if reason and reason != error else "",
+    ]
+    return "".join(parts)
 
 
 def _cards(summary: Mapping[str, Any]) -> str:
     metrics = summary.get("metrics") or {}
     shown = [
-        (name, _percent(value) if "accuracy" in name else _number(value))
+        (name, _percent(value) if "accuracy" in name else _brief(value))
         for name, value in metrics.items()
         if name != "loss"
     ]
-    shown += [
-        ("loss", _number(summary.get("loss"))),
-        ("steps", _number(summary.get("steps"))),
-        ("epochs", _number(summary.get("epochs"))),
-        ("samples", _number(summary.get("samples"))),
-        ("samples/s", _number(summary.get("samples_per_second"))),
-        ("seconds", _number(summary.get("wall_seconds"))),
-        ("in synchronisation", _percent(summary.get("sync_fraction"))),
-    ]
-    cards = "".join(f"<div><b>{value}</b><span>{escape(label)}</span></div>" for label, value in shown if value)
+    labels = {"wall_seconds": "seconds", "samples_per_second": "samples/s"}
+    keys = ("loss", "steps", "epochs", "samples", "samples_per_second", "wall_seconds")
+    shown += [(labels.get(key, key), _brief(summary.get(key))) for key in keys]
+    shown.append(("synchronising", _percent(summary.get("sync_fraction"))))
+    cards = "".join(
+        f"<div><b>{value}</b><span>{escape(label.replace('_', ' '))}</span></div>" for label, value in shown if value
+    )
     digest = summary.get("weights_sha256")
     below = f'<p class="digest">SHA-256 of the weights <code>{escape(str(digest))}</code></p>' if digest else ""
     return f'<div class="cards">{cards}</div>{below}' if cards else ""
@@ -220,30 +242,33 @@ def _number(value: object) -> str:
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
 
 
+def _brief(value: object) -> str:
+    return charts.short(value) if isinstance(value, int | float) and abs(value) >= 1e6 else _number(value)
+
+
 def _percent(value: object) -> str:
     return f"{value * 100:.4g} %" if isinstance(value, int | float) else ""
 
 
-def _spheres(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    spheres = summary.get("spheres")
-    return [s for s in spheres if isinstance(s, Mapping)] if isinstance(spheres, list) else []
+def _spheres(summary: Mapping[str, Any], parents: Mapping[str, str]) -> list[Mapping[str, Any]]:
+    """Return the spheres with the role that the tree says: their own reports may be missing, or older than it."""
+    found = summary.get("spheres")
+    inner = set(parents.values())
+    return [
+        {**s, "role": "relay" if s.get("role") == "relay" else "inner" if s["id"] in inner else "leaf"}
+        for s in (found if isinstance(found, list) else [])
+    ]
 
 
-def _tree(summary: Mapping[str, Any], spheres: Sequence[Mapping[str, Any]]) -> str:
-    parents = summary.get("tree") or {s["id"]: s.get("parent") or "control" for s in spheres}
+def _tree(parents: Mapping[str, str], spheres: Sequence[Mapping[str, Any]]) -> str:
     if not parents:
         return ""
-    roles = {s["id"]: str(s.get("role") or "leaf") for s in spheres}
-    inner = set(parents.values())
-    colors = {"control": ROLES["control"]}
-    for node in parents:
-        # summaries of failed runs may know a tree but no reports
-        colors[node] = ROLES.get(roles.get(node, "inner" if node in inner else "leaf"), ROLES["leaf"])
+    roles = {s["id"]: s["role"] for s in spheres}
+    colors = {node: ROLES[roles.get(node, "leaf")] for node in parents} | {"control": ROLES["control"]}
     notes = {s["id"]: f"{_number(s.get('samples'))} samples" for s in spheres if s.get("samples") is not None}
-    used = [role for role in ROLES if ROLES[role] in colors.values()]
-    legend = "".join(f'<span><i style="background:{ROLES[role]}"></i>{role}</span>' for role in used)
-    drawing = tree_chart(parents, colors=colors, notes=notes)
-    return f'<section class="wide"><h2>Tree</h2><p class="key">{legend}</p>{drawing}</section>'
+    used = {role: color for role, color in ROLES.items() if color in colors.values()}
+    drawing = charts.tree_chart(parents, colors=colors, notes=notes)
+    return f'<section class="wide"><h2>Tree</h2>{charts.legend(used)}{drawing}</section>'
 
 
 def _sphere_table(spheres: Sequence[Mapping[str, Any]]) -> str:
@@ -270,16 +295,20 @@ def _sphere_table(spheres: Sequence[Mapping[str, Any]]) -> str:
         )
     numbers_head = "".join(f'<th class="number">{name}' for name in ("microbatches", "samples", "seconds"))
     head = f"<th>sphere<th>parent<th>role<th>host{numbers_head}<th>by phase"
-    legend = "".join(f'<span><i style="background:{color}"></i>{escape(name)}</span>' for name, color in colors.items())
     return (
-        f'<section class="wide"><h2>Spheres</h2><p class="key">{legend}</p>'
+        f'<section class="wide"><h2>Spheres</h2>{charts.legend(colors)}'
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></section>"
     )
 
 
 def _event_table(events: Sequence[Mapping[str, Any]]) -> str:
     """List what is out of the ordinary: lost spheres, failed checkpoints, errors."""
-    odd = [e for e in events if e.get("event") in ("sphere_lost", "error") or e.get("ok") is False]
+    odd, over = [], False
+    for e in events:
+        if e.get("event") == "state":
+            over = e.get("state") in ("completed", "stopped", "error")
+        elif e.get("event") == "error" or e.get("ok") is False or (e.get("event") == "sphere_lost" and not over):
+            odd.append(e)  # spheres that leave when all is over do as they were told
     if not odd:
         return ""
     rows = "".join(
@@ -308,24 +337,22 @@ h1{font-size:24px;font-weight:650;margin:0 0 18px}h2{font-size:15px;font-weight:
 .state{font-size:13px;padding:3px 10px;border-radius:99px;vertical-align:3px;
 background:#e4e7eb;color:#3d4852}
 .state.completed{background:#d7f2e3;color:#0b6b41}.state.error{background:#fbdcd9;color:#9b1c12}
-.error{background:#fdeceb;border-left:3px solid #c8372d;padding:10px 14px;margin:0 0 18px}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(128px,1fr));gap:12px}
+p.error{background:#fdeceb;border-left:3px solid #c8372d;padding:10px 14px;margin:0 0 18px;overflow-wrap:anywhere}
+.config,.reason{margin:-8px 0 18px;color:#616e7c;font-size:13.5px;overflow-wrap:anywhere}
+.config b{color:#1f2933;font-weight:600}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(106px,1fr));gap:12px}
 .cards div,section{background:#fff;border:1px solid #e4e7eb;border-radius:10px}
-.cards div{padding:12px 14px}.cards b{display:block;font-size:20px;font-weight:650;font-variant-numeric:tabular-nums}
+.cards div{padding:12px}
+.cards b{display:block;white-space:nowrap;font-size:19px;font-weight:650;font-variant-numeric:tabular-nums}
 .cards span{font-size:12.5px;color:#616e7c}
 .digest{font-size:12.5px;color:#616e7c;margin:10px 2px 20px;overflow-wrap:anywhere}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,520px),1fr));gap:16px}
 section{padding:16px 18px}.wide{margin-top:16px;overflow-x:auto}
-svg{display:block;width:100%;height:auto;margin:0 auto;font-family:inherit}
-.grid{stroke:#e9ecef}.axis{stroke:#9aa5b1}.tick{font-size:11px;fill:#616e7c}.label{font-size:11.5px;fill:#3d4852}
-.legend{font-size:11.5px;fill:#3d4852}.edge{fill:none;stroke:#b8c2cc;stroke-width:1.5}
-.node{font-size:13px;font-weight:600;fill:#fff}.note{font-size:10px;font-weight:400;fill:#fff;fill-opacity:.9}
-.key{margin:0 0 10px;font-size:12.5px;color:#3d4852}.key span{margin-right:16px}
-.key i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px}
 table{border-collapse:collapse;width:100%;font-size:13.5px}th{font-weight:600;text-align:left;color:#616e7c;font-size:12.5px}
-th,td{padding:6px 14px 6px 0;border-bottom:1px solid #eef0f2}tr:last-child td{border-bottom:0}
-td:last-child{padding-right:0}.number{text-align:right;font-variant-numeric:tabular-nums}.bar{width:36%;min-width:160px}
+th,td{padding:6px 14px 6px 0;border-bottom:1px solid #eef0f2;white-space:nowrap}tr:last-child td{border-bottom:0}
+td:last-child{padding-right:0;white-space:normal;overflow-wrap:anywhere;min-width:200px}.number{text-align:right;font-variant-numeric:tabular-nums}.bar{width:36%}
 .bar div{display:flex;height:12px;border-radius:3px;overflow:hidden;background:#eef0f2}
+@media(max-width:660px){main{padding:20px 12px 32px}}
 """
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import grpc
@@ -25,6 +25,8 @@ __all__ = ["ControlServicer"]
 
 #: events that a watch can go back to
 _KEPT = 10_000
+#: answers that a retry can have again
+_ANSWERS = 100
 
 
 class ControlServicer(control_pb2_grpc.ControlServiceServicer):
@@ -35,7 +37,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         self._events: deque[tuple[int, float, Mapping[str, Any]]] = deque(maxlen=_KEPT)
         self._last = 0
         self._news = asyncio.Event()
-        self._answers: dict[str, CheckpointInfo] = {}
+        self._answers: dict[str, asyncio.Task[Any]] = {}
         self._over = False
 
     def attach(self, controller: Controller) -> None:
@@ -55,6 +57,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         self._news.set()
 
     async def EnrollSphere(self, request: pb.EnrollSphereRequest, context: Any) -> pb.EnrollSphereResponse:
+        # the tree's own listener answers it, over every transport; this one is what reflection shows
         controller = await self._ready(context)
         try:
             return controller.tree.grant(request)
@@ -68,16 +71,13 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     async def WatchRun(self, request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
         await self._ready(context)
         seen = request.after_event_id or self._last
-        if self._events and seen + 1 < self._events[0][0]:
-            await context.abort(
-                grpc.StatusCode.OUT_OF_RANGE, f"events before {self._events[0][0]} are in the journal only"
-            )
         while True:
             self._news.clear()
-            first = self._events[0][0] if self._events else self._last + 1
-            if seen + 1 < first:
-                await context.abort(grpc.StatusCode.OUT_OF_RANGE, "the watch was too slow; read the journal")
-            for index in range(max(0, seen + 1 - first), len(self._events)):
+            while seen < self._last:
+                # looked up by number each time: while a slow watcher was sent one event, others may have left
+                index = seen + 1 - self._events[0][0]
+                if index < 0:
+                    break
                 number, when, record = self._events[index]
                 response = pb.WatchRunResponse(
                     event_id=number, event=str(record["event"]), record_json=json.dumps(record)
@@ -85,8 +85,11 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
                 response.time.FromNanoseconds(int(when * 1e9))
                 yield response
                 seen = number
-            if seen < self._last:
-                continue
+            if seen != self._last:  # gone by, or the number of another process of control
+                await context.abort(
+                    grpc.StatusCode.OUT_OF_RANGE,
+                    f"event {seen + 1} is not kept here: read journal.jsonl and events.jsonl, then watch from now on",
+                )
             if self._over:
                 return
             await self._news.wait()
@@ -108,31 +111,28 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
 
     async def ListSpheres(self, request: pb.ListSpheresRequest, context: Any) -> pb.ListSpheresResponse:
         tree = (await self._ready(context)).tree
-        names = sorted(tree.spheres, key=lambda name: (len(name), name))
+        names = tree.names()
         start, stop, token = await _page(request, len(names), context)
         spheres = []
         for name in names[start:stop]:
             sphere = pb.Sphere(
                 sphere_id=name,
                 state=tree.state_of(name),
-                parent_id=tree.parents.get(name, ""),
+                parent_id=tree.parent_of(name),
                 zone=tree.spheres[name].member.zone,
             )
             found = tree.report_of(name)
             if found is not None:
                 sphere.report.CopyFrom(found[1])
-                sphere.parent_id = found[1].parent_id or sphere.parent_id
                 sphere.report_age.FromNanoseconds(int(found[0] * 1e9))
+            else:  # its first report is under way: what it said when it enrolled
+                sphere.report.CopyFrom(tree.spheres[name].enrolled_report())
             spheres.append(sphere)
         return pb.ListSpheresResponse(spheres=spheres, next_page_token=token)
 
     async def CreateCheckpoint(self, request: pb.CreateCheckpointRequest, context: Any) -> pb.CreateCheckpointResponse:
-        info = self._answers.get(request.request_id) if request.request_id else None
-        if info is None:
-            controller = await self._alive(context)
-            info = await _or_abort(controller.save(), context)
-            if request.request_id:
-                self._answers[request.request_id] = info
+        controller = await self._alive(context)
+        info = await self._once(request.request_id, controller.save, context)
         return pb.CreateCheckpointResponse(checkpoint=_checkpoint(info))
 
     async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Any) -> pb.ListCheckpointsResponse:
@@ -146,23 +146,34 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         self, request: pb.RestoreCheckpointRequest, context: Any
     ) -> pb.RestoreCheckpointResponse:
         controller = await self._alive(context)
-        await _or_abort(controller.restore(request.name or None), context)
+        await self._once(request.request_id, lambda: controller.restore(request.name or None), context)
         return pb.RestoreCheckpointResponse(run=self._run(controller))
 
     async def DownloadWeights(
         self, request: pb.DownloadWeightsRequest, context: Any
     ) -> AsyncIterator[pb.DownloadWeightsResponse]:
         controller = await self._ready(context)
-        weights, node = controller.tree.hub.weights, controller.node
-        version, sha256 = weights.version, controller.weights_sha256
+        node = controller.node
+        version, flat = await _or_abort(controller.copy_weights(), context)
+        sha256 = await asyncio.to_thread(node.manifest.sha256, flat)
         yield pb.DownloadWeightsResponse(manifest=manifest_to_proto(node.manifest), weights_version=version)
-        for index in range(node.chunk_count):
-            if weights.version != version or not weights.complete:
-                await context.abort(grpc.StatusCode.ABORTED, "a new version overtook the download; call again")
-            head, data = weights.chunk(index)
-            payload = bytes(data)
-            yield pb.DownloadWeightsResponse(offset_bytes=head.offset_bytes, crc32c=crc32c(payload), data=payload)
+        whole = flat.data.cast("B")
+        for start in range(0, len(whole), node.chunk_bytes):
+            payload = bytes(whole[start : start + node.chunk_bytes])
+            yield pb.DownloadWeightsResponse(offset_bytes=start, crc32c=crc32c(payload), data=payload)
         yield pb.DownloadWeightsResponse(weights_sha256=sha256)
+
+    async def _once(self, request_id: str, work: Callable[[], Coroutine[Any, Any, Any]], context: Any) -> Any:
+        """Do ``work`` and return its answer; a retry of the same request gets the answer of the first."""
+        task = self._answers.get(request_id)
+        if task is None:
+            task = asyncio.create_task(work())
+            if request_id:
+                self._answers[request_id] = task
+                if len(self._answers) > _ANSWERS:
+                    del self._answers[next(iter(self._answers))]
+        # shielded: a caller that goes away does not undo what was begun
+        return await _or_abort(asyncio.shield(task), context)
 
     async def _ready(self, context: Any) -> Controller:
         if self._controller is None:
@@ -177,17 +188,6 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         return controller
 
     def _run(self, c: Controller) -> pb.Run:
-        seconds, steps = c.totals["seconds"], c.totals["steps"]
-        rates = {}
-        if seconds:
-            rates = {
-                "steps_per_second": steps / seconds,
-                "weight_updates_per_second": steps / seconds,
-                "samples_per_second": c.totals["samples"] / seconds,
-                "up_bytes_per_second": c.totals["up_bytes"] / seconds,
-                "down_bytes_per_second": c.totals["down_bytes"] / seconds,
-                "sync_fraction": 1 - c.totals["compute"] / seconds,
-            }
         run = pb.Run(
             run_id=c.run_id,
             term=c.tree.term,
@@ -203,8 +203,8 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             weights_digest=c.tree.hub.weights.digest,
             living_spheres_count=c.living_spheres,
             known_spheres_count=len(c.tree.spheres),
-            rates=rates,
-            phase_seconds=c.phase_seconds,
+            rates=c.totals.rates(),
+            phase_seconds=c.totals.phase_seconds,
             config_json=c.config.to_json(),
             latest_checkpoint=c.latest_checkpoint.path if c.latest_checkpoint else "",
             run_dir=str(c.run_dir.resolve()),
@@ -216,7 +216,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         return run
 
 
-async def _or_abort(work: Any, context: Any) -> Any:
+async def _or_abort(work: Awaitable[Any], context: Any) -> Any:
     try:
         return await work
     except ArmillaryError as error:

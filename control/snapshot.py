@@ -41,6 +41,7 @@ __all__ = [
     "find_problems",
     "read_files",
     "read_manifest",
+    "read_term",
     "write_files",
 ]
 
@@ -147,13 +148,9 @@ def read_manifest(store: Store, name: str) -> tuple[CheckpointManifest, int]:
             raise _WrongError("does not fit its checksum")
         manifest = CheckpointManifest.FromString(data[:-4])
     if manifest.format_version > FORMAT_VERSION:
-        raise NewerFormatError(
-            store.location(name),
-            Problem(
-                _MANIFEST, None, f"has format version {manifest.format_version}, this release reads {FORMAT_VERSION}"
-            ),
-            "use the release that saved it, or a newer one",
-        )
+        what = f"has format version {manifest.format_version}, this release reads {FORMAT_VERSION}"
+        hint = "use the release that saved it, or a newer one"
+        raise NewerFormatError(store.location(name), Problem(_MANIFEST, None, what), hint)
     with _broken_at(store, name, _MANIFEST):
         if manifest.format_version < 1:
             raise _WrongError("has no format version")
@@ -161,6 +158,15 @@ def read_manifest(store: Store, name: str) -> tuple[CheckpointManifest, int]:
             if needed not in {file.name for file in manifest.files}:
                 raise _WrongError(f"does not list {needed}")
     return manifest, sum(file.size_bytes for file in manifest.files) + len(data)
+
+
+def read_term(store: Store, name: str) -> int:
+    """Return the term in which a checkpoint was saved; the first record alone is read. Raises BrokenError."""
+    run = RunRecord()
+    with _broken_at(store, name, _CONTROL), store.open(name, _CONTROL) as stream:
+        _, record = _next(enumerate(RecordReader(stream)), "the run")
+        run = RunRecord.FromString(body(record, "run", 0))
+    return run.term
 
 
 def read_files(store: Store, name: str) -> Snapshot:

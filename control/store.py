@@ -95,10 +95,15 @@ class LocalStore:
             self._root.mkdir(parents=True)
             fsync_directory(self._root.parent)
         self._clean()
-        draft = self._root / f"{_DRAFT}{name}"
-        draft.mkdir()
-        self._fault("save.draft.created")
-        return LocalDraft(draft, self._root / name, self._root / f"{_REPLACED}{name}", self._fault)
+        path = self._root / f"{_DRAFT}{name}"
+        draft = LocalDraft(path, self._root / name, self._root / f"{_REPLACED}{name}", self._fault)
+        path.mkdir()
+        try:
+            self._fault("save.draft.created")
+        except BaseException:
+            draft.discard()
+            raise
+        return draft
 
     def delete(self, name: str) -> None:
         self._fault("retention.before")
@@ -127,13 +132,14 @@ class LocalStore:
 
 
 class LocalDraft:
-    """A directory of a LocalStore that is being written. Mutable state: the file system alone."""
+    """A directory of a LocalStore that is being written. Mutable state: the file system, and whether it was moved."""
 
     def __init__(self, path: Path, final: Path, replaced: Path, fault: Fault) -> None:
         self._path = path
         self._final = final
         self._replaced = replaced
         self._fault = fault
+        self._moved = False
 
     def __repr__(self) -> str:
         return f"<LocalDraft {self._path}>"
@@ -156,6 +162,7 @@ class LocalDraft:
             self._final.rename(self._replaced)
             self._fault("save.rename.between")
         self._path.rename(self._final)
+        self._moved = True
         self._fault("save.rename.after")
         fsync_directory(self._final.parent)
         self._fault("save.published")
@@ -164,6 +171,8 @@ class LocalDraft:
 
     def discard(self) -> None:
         with suppress(OSError):
+            if self._moved:  # but perhaps not durably: whoever hears of a failure is to find what was there before
+                self._final.rename(self._path)
             if self._replaced.exists() and not self._final.exists():
                 self._replaced.rename(self._final)
         shutil.rmtree(self._path, ignore_errors=True)

@@ -13,7 +13,7 @@ from spheres.children import Children
 from spheres.config import PROTOCOL_VERSION, NodeConfig
 from spheres.environment import environment_fingerprint
 from spheres.errors import DecodeError, GradientError, RefusedError, VersionMismatchError
-from spheres.hub import Array, Child, Hub, Work
+from spheres.hub import Array, Hub, Work
 from spheres.transport import Handlers, Listener, Transport
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
@@ -32,12 +32,23 @@ class Sphere:
     member: Member
     incarnation: int
     pid: int
-    enrolled: float
     relay: bool
+    #: has had a link
+    joined: bool = False
 
     @property
     def id(self) -> str:
         return self.member.id
+
+    def enrolled_report(self) -> common_pb2.SphereReport:
+        """What is known of it before its first report."""
+        return common_pb2.SphereReport(
+            sphere_id=self.id,
+            incarnation=self.incarnation,
+            host=self.member.host,
+            pid=self.pid,
+            address=self.member.address,
+        )
 
 
 class Tree:
@@ -49,23 +60,25 @@ class Tree:
         transport: Transport,
         *,
         host: str,
-        incarnation: int,
+        term: int,
     ) -> None:
         self.config, self._transport, self._host = config, transport, host
-        self.hub = Hub(config, CONTROL, incarnation=incarnation)
+        #: raised at each start and restore: what spheres cached of the one before is dropped (N1)
+        self.term = term
+        self.hub = Hub(config, CONTROL, incarnation=term)
         self.hub.hooks.sealed = self._sealed
         self.hub.hooks.failed = self._failed
         self.hub.hooks.reported = self._reported
-        self.hub.hooks.joined = self._joined
-        self.hub.hooks.lost = self._lost
+        self.hub.hooks.changed = self._changed
         self.hub.hooks.resized = self._resized
         self.children = Children(self.hub, environment=environment_fingerprint())
         self.spheres: dict[str, Sphere] = {}
         self.parents: dict[str, str] = {}
-        #: told when a child of control's joins or is lost: event, sphere, reason
+        # sphere -> incarnation and session of its open link, and its parent
+        self._links: dict[str, tuple[tuple[int, int], str]] = {}
+        #: told when a sphere joins or is lost, wherever in the tree: event, sphere, reason
         self.changed: Callable[[str, str, str], None] = lambda _event, _sphere, _reason: None
         self._requests: dict[str, str] = {}
-        self.term = 0
         self._open = True
         self._done: asyncio.Future[None] | None = None
         self._arrivals = asyncio.Event()
@@ -146,7 +159,7 @@ class Tree:
         member = Member(id=name, host=request.host, zone=request.zone, address=request.address, relay=request.relay)
         # Across control's own restarts the term keeps incarnations rising (N1).
         incarnation = max(before.incarnation if before else 0, self.term * 1_000_000) + 1
-        sphere = Sphere(member, incarnation, request.pid, monotonic(), request.relay)
+        sphere = Sphere(member, incarnation, request.pid, request.relay)
         places = {id: parent for id, parent in self.parents.items() if id != name}
         members = [s.member for s in self.spheres.values() if s.id != name]
         self.parents[name] = place_newcomer(self._host, places, members, member, self.config.fan_out)
@@ -180,29 +193,53 @@ class Tree:
         found = self.children.reports.get(sphere)
         return None if found is None else (monotonic() - found[0], found[1])
 
+    def names(self) -> list[str]:
+        """Return the ids of all spheres, in the order in which people count."""
+        return sorted(self.spheres, key=lambda name: (len(name), name))
+
+    def parent_of(self, sphere: str) -> str:
+        """Return the parent that a sphere is linked to, or else where control has placed it."""
+        link = self._links.get(sphere)
+        return link[1] if link is not None else self.parents.get(sphere, "")
+
+    def shape(self) -> dict[str, str]:
+        """Return sphere -> parent of those that are active."""
+        return {name: self.parent_of(name) for name in self.spheres if self.state_of(name) == "active"}
+
     def state_of(self, sphere: str) -> str:
-        """Return joining, active or lost."""
-        if sphere in self.hub.children:
-            return "active"
-        found = self.report_of(sphere)
-        if found is None or found[1].incarnation < self.spheres[sphere].incarnation:
-            return "joining"
-        return "active" if found[0] < 4 * self.config.heartbeat_seconds + 2 else "lost"
+        """Return joining, active or lost: active is who has an open way to control."""
+        link = self._links.get(sphere)
+        if link is None:
+            return "lost" if self.spheres[sphere].joined else "joining"
+        above = link[1]
+        for _ in self.spheres:
+            if above == CONTROL:
+                return "active"
+            link = self._links.get(above)
+            if link is None:
+                break
+            above = link[1]
+        return "lost"
 
-    def _joined(self, child: Child) -> None:
-        self.parents[child.id] = CONTROL
-        self.changed("sphere_joined", child.id, "")
-        self._arrivals.set()
-
-    def _lost(self, child: Child, reason: str) -> None:
-        self.changed("sphere_lost", child.id, reason)
+    def _changed(self, change: pb.SphereChange) -> None:
+        order, known = (change.incarnation, change.session), self._links.get(change.sphere_id)
+        if change.lost:
+            # Whoever lost its parent may have a newer link by now: then this is the news of the older one.
+            if known is None or known[0] != order:
+                return
+            del self._links[change.sphere_id]
+        else:
+            if known is not None and known[0] >= order:
+                return
+            self._links[change.sphere_id] = (order, change.parent_id)
+            self.parents[change.sphere_id] = change.parent_id
+            if (sphere := self.spheres.get(change.sphere_id)) is not None:
+                sphere.joined = True
+        if self._open:
+            self.changed("sphere_lost" if change.lost else "sphere_joined", change.sphere_id, change.reason)
         self._arrivals.set()
 
     # ---- work
-
-    def restart(self, term: int) -> None:
-        """A new term: what spheres cached of the one before is dropped (N1)."""
-        self.term = term
 
     async def compute(self, step: int, kind: common_pb2.WorkKind.ValueType, gradient: Array | None) -> None:
         """Have one step's work done on the published weights; its sum is in ``gradient``, the rest in the hub.
@@ -250,4 +287,5 @@ class Tree:
     def _reported(self, report: pb.StateReport) -> None:
         if report.request_id == self._request_id:
             self._states[report.report.sphere_id] = report
+            self.children.reports[report.report.sphere_id] = (monotonic(), report.report)
             self._arrivals.set()

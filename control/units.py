@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, Self
 
-__all__ = ["Every", "format_duration", "parse_duration", "parse_size"]
+__all__ = ["Every", "format_duration", "format_size", "parse_duration", "parse_size"]
 
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -51,6 +51,14 @@ def parse_size(value: object) -> int:
     if size != int(size):
         raise ValueError(expected)
     return int(size)
+
+
+def format_size(size: int) -> str:
+    """Return the text that ``parse_size`` reads back to the same number."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size and size % factor == 0:
+            return f"{size // factor}{unit}"
+    return str(size)
 
 
 @dataclass(frozen=True, slots=True)

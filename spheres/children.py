@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from time import monotonic
+from typing import TypeVar
 
 from spheres.config import PROTOCOL_VERSION
 from spheres.errors import (
@@ -23,20 +24,31 @@ from spheres.errors import (
 from spheres.frames import decode
 from spheres.hub import Child, Hub
 from spheres.outbox import Outbox
-from spheres.transport import Link
+from spheres.transport import Link, first_end
 from spheres.v1 import common_pb2
 from spheres.v1 import work_pb2 as pb
 
 __all__ = ["Children"]
 
 log = logging.getLogger(__name__)
+Value = TypeVar("Value")
 
 #: seconds that a new link has to say hello
 HELLO_SECONDS = 10.0
+#: reports on one heartbeat (HeartbeatRequest.reports)
+MOST_REPORTS = 32
+#: spheres that are remembered after their link has ended, the latest: names are the peers' choice, memory is not
+_MOST_KNOWN = 20_000
+_LONGEST_NAME = 255
+#: spheres in one subtree: far more than there can be, and still a number to calculate with
+_MOST_CAPACITY = 1e6
 
 
 class Children:
-    """Serves Work and Heartbeat to the children of one hub. Mutable state: the latest reports from below."""
+    """Serves Work and Heartbeat to the children of one hub.
+
+    Mutable state: the latest reports from below, and the highest session of each child.
+    """
 
     def __init__(self, hub: Hub, *, environment: str) -> None:
         self._hub = hub
@@ -46,6 +58,7 @@ class Children:
         #: whose newest report has not gone up, in the order in which they came
         self._unsent: dict[str, None] = {}
         self._draining: ArmillaryError | None = None
+        #: sphere id -> (incarnation, session): only a higher one is taken (N1)
         self._orders: dict[str, tuple[int, int]] = {}
 
     def drain(self, reason: ArmillaryError) -> None:
@@ -56,41 +69,52 @@ class Children:
 
     async def work(self, link: Link) -> None:
         """Serve one Work stream. What it raises is the reason with which the link is closed."""
-        async with asyncio.timeout(HELLO_SECONDS):
-            data = await link.receive()
-        if data is None:
-            return
-        message = decode(pb.WorkRequest, data)
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def close(error: Exception) -> None:
             if not ended.done():
                 ended.set_exception(error)
 
-        child = self._accept(message, close)
-        reason = "it ended its link"
-        writer = asyncio.create_task(self._write(child, link))
-        reader = asyncio.create_task(self._read(child, link))
-        tasks: set[asyncio.Future[None]] = {reader, writer, ended}
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            message = await self._first(link)
+            if message is None:
+                return
+            child = self._accept(message, close)
+        except (ProtocolError, RefusedError) as error:
+            self._count(error, link.peer)
+            raise
+        reason = "its link broke off"
+        try:
+            self._hub.admit(child, message.hello, message.tag)
+            await first_end(ended, self._read(child, link), self._write(child, link))
+            reason = "it ended its link"
         except ArmillaryError as error:
             reason = str(error)
-            if isinstance(error, ProtocolError):
-                self._hub.counts.refused[type(error).__name__] += 1
-                log.warning("%s: the link of %s ends: %s", self._hub.id, child.id, error)
+            if isinstance(error, ProtocolError | RefusedError) and error is not self._draining:
+                self._count(error, child.id)
             raise
         finally:
             self._hub.dismiss(child, reason)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _count(self, error: ArmillaryError, whose: str) -> None:
+        self._hub.counts.refused[type(error).__name__] += 1
+        log.warning("%s: the link of %s ends: %s", self._hub.id, whose, error)
+
+    async def _first(self, link: Link) -> pb.WorkRequest | None:
+        """Return the message that must be a hello; None where the link ended before."""
+        try:
+            async with asyncio.timeout(HELLO_SECONDS):
+                data = await link.receive()
+        except TimeoutError:
+            raise ProtocolError(f"no hello came in {HELLO_SECONDS:g} s") from None
+        return None if data is None else decode(pb.WorkRequest, data)
 
     async def _read(self, child: Child, link: Link) -> None:
         while (data := await link.receive()) is not None:
-            self._hub.on_request(child, decode(pb.WorkRequest, data))
+            message = decode(pb.WorkRequest, data)
+            if message.HasField("capacity"):
+                _check_capacity(child.id, message.capacity.capacity)
+            self._hub.on_request(child, message)
 
     async def _write(self, child: Child, link: Link) -> None:
         outbox = child.outbox
@@ -103,7 +127,7 @@ class Children:
                 await outbox.wake.wait()
 
     def _accept(self, message: pb.WorkRequest, close: Callable[[Exception], None]) -> Child:
-        """Check a hello and open the edge. Raises the refusal."""
+        """Check a hello; what an older link of the child had ends here. Raises the refusal."""
         if not message.HasField("hello"):
             raise ProtocolError("the first message of a Work stream must be a hello")
         hub, hello, tag = self._hub, message.hello, message.tag
@@ -114,12 +138,12 @@ class Children:
         known = self._orders.get(hello.sphere_id)
         if known is not None and order <= known:
             raise StaleError(f"{hello.sphere_id}: incarnation and session {order} are not above {known}")
-        self._orders[hello.sphere_id] = order
+        _keep(self._orders, hello.sphere_id, order)
         older = hub.children.get(hello.sphere_id)
         if older is not None:
             hub.dismiss(older, "a newer session took its place")
             older.close(StaleError("a newer session took this one's place"))
-        child = Child(
+        return Child(
             id=hello.sphere_id,
             incarnation=hello.incarnation,
             session=message.session,
@@ -128,11 +152,12 @@ class Children:
             close=close,
             environment=hello.environment_fingerprint,
         )
-        hub.admit(child, hello, tag)
-        return child
 
     def _check_peer(self, hello: pb.Hello, tag: pb.Tag) -> None:
         hub, config, child = self._hub, self._hub.config, hello.sphere_id
+        if not 0 < len(child) <= _LONGEST_NAME or len(hello.address) > _LONGEST_NAME:
+            raise ProtocolError(f"a hello with {len(child)} characters of name and {len(hello.address)} of address")
+        _check_capacity(child, hello.capacity)
         if hello.protocol_version != PROTOCOL_VERSION:
             raise VersionMismatchError(
                 f"{child} speaks protocol {hello.protocol_version}, {hub.id} speaks {PROTOCOL_VERSION}; "
@@ -169,14 +194,44 @@ class Children:
 
     async def heartbeat(self, link: Link) -> None:
         """Serve one Heartbeat stream: keep the newest report of each sphere below."""
-        while (data := await link.receive()) is not None:
-            message = decode(pb.HeartbeatRequest, data)
-            if message.run_id != self._hub.config.run_id:
-                raise WrongRunError(f"a heartbeat of run {message.run_id!r}")
-            now = monotonic()
-            for report in message.reports:
-                known = self.reports.get(report.sphere_id)
-                if known is None or known[1].incarnation <= report.incarnation:
-                    self.reports[report.sphere_id] = (now, report)
-                    self._unsent.setdefault(report.sphere_id)
-            await link.send(pb.HeartbeatResponse(sent_nanos=message.sent_nanos).SerializeToString())
+        try:
+            while (data := await link.receive()) is not None:
+                message = decode(pb.HeartbeatRequest, data)
+                self._take(message)
+                await link.send(pb.HeartbeatResponse(sent_nanos=message.sent_nanos).SerializeToString())
+        except (ProtocolError, RefusedError) as error:
+            self._count(error, link.peer)
+            raise
+
+    def _take(self, message: pb.HeartbeatRequest) -> None:
+        if message.run_id != self._hub.config.run_id:
+            raise WrongRunError(f"a heartbeat of run {message.run_id!r}; this is run {self._hub.config.run_id!r}")
+        child = self._hub.children.get(message.sphere_id)
+        if child is None or child.order != (message.incarnation, message.session):
+            raise StaleError(f"a heartbeat of {message.sphere_id}, session {message.session}, which has no link here")
+        if len(message.reports) > MOST_REPORTS:
+            raise ProtocolError(f"{child.id} sent {len(message.reports)} reports at once; the limit is {MOST_REPORTS}")
+        now = monotonic()
+        for report in message.reports:
+            known = self.reports.get(report.sphere_id)
+            if known is None or known[1].incarnation <= report.incarnation:
+                forgotten = _keep(self.reports, report.sphere_id, (now, report))
+                self._unsent.setdefault(report.sphere_id)
+                if forgotten is not None:
+                    self._unsent.pop(forgotten, None)
+
+
+def _check_capacity(child: str, capacity: float) -> None:
+    if not 0 <= capacity <= _MOST_CAPACITY:
+        raise ProtocolError(f"{child} says that its capacity is {capacity}")
+
+
+def _keep(table: dict[str, Value], name: str, value: Value) -> str | None:
+    """Note ``value`` as the latest; return the name that was forgotten for it."""
+    table.pop(name, None)
+    table[name] = value
+    if len(table) <= _MOST_KNOWN:
+        return None
+    oldest = next(iter(table))
+    del table[oldest]
+    return oldest

@@ -16,8 +16,8 @@ __all__ = ["MAX_MESSAGE_BYTES", "PROTOCOL_VERSION", "NodeConfig", "manifest_from
 #: raised when nodes of today and tomorrow could not work in one tree
 PROTOCOL_VERSION = 1
 
-#: no message on the wire is larger: a chunk of at most 1 MiB and what goes around it
-MAX_MESSAGE_BYTES = 1_100 * 1024
+#: no message on the wire is larger, 1.1 MiB: a chunk of at most 1 MiB and what goes around it
+MAX_MESSAGE_BYTES = 1_153_433
 
 
 @dataclass(frozen=True)

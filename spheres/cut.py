@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
-from spheres.blocks import Block, decompose
+from spheres.blocks import Block, halves, is_canonical
 
 __all__ = ["cut"]
 
@@ -16,31 +17,59 @@ Owner = TypeVar("Owner")
 def cut(blocks: Sequence[Block], workers: Sequence[tuple[Owner, float]]) -> list[tuple[Owner, list[Block]]]:
     """Share ``blocks`` out over ``workers`` (owner, capacity > 0) in contiguous pieces, in the order given.
 
-    The slowest worker gets as little as it can get, counted in microbatches per capacity; within that, each cut lies
-    where it leaves the fewest canonical blocks, since every block is one gradient on the wire. Workers that get nothing
-    are left out. Each piece is a list of maximal canonical blocks, none reaching across two of ``blocks``.
+    The slowest worker gets as little as it can get, counted in microbatches per capacity; of the cuts that keep to that
+    it is one with the fewest canonical blocks, since every block is one gradient on the wire; of those the one that
+    gives the earlier workers more. Workers that get nothing are left out. Each piece is a list of maximal canonical
+    blocks, none reaching across two of ``blocks``.
     """
-    indices = [i for block in sorted(blocks) for i in range(block.lo, block.hi)]
-    limits = _limits(len(indices), [capacity for _, capacity in workers])
-    pieces: list[tuple[Owner, list[Block]]] = []
+    # The same from step to step, for as long as nobody comes or goes.
+    shares = _shares(tuple(sorted(blocks)), tuple(capacity for _, capacity in workers))
+    return [(owner, list(share)) for (owner, _), share in zip(workers, shares, strict=True) if share]
+
+
+@lru_cache(maxsize=64)
+def _shares(blocks: tuple[Block, ...], capacities: tuple[float, ...]) -> list[list[Block]]:
+    """Return each worker's blocks: from the last worker back, the best cut of all that may be left to it."""
+    indices = [(i, block) for block in blocks for i in range(block.lo, block.hi)]
+    count = len(indices)
+    limits = _limits(count, capacities)
+    pieces = [list(_pieces(indices, start, max(limits))) for start in range(count)]
+    # fewest[start]: blocks that the workers from here on make of what begins at ``start``; None: too much for them
+    fewest: list[int | None] = [None] * count + [0]
+    takes: list[list[int]] = []
+    for limit in reversed(limits):
+        found: list[tuple[int, int] | None] = []
+        for start in range(count + 1):
+            options = (
+                (rest + (len(pieces[start][take - 1]) if take else 0), -take)
+                for take in range(min(limit, count - start) + 1)
+                if (rest := fewest[start + take]) is not None
+            )
+            found.append(min(options, default=None))
+        fewest = [None if best is None else best[0] for best in found]
+        takes.append([0 if best is None else -best[1] for best in found])
+    shares: list[list[Block]] = []
     start = 0
-    later = sum(limits)
-    for (owner, _), limit in zip(workers, limits, strict=True):
-        later -= limit
-        rest = len(indices) - start
-        fewest, most = max(0, rest - later), min(limit, rest)
-        best: tuple[int, int, list[Block]] | None = None
-        for take in range(most, fewest - 1, -1):
-            part = set(indices[start : start + take])
-            piece = [b for block in sorted(blocks) for b in decompose(part, block)]
-            # A cut at take == rest ends the work, one before it costs the next worker nothing more.
-            if best is None or len(piece) < best[0]:
-                best = (len(piece), take, piece)
-        assert best is not None  # fewest <= most: the limits were made to add up to at least every index
-        if best[1]:
-            pieces.append((owner, best[2]))
-            start += best[1]
-    return pieces
+    for take_from in reversed(takes):
+        take = take_from[start]
+        shares.append(pieces[start][take - 1] if take else [])
+        start += take
+    assert start == count  # the limits were made to add up to at least every index
+    return shares
+
+
+def _pieces(indices: Sequence[tuple[int, Block]], start: int, most: int) -> Iterator[list[Block]]:
+    """Yield the maximal canonical blocks of one, two, ... up to ``most`` microbatches from ``start`` on."""
+    stack: list[Block] = []
+    for index, top in indices[start : start + most]:
+        stack.append(Block(index, index + 1))
+        while len(stack) > 1:
+            both = Block(stack[-2].lo, index + 1)
+            # ``top`` is canonical itself: what is canonical of a total that ends with it is a node below it.
+            if both.lo < top.lo or not is_canonical(both, top.hi) or halves(both) != (stack[-2], stack[-1]):
+                break
+            stack[-2:] = [both]
+        yield list(stack)
 
 
 def _limits(count: int, capacities: Sequence[float]) -> list[int]:

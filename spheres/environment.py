@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
+import os
 import platform
 import resource
 import sys
@@ -12,18 +14,18 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["describe", "environment_fingerprint", "resident_bytes", "tune_malloc"]
+__all__ = ["describe", "environment_fingerprint", "machine_bytes", "resident_bytes", "tune_malloc"]
 
 
 def describe() -> dict[str, str]:
-    """Return what may change the bits of a gradient: CPU features, BLAS and its kernel, versions, denormals."""
-    from threadpoolctl import threadpool_info
+    """Return what may change the bits of a gradient: CPU features, NumPy's BLAS and its kernel, versions, denormals.
 
+    Two things are left out, or control would differ from its own spheres: the number of BLAS threads, since every
+    sphere pins one, whatever the process that it came from; and libraries other than NumPy's, since which of them are
+    loaded depends on when one looks. A task that computes with another library names its version in its own
+    ``data_fingerprint``.
+    """
     numpy_config: Any = np.show_config(mode="dicts")
-    blas = [
-        f"{lib['internal_api']} {lib['version']} {lib.get('architecture', '')} threads={lib['num_threads']}"
-        for lib in threadpool_info()
-    ]
     smallest = np.float32(np.finfo(np.float32).tiny)
     return {
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
@@ -31,9 +33,19 @@ def describe() -> dict[str, str]:
         "byteorder": sys.byteorder,
         "numpy": np.__version__,
         "simd": " ".join(numpy_config["SIMD Extensions"].get("found", [])),
-        "blas": "; ".join(sorted(blas)),
+        "blas": "; ".join(_blas()),
         "denormals": "kept" if smallest / np.float32(2) else "flushed",
     }
+
+
+def _blas() -> list[str]:
+    from threadpoolctl import threadpool_info
+
+    libraries = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    # a wheel of NumPy brings its BLAS along; where NumPy uses the system's, all count
+    site = str(Path(np.__file__).parents[1] / "numpy")
+    own = [library for library in libraries if str(library["filepath"]).startswith(site)] or libraries
+    return sorted(f"{lib['internal_api']} {lib['version']} {lib.get('architecture', '')}".rstrip() for lib in own)
 
 
 def environment_fingerprint() -> str:
@@ -44,13 +56,23 @@ def environment_fingerprint() -> str:
 
 def resident_bytes() -> tuple[int, int]:
     """Return resident memory of this process now and at its peak."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak_bytes = peak if sys.platform == "darwin" else peak * 1024
     try:
-        with Path("/proc/self/statm").open() as file:
-            return int(file.read().split()[1]) * resource.getpagesize(), peak_bytes
-    except OSError:
+        # not ru_maxrss: a new process begins there with the peak of the one that started it
+        lines = Path("/proc/self/status").read_text().splitlines()
+        found = {name: rest for name, _, rest in (line.partition(":") for line in lines)}
+        return int(found["VmRSS"].split()[0]) * 1024, int(found["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak_bytes = peak if sys.platform == "darwin" else peak * 1024
         return peak_bytes, peak_bytes
+
+
+def machine_bytes() -> int:
+    """Return the memory of this machine, or of the container where that is less."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number, and elsewhere there is no such file
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
 
 
 def tune_malloc() -> bool:

@@ -6,7 +6,7 @@ Settings that make a dead peer show within seconds are here; what a message mean
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import grpc
@@ -15,7 +15,19 @@ import grpc.aio
 from spheres.config import MAX_MESSAGE_BYTES
 from spheres.errors import ArmillaryError, ConfigError, LinkClosedError, UnreachableError
 from spheres.status import code_of, from_rpc_error, from_status
-from spheres.transport import Handlers, Link, LinkHandler, Rpc
+from spheres.transport import (
+    GONE,
+    Closed,
+    Handlers,
+    Link,
+    LinkHandler,
+    Rpc,
+    attend,
+    check_size,
+    close,
+    split_address,
+    told,
+)
 
 __all__ = ["GrpcListener", "GrpcTransport"]
 
@@ -30,9 +42,10 @@ _KEEPALIVE = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
+#: Only a backstop against memory: links check the limit themselves, and then can say what was wrong.
 _LIMITS = [
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", 2 * MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", 2 * MAX_MESSAGE_BYTES),
 ]
 _CLIENT = [*_KEEPALIVE, *_LIMITS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
 _SERVER = [
@@ -43,99 +56,158 @@ _SERVER = [
     ("grpc.so_reuseport", 0),
 ]
 
-#: what reading or writing a server's stream raises once its client has gone
+#: what the library raises from a stream that is over
 _ENDED = (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError)
 
 #: seconds in which a dialled address must take the connection
 DIAL_SECONDS = 5.0
+#: seconds that handlers have to end in order, and their last words to leave, when their listener closes
+_LAST_WORDS_SECONDS = 0.2
+#: seconds in which a client that has gone, and not only ended its side, becomes known as such
+_GONE_SECONDS = 0.1
 
 
 class _ClientLink:
-    """The dialling end."""
+    """The dialling end. Cancelling its read or write makes the library cancel the call."""
 
     def __init__(self, channel: grpc.aio.Channel, rpc: Rpc, peer: str) -> None:
         self.peer = peer
         self._channel = channel
+        self._status: tuple[grpc.StatusCode, str] | None = None
         self._call: Any = channel.stream_stream(f"/{SERVICE}/{rpc.value}")()
-        self._closed = False
+        self._call.add_done_callback(self._ended)
+
+    def _ended(self, call: Any) -> None:
+        # Kept here, because a write that fails afterwards replaces the status with one that says nothing
+        # (github.com/grpc/grpc/issues/36066).
+        self._status = _at_once(call.code()), _at_once(call.details())
 
     async def send(self, message: bytes) -> None:
+        check_size(message)
         try:
             await self._call.write(message)
-        except asyncio.InvalidStateError:
-            raise await self._why() from None
-        except grpc.RpcError as error:
-            raise _meaning(error) from None
+        except _ENDED:
+            raise self._why() from None
+        except asyncio.CancelledError:
+            self._raise_unless_cancelled()
+            raise
 
     async def receive(self) -> bytes | None:
         try:
             message = await self._call.read()
-        except grpc.RpcError as error:
-            raise _meaning(error) from None
-        except asyncio.InvalidStateError:
-            raise await self._why() from None
-        if message is not grpc.aio.EOF:
-            return bytes(message)
-        if self._closed or await self._call.code() is grpc.StatusCode.OK:
+        except _ENDED:
+            raise self._why() from None
+        except asyncio.CancelledError:
+            self._raise_unless_cancelled()
+            raise
+        if message is grpc.aio.EOF:
             return None
-        raise await self._why()
+        check_size(message)
+        return bytes(message)
 
-    async def _why(self) -> ArmillaryError:
-        if self._closed:
-            return LinkClosedError("the link is closed")
-        return from_status(await self._call.code(), await self._call.details())
+    def _why(self) -> ArmillaryError:
+        if self._status is None or self._status[0] is grpc.StatusCode.OK:
+            return LinkClosedError("the other side has ended the link")
+        return from_status(*self._status)
+
+    def _raise_unless_cancelled(self) -> None:
+        # The library raises CancelledError also where only the call was cancelled, not the task: by aclose().
+        task = asyncio.current_task()
+        if task is not None and not task.cancelling():
+            raise LinkClosedError("the link is closed") from None
 
     async def aclose(self, error: ArmillaryError | None = None) -> None:
-        if self._closed:
-            return
-        self._closed = True
         self._call.cancel()
         await self._channel.close()
 
 
+def _at_once(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Return what a coroutine returns that does not have to wait."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    coroutine.close()
+    raise RuntimeError("a call that has ended has no status")
+
+
 class _ServerLink:
-    """The listening end; the stream ends with its handler."""
+    """The listening end, for as long as its method runs: later the library's context must not be touched."""
 
     def __init__(self, context: Any) -> None:
         self.peer = context.peer()
+        self.closed: Closed = asyncio.get_running_loop().create_future()
         self._context = context
-        self._closed: ArmillaryError | None = None
+        self._usable = True
 
     async def send(self, message: bytes) -> None:
-        if self._closed is not None:
-            raise self._closed
+        check_size(message)
+        self._check_usable()
         try:
             await self._context.write(message)
         except _ENDED:
-            raise LinkClosedError("the stream has ended") from None
+            raise LinkClosedError(GONE) from None
+        except asyncio.CancelledError:
+            self._usable = False
+            raise
 
     async def receive(self) -> bytes | None:
-        if self._closed is not None:
-            raise self._closed
+        self._check_usable()
         try:
             message = await self._context.read()
+            if message is grpc.aio.EOF:
+                # So read() ends both where the client has ended its side and where it has gone; only then is the
+                # method cancelled too, a moment later.
+                await asyncio.wait({self.closed}, timeout=_GONE_SECONDS)
+                self._check_usable()
+                return None
         except _ENDED:
-            raise LinkClosedError("the stream has ended") from None
-        return None if message is grpc.aio.EOF else bytes(message)
+            raise LinkClosedError(GONE) from None
+        except asyncio.CancelledError:
+            self._usable = False
+            raise
+        check_size(message)
+        return bytes(message)
+
+    def _check_usable(self) -> None:
+        if self.closed.done() or not self._usable:
+            raise LinkClosedError("the link is closed")
 
     async def aclose(self, error: ArmillaryError | None = None) -> None:
-        self._closed = self._closed or error or LinkClosedError("the link is closed")
-
-
-def _meaning(error: grpc.RpcError) -> ArmillaryError:
-    code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
-    return from_status(code, (error.details() if hasattr(error, "details") else "") or "")
+        close(self.closed, error)
 
 
 class GrpcListener:
-    """A grpc.aio server with SphereService, and what else its owner adds before it starts."""
+    """A grpc.aio server with SphereService, and what else its owner adds before it starts.
 
-    def __init__(self, server: grpc.aio.Server, address: str) -> None:
-        self.address = address
+    Mutable state: the links that live, by the tasks of their handlers.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self.address = ""
         self._server = server
+        self._live: dict[asyncio.Task[None], Closed] = {}
+
+    def serve(self, handler: LinkHandler) -> Callable[[Any, Any], Awaitable[None]]:
+        async def method(_requests: Any, context: Any) -> None:
+            link = _ServerLink(context)
+            # A task of its own: the library cancels its task when the client goes, and when the server's time is up.
+            handling = asyncio.create_task(handler(link))
+            self._live[handling] = link.closed
+            handling.add_done_callback(self._live.pop)
+            await attend(handling, link, link.closed)
+            error = link.closed.result()
+            if error is not None:
+                await context.abort(*code_of(error))
+
+        return method
 
     async def aclose(self) -> None:
-        await self._server.stop(grace=0.2)
+        for closed in self._live.values():
+            close(closed, LinkClosedError("the listener has closed"))
+        await self._server.stop(grace=_LAST_WORDS_SECONDS)
+        if self._live:
+            await asyncio.wait(self._live)
 
 
 class GrpcTransport:
@@ -146,19 +218,18 @@ class GrpcTransport:
 
     async def dial(self, address: str, rpc: Rpc) -> Link:
         channel = grpc.aio.insecure_channel(address, options=_CLIENT)
+        connecting = asyncio.create_task(_connects(channel))
+        connected = False
         try:
-            async with asyncio.timeout(DIAL_SECONDS):
-                state = channel.get_state(try_to_connect=True)
-                while state is not grpc.ChannelConnectivity.READY:
-                    if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
-                        raise TimeoutError
-                    await channel.wait_for_state_change(state)
-                    state = channel.get_state(try_to_connect=True)
-        except BaseException as error:
-            await channel.close()
-            if isinstance(error, TimeoutError):
-                raise UnreachableError(f"nobody answers at {address}") from None
-            raise
+            await asyncio.wait({connecting}, timeout=DIAL_SECONDS)
+            connected = connecting.done() and connecting.result()
+        finally:
+            if not connected:
+                # Closing ends the watch on the channel; cancelling it would leave it behind in the library.
+                await channel.close()
+                await asyncio.wait({connecting})
+        if not connected:
+            raise UnreachableError(f"nobody answers at {address}")
         return _ClientLink(channel, rpc, address)
 
     async def enroll(self, address: str, request: bytes, timeout: float) -> bytes:
@@ -169,10 +240,12 @@ class GrpcTransport:
                 raise from_rpc_error(error, f"control at {address}") from None
 
     async def listen(self, address: str, handlers: Handlers) -> GrpcListener:
+        host, _ = split_address(address)
         server = grpc.aio.server(options=_SERVER)
+        listener = GrpcListener(server)
         methods: dict[str, Any] = {
-            Rpc.WORK.value: grpc.stream_stream_rpc_method_handler(_serve(handlers.work)),
-            Rpc.HEARTBEAT.value: grpc.stream_stream_rpc_method_handler(_serve(handlers.heartbeat)),
+            Rpc.WORK.value: grpc.stream_stream_rpc_method_handler(listener.serve(handlers.work)),
+            Rpc.HEARTBEAT.value: grpc.stream_stream_rpc_method_handler(listener.serve(handlers.heartbeat)),
         }
         generic = [grpc.method_handlers_generic_handler(SERVICE, methods)]
         if handlers.enroll is not None:
@@ -188,31 +261,28 @@ class GrpcTransport:
         if port == 0:
             raise ConfigError(f"cannot listen on {address}: the port is in use or the address is not of this machine")
         await server.start()
-        return GrpcListener(server, f"{address.rpartition(':')[0]}:{port}")
+        listener.address = f"{host}:{port}"
+        return listener
 
     async def aclose(self) -> None:
-        """Each link closes its own channel."""
+        """Nothing is shared between links."""
 
 
-def _serve(handler: LinkHandler) -> Callable[[Any, Any], Awaitable[None]]:
-    async def method(_requests: Any, context: Any) -> None:
-        try:
-            await handler(_ServerLink(context))
-        except ArmillaryError as error:
-            code, details = code_of(error)
-            await context.abort(code, details)
-        except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no hello came in time")
-
-    return method
+async def _connects(channel: grpc.aio.Channel) -> bool:
+    """Wait until the channel is connected, or has failed to."""
+    while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+        if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
+            return False
+        await channel.wait_for_state_change(state)
+    return True
 
 
 def _answer(handler: Callable[[bytes], Awaitable[bytes]]) -> Callable[[bytes, Any], Awaitable[bytes]]:
     async def method(request: bytes, context: Any) -> bytes:
         try:
             return await handler(request)
-        except ArmillaryError as error:
-            await context.abort(*code_of(error))
+        except Exception as error:
+            await context.abort(*code_of(told(error, "EnrollSphere")))
             raise
 
     return method

@@ -7,106 +7,32 @@ carries out what the ledger decides. It does not dial, serve or encode links: ``
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from itertools import pairwise
-from time import perf_counter
-
-import numpy as np
-import numpy.typing as npt
+from typing import Literal
 
 from spheres.blocks import Block, is_canonical
 from spheres.config import NodeConfig
-from spheres.errors import ChecksumError, ProtocolError, StaleError, WrongRunError
-from spheres.frames import block_from, blocks_from, blocks_to, encode_with_chunk
-from spheres.ledger import SELF, Action, Ledger, SendAssign, SendBegin, SendCredit, SendReady, Stuck
-from spheres.numerics import crc32c
-from spheres.outbox import Outbox
+from spheres.errors import LinkClosedError, ProtocolError, StaleError, WrongRunError
+from spheres.frames import blocks_from, blocks_to
+from spheres.gradients import Array, Gradients, Outgoing
+from spheres.ledger import Action, Ledger, SendAssign, SendBegin, SendCredit, SendReady, Stuck
 from spheres.phases import PhaseTimes
-from spheres.reducer import Held, Reducer
+from spheres.reducer import Held
 from spheres.task import Sums
 from spheres.v1 import common_pb2
 from spheres.v1 import work_pb2 as pb
 from spheres.weights import Weights
+from spheres.work import EVALUATE, TRAIN, Child, Counts, Hooks, Work
 from spheres.worker import Failure, Unit, Worker
 
-__all__ = ["Child", "Hub", "Outgoing", "Work"]
+__all__ = ["EVALUATE", "TRAIN", "Array", "Child", "Hub", "Outgoing", "Work"]
 
 log = logging.getLogger(__name__)
-Array = npt.NDArray[np.float32]
-
-TRAIN, EVALUATE = common_pb2.WORK_KIND_TRAIN, common_pb2.WORK_KIND_EVALUATE
-
-
-@dataclass(frozen=True, order=True, slots=True)
-class Work:
-    """Which step's messages: ordered as steps follow each other (N1)."""
-
-    term: int
-    step: int
-    kind: common_pb2.WorkKind.ValueType
-
-
-@dataclass
-class Child:
-    """A child with an open link."""
-
-    id: str
-    incarnation: int
-    session: int
-    address: str
-    outbox: Outbox
-    #: ends its link, with the reason
-    close: Callable[[Exception], None]
-    environment: str = ""
-
-    @property
-    def order(self) -> tuple[int, int]:
-        return self.incarnation, self.session
-
-
-@dataclass(frozen=True, slots=True)
-class Outgoing:
-    """A gradient message on its way up, and what to note once it has left."""
-
-    data: bytes
-    work: Work
-    attempt: int
-    block: Block
-    index: int
-    last: bool
-
-
-@dataclass
-class Hooks:
-    """What a node does with what its hub finds; each is set once by its owner."""
-
-    #: the root has everything of a step
-    sealed: Callable[[], None] = lambda: None
-    #: blocks are owed that nobody below can compute
-    stuck: Callable[[], None] = lambda: None
-    failed: Callable[[pb.TaskFailure], None] = lambda _: None
-    reported: Callable[[pb.StateReport], None] = lambda _: None
-    directed: Callable[[pb.Directive], None] = lambda _: None
-    joined: Callable[[Child], None] = lambda _: None
-    lost: Callable[[Child, str], None] = lambda _child, _reason: None
-    #: the subtree's capacity is another
-    resized: Callable[[], None] = lambda: None
-
-
-@dataclass
-class Counts:
-    """What this node has done in its incarnation."""
-
-    microbatches: int = 0
-    samples: int = 0
-    up_bytes: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
 
 
 class Hub:
-    """Mutable state: the present work, the ledger, the reducer, the weights, the children, what waits to go up."""
+    """Mutable state: the present work, the ledger, the gradients, the weights, the children, what waits to go up."""
 
     def __init__(self, config: NodeConfig, node_id: str, *, incarnation: int = 1, worker: Worker | None = None) -> None:
         self.config, self.id, self.incarnation = config, node_id, incarnation
@@ -115,38 +41,29 @@ class Hub:
         self.counts = Counts()
         self.weights = Weights(config)
         self.ledger = Ledger(config.window, computes=worker is not None, root=self.root)
+        self.gradients = Gradients(config, node_id, self.ledger, self.weights)
         self.children: dict[str, Child] = {}
         #: nodes from control to this one; children's fallbacks come from it (N11)
         self.path: list[pb.Ancestor] = []
         self.work = Work(0, -1, common_pb2.WORK_KIND_UNSPECIFIED)
         self.version = -1
-        self.phases = PhaseTimes()
-        #: the root's sums: one gradient, and what came with it
-        self.gradient: Array | None = None
-        self.sums: Sums | None = None
-        self.contributions: dict[Block, list[tuple[Block, str]]] = {}
+        #: of the present work's messages; never changed, only replaced
+        self.tag = self._tag()
+        #: where children dial this node; empty where it takes none
+        self.address = ""
         #: called when something may go up
         self.wake_up: Callable[[], None] = lambda: None
         self.session = 0
         self._worker = worker
         self._unit: Unit | None = None
-        self._reducer = Reducer(config.chunk_elements)
         self._up: list[pb.WorkRequest] = []
+        #: of the present step's computation here
+        self._failure: pb.TaskFailure | None = None
         self._capacity = self.ledger.capacity
-        self._started = 0.0
         self._down_bytes = 0
-        #: payload bytes of gradients that children have sent
-        self.received_bytes = 0
 
     def __repr__(self) -> str:
         return f"Hub({self.id}, {self.work}, frontier {self.ledger.frontier}, {len(self.children)} children)"
-
-    @property
-    def tag(self) -> pb.Tag:
-        work = self.work
-        return pb.Tag(
-            run_id=self.config.run_id, term=work.term, step=work.step, kind=work.kind, weights_version=self.version
-        )
 
     @property
     def sent_down_bytes(self) -> int:
@@ -165,16 +82,25 @@ class Hub:
         return "done" if self.ledger.finished else f"at chunk {self.ledger.frontier} of step {self.work.step}"
 
     @property
-    def elapsed(self) -> float:
-        """Seconds since this node began the present work."""
-        return perf_counter() - self._started
+    def phases(self) -> PhaseTimes:
+        """Where the time of the present step went."""
+        return self.gradients.phases
+
+    @property
+    def sums(self) -> Sums | None:
+        """At the root: loss, count and metrics of the step, from its first chunk on."""
+        return self.gradients.sums
+
+    @property
+    def received_bytes(self) -> int:
+        """Payload bytes of gradients that children have sent."""
+        return self.gradients.received_bytes
 
     # ---- root: control's side
 
     def start(self, work: Work, gradient: Array | None) -> None:
         """Begin a step on the published weights. ``gradient`` takes the sum of a training step."""
-        self.gradient = gradient
-        self._begin(work, self.weights.version, [Block(0, self._total(work.kind))])
+        self._begin(work, self.weights.version, [Block(0, self._total(work.kind))], out=gradient)
 
     def seal(self) -> None:
         """The weights are about to be written: no transfer may read them any more (N15)."""
@@ -184,8 +110,7 @@ class Hub:
 
     def direct(self, directive: pb.Directive) -> None:
         """Send a directive down, hop by hop."""
-        for child in self.children.values():
-            child.outbox.notice(pb.WorkResponse(directive=directive))
+        self._notice(pb.WorkResponse(directive=directive))
 
     # ---- parent edge: what came down
 
@@ -198,13 +123,13 @@ class Hub:
         if tag.run_id != self.config.run_id:
             raise WrongRunError(f"a message of run {tag.run_id!r}; this is run {self.config.run_id!r}")
         work = Work(tag.term, tag.step, tag.kind)
-        if message.HasField("weights_header"):
-            if work < self.work:
-                raise StaleError(f"weights of {work}; {self.work} is known")
-            self._on_header(work, tag.weights_version, message)
-        elif work != self.work:
+        header = message.HasField("weights_header")
+        if work < self.work or (work > self.work and not header):
+            # Also what a parent sends that is behind: this node waits until it has caught up (N14).
             self.counts.refused["stale"] += 1
             return
+        if header:
+            self._on_header(work, tag.weights_version, message)
         if message.HasField("begin"):
             self._do(self.ledger.begin(message.begin.attempt, message.begin.from_chunk))
         if message.HasField("assign") and not message.HasField("weights_header"):
@@ -217,9 +142,10 @@ class Hub:
             self._wake_children()
         if message.HasField("weights_footer"):
             self.weights.finish(message.weights_footer.digest)
-            self.phases.add("send_down", perf_counter() - self._started)
+            self.phases.add("send_down", self.gradients.elapsed)
             self._wake_children()
             self._compute()
+            self._flow()
         if message.HasField("credit"):
             self._try(lambda: self.ledger.credit(message.credit.attempt, message.credit.through_chunk))
             self.wake_up()
@@ -234,30 +160,25 @@ class Hub:
     def relinked(self, session: int, path: Iterable[pb.Ancestor]) -> None:
         """A parent took this node in: the obligations of the session before are void (N5b)."""
         self.session = session
-        self._up = [m for m in self._up if m.HasField("task_failure") or m.HasField("state_report")]
+        # What belongs to no step stays: a capacity that changed after the hello was written, for one.
+        self._up = [m for m in self._up if not m.HasField("ready")]
+        if self._failure is not None:
+            self.fail(self._failure)  # the link before may have died with it, and nothing else would end the step
         self.ledger.relinked()
-        self._settle()
-        self._capacity = self.ledger.capacity
+        self.gradients.settle()
         self.renewed(path)
 
     def renewed(self, path: Iterable[pb.Ancestor]) -> None:
         """The nodes above are these now; children learn their fallbacks from it (N11)."""
         self.path = [*path, pb.Ancestor(id=self.id, incarnation=self.incarnation, address=self.address)]
-        for child in self.children.values():
-            child.outbox.notice(self.welcome())
-
-    #: where children dial this node; empty where it takes none
-    address = ""
+        self._notice(self.welcome())
 
     def welcome(self) -> pb.WorkResponse:
         return pb.WorkResponse(tag=self.tag, welcome=pb.Welcome(path=self.path))
 
     def held(self) -> list[Block]:
-        """Blocks of the present step that are held or being computed here."""
-        blocks = set(self.ledger.held)
-        if self.ledger.computing is not None:
-            blocks.add(self.ledger.computing)
-        return sorted(blocks)
+        """Blocks of the present step that may be held or in compute in this subtree, merged (N5)."""
+        return list(self.ledger.holdings)
 
     def _on_header(self, work: Work, version: int, message: pb.WorkResponse) -> None:
         header, weights = message.weights_header, self.weights
@@ -268,8 +189,9 @@ class Hub:
                 raise ProtocolError(f"the parent takes weights v{version} as held; held: {weights!r}")
             weights.term = work.term
         else:
-            for child in self.children.values():
-                child.outbox.abort()
+            if not header.from_chunk:
+                for child in self.children.values():
+                    child.outbox.abort()
             weights.begin(
                 term=work.term,
                 version=version,
@@ -281,30 +203,36 @@ class Hub:
             self._begin(work, version, blocks)
             return
         self.version = version
+        self.tag = self._tag()
         for child in self.children.values():
             child.outbox.header(self.tag)
         if blocks is not None:
             self._do(self.ledger.resume(blocks))
 
-    def _begin(self, work: Work, version: int, blocks: list[Block] | None) -> None:
+    def _begin(self, work: Work, version: int, blocks: list[Block] | None, *, out: Array | None = None) -> None:
         """A new step: drop all of the old one (N14), then give out the new one."""
         self.work, self.version = work, version
-        self._started = perf_counter()
+        self.tag = self._tag()
         if self._unit is not None:
             self._unit.cancelled = True
-            self._unit = None
-        for held in self._reducer.cache.values():
-            if self._worker is not None:
+        self._unit = self._failure = None
+        cache = self.gradients.reducer.cache
+        if self._worker is not None:
+            for held in cache.values():
                 self._worker.release(held)
-        self._reducer.cache.clear()
+        cache.clear()
         self._up = [m for m in self._up if not m.HasField("ready")]
-        self.phases.clear()
-        self.sums = None
-        tag = self.tag
+        self.gradients.start(train=work.kind == TRAIN, out=out)
         for child in self.children.values():
-            child.outbox.header(tag)
+            child.outbox.header(self.tag)
         chunks = self.config.chunk_count if work.kind == TRAIN else 0
         self._do(self.ledger.start(self._total(work.kind), chunks, blocks))
+
+    def _tag(self) -> pb.Tag:
+        work = self.work
+        return pb.Tag(
+            run_id=self.config.run_id, term=work.term, step=work.step, kind=work.kind, weights_version=self.version
+        )
 
     def _total(self, kind: common_pb2.WorkKind.ValueType) -> int:
         return self.config.microbatches if kind == TRAIN else self.config.evaluation_microbatches
@@ -338,12 +266,14 @@ class Hub:
         if hello.holds_weights:
             child.outbox.holds = (self.weights.term, hello.weights_version, hello.weights_digest)
         child.outbox.notice(self.welcome())
-        if self.work.step >= 0:
+        # At the root between two steps the weights are no longer, or not yet, those of its work: the next step's header
+        # will bring them.
+        if self.ledger.active:
             child.outbox.header(self.tag)
         holds = bool(hello.held) and Work(tag.term, tag.step, tag.kind) == self.work
-        self.hooks.joined(child)
         self._do(self.ledger.child_joined(child.id, hello.capacity, holds=holds))
         self._tell_capacity()
+        self.change(child.change(self.id))
 
     def dismiss(self, child: Child, reason: str) -> None:
         """A child's link has ended."""
@@ -351,17 +281,24 @@ class Hub:
             return
         del self.children[child.id]
         self._down_bytes += child.outbox.sent_bytes
-        self.hooks.lost(child, reason)
         self._do(self.ledger.child_lost(child.id))
         self._tell_capacity()
+        self.change(child.change(self.id, lost=True, reason=reason))
 
     def on_request(self, child: Child, message: pb.WorkRequest) -> None:
         """Handle a message of a child. Raises ProtocolError and its kinds: then its link must end."""
+        if self.children.get(child.id) is not child:
+            # Its link is over; a newer session may have its edge by now, and must not answer for it (I6).
+            self.counts.refused["stale"] += 1
+            return
         if message.HasField("task_failure"):
             self.fail(message.task_failure)
             return
         if message.HasField("state_report"):
             self.report(message.state_report)
+            return
+        if message.HasField("sphere_change"):
+            self.change(message.sphere_change)
             return
         if message.HasField("capacity"):
             self._do(self.ledger.child_changed(child.id, capacity=message.capacity.capacity))
@@ -384,46 +321,8 @@ class Hub:
             ready = message.ready
             held = self._canonical(ready.held, self.work.kind)
             self._do(self.ledger.child_ready(child.id, message.attempt, held, idle=ready.idle))
-        if message.HasField("gradient_header"):
-            header = message.gradient_header
-            block = block_from(header.block)
-            self.ledger.accepts(child.id, message.attempt, block, -1)
-            if header.weights_digest != self.weights.digest:
-                raise ProtocolError(
-                    f"{child.id} computed {block} on weights {header.weights_digest.hex()}, "
-                    f"v{self.version} is {self.weights.digest.hex()}"
-                )
-            sums = None
-            if not header.absent:
-                metrics = {m.name: m.value for m in header.metrics}
-                sums = Sums(header.loss_sum, header.samples_count, metrics)
-            self._reducer.header(block, sums, absent=header.absent)
-        if message.HasField("gradient_chunk"):
-            self._on_chunk(child, message.attempt, message.gradient_chunk)
-        if message.HasField("gradient_footer"):
-            footer = message.gradient_footer
-            block = block_from(footer.block)
-            self.ledger.accepts(child.id, message.attempt, block, -1)
-            self.phases.merge(footer.phases)
-            self.contributions[block] = [(block_from(c.block), c.sphere_id) for c in footer.contributions]
+        self.gradients.take_in(child.id, message)
         self._flow()
-
-    def _on_chunk(self, child: Child, attempt: int, chunk: pb.Chunk) -> None:
-        block, index, data = block_from(chunk.block), chunk.index, chunk.data
-        news = self.ledger.accepts(child.id, attempt, block, index)
-        elements = self.config.chunk_elements
-        start = index * elements
-        train = self.work.kind == TRAIN
-        size = min(elements, self.config.manifest.size - start) if train else 0
-        if index < 0 or chunk.offset_bytes != start * 4 or len(data) != size * 4:
-            raise ProtocolError(f"{child.id}: chunk {index} of {block} at byte {chunk.offset_bytes}, {len(data)} bytes")
-        if not self._reducer.has_header(block):
-            raise ProtocolError(f"{child.id}: chunk {index} of {block} came before its header")
-        if crc32c(data) != chunk.crc32c:
-            raise ChecksumError(f"{child.id}: chunk {index} of {block} does not fit its checksum")
-        self.received_bytes += len(data)
-        if news:
-            self._reducer.chunk(block, index, np.frombuffer(data, np.float32))
 
     # ---- both
 
@@ -433,6 +332,13 @@ class Hub:
             self.hooks.failed(failure)
         else:
             self._send_up(pb.WorkRequest(task_failure=failure))
+
+    def change(self, change: pb.SphereChange) -> None:
+        """A link here or below opened or ended: control's picture of the tree follows."""
+        if self.root:
+            self.hooks.changed(change)
+        else:
+            self._send_up(pb.WorkRequest(sphere_change=change))
 
     def report(self, report: pb.StateReport) -> None:
         """A sphere's state, on its way to control."""
@@ -445,11 +351,21 @@ class Hub:
         """Tell the parent that this node goes."""
         self._send_up(pb.WorkRequest(leaving=pb.Leaving(reason=reason)))
 
-    def _send_up(self, message: pb.WorkRequest) -> None:
+    def _send_up(self, message: pb.WorkRequest, *, replaces: Literal["", "ready", "capacity"] = "") -> None:
         message.tag.CopyFrom(self.tag)
         message.session = self.session
+        if replaces:
+            self._up = [m for m in self._up if not m.HasField(replaces)]
         self._up.append(message)
         self.wake_up()
+
+    def _notice(self, message: pb.WorkResponse) -> None:
+        """Send all children what belongs to no step; the link of one that has stopped reading ends."""
+        for child in self.children.values():
+            try:
+                child.outbox.notice(message)
+            except LinkClosedError as error:
+                child.close(error)
 
     def _tell_capacity(self) -> None:
         capacity = self.ledger.capacity
@@ -458,11 +374,16 @@ class Hub:
         self._capacity = capacity
         self.hooks.resized()
         if not self.root:
-            self._send_up(pb.WorkRequest(capacity=pb.Capacity(capacity=capacity)))
+            self._send_up(pb.WorkRequest(capacity=pb.Capacity(capacity=capacity)), replaces="capacity")
 
     def _do(self, actions: list[Action]) -> None:
-        """Carry out what the ledger decided, in its order."""
-        self._settle()
+        """Carry out what the ledger decided, then go on with what that allows."""
+        self.gradients.settle()
+        self._carry_out(actions)
+        self._compute()
+        self._flow()
+
+    def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
                 case SendBegin(child, attempt, from_chunk):
@@ -476,40 +397,18 @@ class Hub:
                     self.children[child].outbox.credit(pb.WorkResponse(tag=self.tag, credit=credit))
                 case SendReady(attempt, held, idle):
                     ready = pb.Ready(held=blocks_to(held), idle=idle)
-                    self._send_up(pb.WorkRequest(attempt=attempt, ready=ready))
+                    self._send_up(pb.WorkRequest(attempt=attempt, ready=ready), replaces="ready")
                 case Stuck():
                     self.hooks.stuck()
-        self._compute()
-        self._flow()
-
-    def _settle(self) -> None:
-        """Where the slots changed, what children sent for the old ones is dropped."""
-        if self._reducer.slots is not self.ledger.slots:
-            self._reducer.forget(self.ledger.slots)
-            self.contributions.clear()
 
     def _flow(self) -> None:
-        """Let go upward what can go: into the gradient at the root, else by waking the writer."""
+        """Let go upward what can go: into the sum at the root, else by waking the writer."""
         if not self.root:
             self.wake_up()
             return
-        ledger, reducer = self.ledger, self._reducer
-        while (item := ledger.sendable(reducer.has)) is not None:
-            block, index = item
-            if index == 0:
-                self.sums = reducer.sums(block)
-            started = perf_counter()
-            last = reducer.absent(block)
-            if not last and self.gradient is not None and self.work.kind == TRAIN:
-                array = reducer.take(block, index)
-                start = index * self.config.chunk_elements
-                self.gradient[start : start + self.config.chunk_elements] = array
-            self.phases.add("sum", perf_counter() - started)
-            actions = ledger.sent(block, index, last=last)
-            if actions:
-                self._do(actions)
-        if ledger.active and ledger.finished:
-            ledger.active = False
+        self._carry_out(self.gradients.collect())
+        if self.ledger.active and self.ledger.finished:
+            self.ledger.active = False
             self.hooks.sealed()
 
     def _wake_children(self) -> None:
@@ -519,8 +418,6 @@ class Hub:
     def _compute(self) -> None:
         """Give the compute thread its next block, once the weights are whole (N17)."""
         if self._worker is None or self._unit is not None or not self.weights.complete:
-            return
-        if self.weights.version != self.version:
             return
         block = self.ledger.next_unit()
         if block is None:
@@ -539,19 +436,18 @@ class Hub:
         self.counts.microbatches += unit.microbatches
         self.counts.samples += unit.samples
         if isinstance(result, Failure):
-            self.fail(
-                pb.TaskFailure(
-                    sphere_id=self.id,
-                    microbatch=result.microbatch,
-                    error=result.error,
-                    traceback=result.traceback,
-                    sample_ids=result.sample_ids,
-                    invalid_gradient=result.invalid,
-                )
+            self._failure = pb.TaskFailure(
+                sphere_id=self.id,
+                microbatch=result.microbatch,
+                error=result.error,
+                traceback=result.traceback,
+                sample_ids=result.sample_ids,
+                invalid_gradient=result.invalid,
             )
+            self.fail(self._failure)
             return
         assert result is not None  # only a cancelled unit gives nothing, and that is not self._unit
-        self._reducer.cache[unit.block] = result
+        self.gradients.reducer.cache[unit.block] = result
         self.ledger.computed(unit.block)
         self._compute()
         self._flow()
@@ -562,71 +458,18 @@ class Hub:
         """Return the next message for the parent, or None where nothing can be sent now."""
         if self._up:
             return self._up.pop(0).SerializeToString()
-        ledger, reducer = self.ledger, self._reducer
-        item = ledger.sendable(reducer.has)
-        if item is None:
+        found = self.gradients.next(self.tag, self.session)
+        if found is None:
             return None
-        block, index = item
-        message = pb.WorkRequest(tag=self.tag, session=self.session, attempt=ledger.attempt)
-        absent = reducer.absent(block)
-        last = absent or index == ledger.chunks - 1
-        if absent or index == ledger.from_chunk:
-            self._write_header(message.gradient_header, block, absent=absent)
-        if last:
-            self._write_footer(message.gradient_footer, block)
-        if absent:
-            data = message.SerializeToString()
-        else:
-            started = perf_counter()
-            array = reducer.take(block, index) if self.work.kind == TRAIN else None
-            self.phases.add("sum", perf_counter() - started)
-            payload: memoryview | bytes = b"" if array is None else array.data.cast("B")
-            chunk = pb.Chunk(
-                block=pb.Block(lo=block.lo, hi=block.hi),
-                index=index,
-                offset_bytes=index * self.config.chunk_bytes,
-                crc32c=crc32c(payload),
-            )
-            data = encode_with_chunk(message, chunk, payload)
-            self.counts.up_bytes += len(payload)
-        return Outgoing(data, self.work, ledger.attempt, block, index, last)
+        item, actions = found
+        self._carry_out(actions)
+        return item
 
     def went_up(self, item: Outgoing, seconds: float) -> None:
-        """A gradient message has left. Where a newer attempt came meanwhile, it counts for nothing."""
+        """Note that a gradient message has left."""
         self.phases.add("send_up", seconds)
-        ledger = self.ledger
-        if item.work == self.work and item.attempt == ledger.attempt and ledger.assigned:
-            actions = ledger.sent(item.block, item.index, last=item.last)
-            if actions:
-                self._do(actions)
-
-    def _write_header(self, header: pb.GradientHeader, block: Block, *, absent: bool) -> None:
-        header.block.lo, header.block.hi = block
-        header.weights_digest = self.weights.digest
-        header.absent = absent
-        sums = self._reducer.sums(block)
-        if sums is not None:
-            header.samples_count, header.loss_sum = sums.count, sums.loss
-            for name in sorted(sums.metrics):
-                header.metrics.add(name=name, value=sums.metrics[name])
-
-    def _write_footer(self, footer: pb.GradientFooter, block: Block) -> None:
-        footer.block.lo, footer.block.hi = block
-        for part, sphere in self.contributors(block):
-            footer.contributions.add(block=pb.Block(lo=part.lo, hi=part.hi), sphere_id=sphere)
-        # Times are the subtree's, not the block's: they go with the last block, so that they are counted once.
-        if sum(1 for index in self.ledger.obligations.values() if index < self.ledger.chunks) == 1:
-            self.phases.close(self.elapsed, computes=self._worker is not None)
-            self.phases.write(footer.phases, self.id)
+        self.counts.up_bytes += item.payload_bytes
 
     def contributors_of_all(self) -> list[tuple[Block, str]]:
         """Return who computed which part of the step."""
-        return self.contributors(Block(0, self.ledger.total))
-
-    def contributors(self, within: Block) -> list[tuple[Block, str]]:
-        """Return who computed which part of a block, as far as footers have come."""
-        parts: list[tuple[Block, str]] = []
-        for slot, owner in self.ledger.slots.items():
-            if within.contains(slot):
-                parts += [(slot, self.id)] if owner == SELF else self.contributions.get(slot, [])
-        return sorted(parts)
+        return self.gradients.contributors(Block(0, self.ledger.total))

@@ -4,18 +4,21 @@ Every method is an event; it returns the actions to carry out, in order. Rules N
 
 | event           | what changes                                              | actions                              |
 |-----------------|-----------------------------------------------------------|--------------------------------------|
-| start           | a new step: everything of the old one is dropped (N14)    | Assign per child, Compute            |
+| start           | a new step: everything of the old one is dropped (N14)    | Assign per child                     |
 | resume          | the same step again, from a parent that came later (N14)  | Begin per child                      |
-| begin           | a new attempt from above: obligations unknown again (N4)  | Begin per child, then perhaps Ready  |
-| assign          | obligations known                                         | Assign per child, Compute            |
+| begin           | a new attempt from above: obligations unknown again (N4)  | Begin per child, or Ready at once    |
+| assign          | obligations known                                         | Assign per child                     |
 | relinked        | a new parent or session: obligations void (N5b)           | -                                    |
-| child_joined    | one more edge                                             | Begin per child where it is needed   |
-| child_lost      | one edge less; what it owed is open                       | Begin per child where it owed        |
-| child_ready     | one answer less to wait for; with the last one:           | Ready, or Assign per child, Compute  |
+| child_joined    | one more edge; it takes part in what is being gathered    | Begin to it, or per child (N13)      |
+| child_lost      | one edge less; what it owed is open                       | Begin per child where it still owed  |
+| child_ready     | one answer less to wait for; with the last one:           | Ready, or Assign per child           |
 | child_changed   | capacity; leaving                                         | Begin where work was unassigned      |
-| computed        | a block is held until the seal                            | -                                    |
+| next_unit       | a block of the queue is being computed                    | -                                    |
+| computed        | that block is held until the seal                         | -                                    |
 | sent            | the frontier may rise                                     | Credit per child                     |
 | credit          | more may be sent up (N6)                                  | -                                    |
+
+Wherever work is given out and nobody can take it: Stuck, or Begin where someone joined after the attempt had begun.
 """
 
 from __future__ import annotations
@@ -107,6 +110,11 @@ class Edge:
     credit: int = -1
     leaving: bool = False
 
+    @property
+    def able(self) -> bool:
+        """Whether it can be given something to compute."""
+        return self.capacity > 0 and not self.leaving
+
     def reset(self, attempt: int, *, ready: bool) -> None:
         self.attempt, self.ready = attempt, ready
         self.held, self.idle, self.assigned, self.credit = (), True, (), -1
@@ -147,6 +155,8 @@ class Ledger:
     held: set[Block] = field(default_factory=set)
     computing: Block | None = None
     queue: list[Block] = field(default_factory=list)
+    #: blocks that children were given in this step: they may hold them still
+    below: set[Block] = field(default_factory=set)
     #: local attempts begun in this step (I12)
     attempts: int = 0
 
@@ -156,8 +166,9 @@ class Ledger:
         """A step begins; ``blocks`` is attempt 0's assignment, None for a spare. Nobody holds anything yet (N5)."""
         self.total, self.chunks, self.active = total, max(1, chunks), True
         self.attempt, self.attempts, self.from_chunk = 0, 0, 0
-        self.waiting, self.ready_sent, self.stuck = None, True, False
+        self.waiting, self.ready_sent = None, True
         self.held.clear()
+        self.below.clear()
         self.computing = None
         for edge in self.edges.values():
             edge.reset(0, ready=True)
@@ -185,7 +196,6 @@ class Ledger:
         """The parent's answer to Ready. Raises StaleError where it belongs to another attempt."""
         if attempt != self.attempt or self.assigned or attempt == 0:
             raise StaleError(f"assignment of attempt {attempt}; attempt {self.attempt} is running")
-        # A chunk that was on its way up when the attempt began may have left since: then the frontier is higher.
         if not self.from_chunk <= from_chunk <= self.chunks:
             raise ProtocolError(f"assignment from chunk {from_chunk}; the attempt began at {self.from_chunk}")
         self.from_chunk = from_chunk
@@ -209,7 +219,12 @@ class Ledger:
     def child_joined(self, child: str, capacity: float, *, holds: bool) -> list[Action]:
         """A link to a child opened. An attempt only where it brings blocks, or work lies unassigned (N13)."""
         self.edges[child] = Edge(capacity)
-        if self.active and (self.stuck or (holds and not self.finished)):
+        if not self.active:
+            return []
+        if self.waiting is not None:
+            # Orphans of one dead parent come one after the other: one attempt takes them all in.
+            return [self._ask(child, self.frontier)]
+        if self.stuck or (holds and not self.finished):
             return self._gather(self.frontier)
         return []
 
@@ -220,7 +235,7 @@ class Ledger:
         if self.waiting is not None:
             self.waiting.discard(child)
             return self._gathered()
-        if any(owner == child for owner in self.slots.values()) and not self.finished:
+        if any(owner == child and self._open(slot) for slot, owner in self.slots.items()):
             return self._gather(self.frontier)
         return []
 
@@ -239,7 +254,7 @@ class Ledger:
         edge.leaving = edge.leaving or leaving
         if capacity is not None:
             edge.capacity = capacity
-        if self.active and self.stuck and edge.capacity > 0 and not edge.leaving:
+        if self.active and self.stuck and edge.able:
             return self._gather(self.frontier)
         return []
 
@@ -324,21 +339,37 @@ class Ledger:
         """What this subtree computes at once, in plain spheres."""
         return float(self.computes) + sum(edge.capacity for edge in self.edges.values() if not edge.leaving)
 
+    @property
+    def holdings(self) -> BlockSet:
+        """What this subtree holds or computes of the step, as far as it is known here."""
+        blocks = BlockSet(self.total, self.held | self.below)
+        if self.computing is not None:
+            blocks.add(self.computing)
+        return blocks
+
     # ---- inside
 
     def _void(self) -> None:
-        self.obligations, self.assigned, self.allowed = {}, False, -1
+        self.obligations, self.assigned, self.allowed, self.stuck = {}, False, -1, False
         self.slots, self.queue = {}, []
+
+    def _open(self, slot: Block) -> bool:
+        """Whether chunks of a slot are still to be sent up."""
+        return self.obligations[self.cover(slot)] < self.chunks
+
+    def _ask(self, child: str, from_chunk: int) -> SendBegin:
+        assert self.waiting is not None
+        edge = self.edges[child]
+        edge.reset(edge.attempt + 1, ready=False)
+        self.waiting.add(child)
+        return SendBegin(child, edge.attempt, from_chunk)
 
     def _gather(self, from_chunk: int) -> list[Action]:
         """Begin a new attempt on every child edge (N4)."""
         self.attempts += 1
         self.slots, self.queue, self.stuck = {}, [], False
-        self.waiting = set(self.edges)
-        actions: list[Action] = []
-        for child, edge in self.edges.items():
-            edge.reset(edge.attempt + 1, ready=False)
-            actions.append(SendBegin(child, edge.attempt, from_chunk))
+        self.waiting = set()
+        actions: list[Action] = [self._ask(child, from_chunk) for child in self.edges]
         return actions + self._gathered()
 
     def _gathered(self) -> list[Action]:
@@ -357,7 +388,7 @@ class Ledger:
             if edge.ready:
                 for block in edge.held:
                     held.add(block)
-                idle = idle or (edge.idle and edge.capacity > 0 and not edge.leaving)
+                idle = idle or (edge.idle and edge.able)
         if self.computing is not None:
             held.add(self.computing)
         return [SendReady(self.attempt, tuple(held), idle)]
@@ -385,6 +416,8 @@ class Ledger:
         self.queue = []
         if len(rest):
             workers = self._workers()
+            if not workers and any(edge.able and not edge.ready for edge in self.edges.values()):
+                return self._gather(first)
             if not workers:
                 # Nothing is given out at all: a partition with a hole would only be torn down again.
                 self.slots, self.stuck = {}, True
@@ -404,6 +437,7 @@ class Ledger:
             edge.assigned = blocks
             if blocks:
                 self.slots.update(dict.fromkeys(blocks, child))
+                self.below.update(blocks)
                 edge.credit = first + self.window - 1
                 actions.append(SendAssign(child, edge.attempt, first, blocks))
         return actions
@@ -422,7 +456,7 @@ class Ledger:
         """Who can be given more, idle ones where there are any."""
         able = [(SELF, 1.0, self.computing is None)] if self.computes else []
         for child, edge in self.edges.items():
-            if edge.ready and edge.capacity > 0 and not edge.leaving:
+            if edge.ready and edge.able:
                 able.append((child, edge.capacity, edge.idle))
         idle = [(owner, capacity) for owner, capacity, free in able if free]
         return idle or [(owner, capacity) for owner, capacity, _ in able]

@@ -58,7 +58,7 @@ def version_digest(manifest_digest: bytes, checksums: Sequence[int]) -> bytes:
 
 def is_finite(flat: Array) -> bool:
     """Whether no element is infinite or NaN."""
-    return all(np.isfinite(flat[block]).all() for block in _blocks(0, flat.size))
+    return all(bool(np.logical_and.reduce(np.isfinite(flat[block]))) for block in _blocks(0, flat.size))
 
 
 def _blocks(start: int, size: int) -> Iterator[slice]:

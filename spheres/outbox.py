@@ -33,6 +33,8 @@ class Outbox:
         self._tag = pb.Tag()
         #: next chunk to send; None where the version is whole at the child, or must not be read
         self._cursor: int | None = None
+        #: term and version that the cursor belongs to
+        self._version = (0, -1)
         #: term and version that the child holds whole, and its digest
         self.holds: tuple[int, int, bytes] | None = None
         self.wake = asyncio.Event()
@@ -40,7 +42,7 @@ class Outbox:
 
     def notice(self, message: pb.WorkResponse) -> None:
         """Add a message that belongs to no step. Raises LinkClosedError where the child has stopped reading."""
-        if len(self._notices) + len(self._steps) >= _MOST_WAITING:
+        if len(self._notices) >= _MOST_WAITING:
             raise LinkClosedError(f"{_MOST_WAITING} messages wait for a child that reads none")
         self._notices.append(message)
         self.wake.set()
@@ -54,11 +56,17 @@ class Outbox:
         self.wake.set()
 
     def abort(self) -> None:
-        """The weights are about to be overwritten: a transfer that is under way ends here (N17)."""
-        self._cursor = None
+        """The weights are about to be overwritten: a transfer that is under way ends here (N17), and its step too.
+
+        A header that waits is dropped with the rest: it would go out with the next version's chunks under the old tag.
+        """
+        self._cursor = self._header = self._credit = None
+        self._steps.clear()
 
     def step(self, message: pb.WorkResponse) -> None:
-        """Add begin or assign. The first assign rides on the header (N5)."""
+        """Add begin or assign. The first assign rides on the header (N5); a begin ends all that waits before it."""
+        if message.HasField("begin"):
+            self._steps.clear()
         if self._header is not None and message.HasField("assign") and not self._steps:
             self._header.assign.CopyFrom(message.assign)
         else:
@@ -93,7 +101,11 @@ class Outbox:
             header.held_digest = weights.digest
             return message.SerializeToString()
         header.previous_digest = weights.previous_digest
-        self._cursor = 0
+        # Another step on the same version (a joiner got half of it during an evaluation) goes on where it was (N17).
+        if self._cursor is None or self._version != (weights.term, weights.version):
+            self._cursor = 0
+        self._version = (weights.term, weights.version)
+        header.from_chunk = self._cursor
         if weights.config.chunk_count == 1:
             return self._go_on(message) or message.SerializeToString()
         return message.SerializeToString()

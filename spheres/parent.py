@@ -24,7 +24,7 @@ from spheres.errors import (
 )
 from spheres.frames import blocks_to, decode
 from spheres.hub import Hub, Outgoing
-from spheres.transport import Link, Rpc, Transport
+from spheres.transport import Link, Rpc, Transport, first_end
 from spheres.v1 import common_pb2
 from spheres.v1 import work_pb2 as pb
 
@@ -32,10 +32,12 @@ __all__ = ["Fingerprints", "Parent"]
 
 log = logging.getLogger(__name__)
 
-#: refusals that no other attempt can cure
+#: refusals that no other attempt can cure, if they come from control: at another address another run may have moved in
 _FINAL = (VersionMismatchError, FingerprintError, WrongRunError)
 #: seconds that a parent has to answer: it may itself be loading its task
 WELCOME_SECONDS = 20.0
+#: seconds before dialling again, and up to which they are doubled each time
+_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 #: reports of other spheres that ride on one heartbeat
 _REPORTS = 31
 
@@ -67,6 +69,8 @@ class Parent:
         self._orphan_timeout = orphan_timeout
         self._reports = reports
         self._session = 0
+        #: why there was no link, or the last one ended
+        self._last_error: ArmillaryError | None = None
         self._wake = asyncio.Event()
         self._linked = asyncio.Event()
         #: set once the first welcome has come: only then is there a path to hand on
@@ -85,35 +89,45 @@ class Parent:
     async def run(self) -> None:
         """Keep a link until cancelled. Raises what cannot be cured: a refusal, or UnreachableError of an orphan."""
         alone_since = monotonic()
-        pause = 0.05
+        pause = _PAUSE
         while True:
             for ancestor in list(reversed(self._ancestors)):
-                try:
-                    link = await self._transport.dial(ancestor.address, Rpc.WORK)
-                except UnreachableError as error:
-                    log.debug("%s: %s", self._hub.id, error)
-                    continue
-                try:
-                    await self._serve(link, ancestor)
-                    reason: str | ArmillaryError = "it ended"
-                except _FINAL:
-                    raise
-                except ArmillaryError as error:
-                    reason = error
-                finally:
-                    was_linked = self._linked.is_set()
-                    self._linked.clear()
-                log.info("%s: the link to %s has ended: %s", self._hub.id, ancestor.id, reason)
-                if was_linked:
-                    alone_since, pause = monotonic(), 0.05
+                began = monotonic()
+                if await self._link(ancestor):
+                    alone_since = monotonic()
+                    # A parent that ends every link at once is not dialled at full speed.
+                    if alone_since - began > _LONGEST_PAUSE:
+                        pause = _PAUSE
                     break
             left = alone_since + self._orphan_timeout - monotonic()
             if left <= 0:
                 raise UnreachableError(
-                    f"no way to control for {self._orphan_timeout:g} s (--orphan-timeout); this sphere ends"
+                    f"no way to control for {self._orphan_timeout:g} s (--orphan-timeout); this sphere ends; "
+                    f"the last attempt: {self._last_error}"
                 )
             await asyncio.sleep(min(pause, left))
-            pause = min(pause * 2, 2.0)
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+    async def _link(self, ancestor: pb.Ancestor) -> bool:
+        """Dial an ancestor and work for it until the link ends. False where there was none. Raises a final refusal."""
+        reason: ArmillaryError = LinkClosedError("it ended the link")
+        try:
+            link = await self._transport.dial(ancestor.address, Rpc.WORK)
+            await self._serve(link, ancestor)
+        except UnreachableError as error:
+            self._last_error = error
+            log.debug("%s: %s", self._hub.id, error)
+            return False
+        except ArmillaryError as error:
+            if isinstance(error, _FINAL) and not self.linked and ancestor == self._ancestors[0]:
+                raise
+            reason = error
+        finally:
+            was_linked = self.linked
+            self._linked.clear()
+        self._last_error = reason
+        log.info("%s: the link to %s has ended: %s", self._hub.id, ancestor.id, reason)
+        return was_linked
 
     def cut(self, error: ArmillaryError) -> None:
         """End the present link and dial again."""
@@ -126,8 +140,7 @@ class Parent:
         try:
             await self._hello(link, ancestor)
             self._cut = asyncio.get_running_loop().create_future()
-            jobs = [self._read(link), self._write(link), self._beat(ancestor)]
-            await _first_end([asyncio.ensure_future(job) for job in jobs] + [self._cut])
+            await first_end(self._read(link, ancestor), self._write(link), self._beat(ancestor), self._cut)
         except ProtocolError as caught:
             error = caught
             self._hub.counts.refused[type(caught).__name__] += 1
@@ -155,37 +168,41 @@ class Parent:
             capacity=hub.ledger.capacity,
             address=hub.address,
         )
-        await link.send(pb.WorkRequest(tag=hub.tag, session=self._session, hello=hello).SerializeToString())
+        message = pb.WorkRequest(tag=hub.tag, session=self._session, hello=hello)
         try:
             async with asyncio.timeout(WELCOME_SECONDS):
+                await link.send(message.SerializeToString())
                 data = await link.receive()
         except TimeoutError:
             raise LinkClosedError(f"{ancestor.id} did not answer hello in {WELCOME_SECONDS:g} s") from None
         if data is None:
             raise LinkClosedError(f"{ancestor.id} ended the link without an answer")
-        message = decode(pb.WorkResponse, data)
-        if not message.HasField("welcome"):
+        answer = decode(pb.WorkResponse, data)
+        if not answer.HasField("welcome"):
             raise ProtocolError(f"{ancestor.id} answered hello with something else than welcome")
-        path = list(message.welcome.path)
+        self._ancestors = self._path(answer.welcome, ancestor)
+        hub.relinked(self._session, self._ancestors)
+        self._linked.set()
+        self.placed.set()
+
+    def _path(self, welcome: pb.Welcome, ancestor: pb.Ancestor) -> list[pb.Ancestor]:
+        """Return the nodes from control to this parent. Raises RefusedError where they are not that (N11)."""
+        path = list(welcome.path)
         if not path or path[-1].id != ancestor.id:
             raise RefusedError(f"the welcome came from {path[-1].id if path else 'nobody'}, not from {ancestor.id}")
-        self._adopt(path)
-
-    def _adopt(self, path: list[pb.Ancestor]) -> None:
+        if any(node.id == self._hub.id for node in path):
+            raise RefusedError(f"{ancestor.id} is below {self._hub.id}: the link would close a circle (N11)")
         # The address that worked is kept: what a parent believes of its own may not be reachable from here.
         known = {a.id: a.address for a in self._ancestors}
         for node in path:
             node.address = known.get(node.id) or node.address
-        self._ancestors = path
-        self._hub.relinked(self._session, path)
-        self._linked.set()
-        self.placed.set()
+        return path
 
-    async def _read(self, link: Link) -> None:
+    async def _read(self, link: Link, ancestor: pb.Ancestor) -> None:
         while (data := await link.receive()) is not None:
             message = decode(pb.WorkResponse, data)
             if message.HasField("welcome"):  # the parent itself has a new parent (N11)
-                self._ancestors = list(message.welcome.path)
+                self._ancestors = self._path(message.welcome, ancestor)
                 self._hub.renewed(self._ancestors)
             else:
                 self._hub.on_response(message)
@@ -231,15 +248,3 @@ class Parent:
             finally:
                 await link.aclose()
             await asyncio.sleep(self._hub.config.heartbeat_seconds)
-
-
-async def _first_end(tasks: Sequence[asyncio.Future[None]]) -> None:
-    """Wait for the first of ``tasks`` to end, end the others, and raise what it raised."""
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        task.result()

@@ -14,42 +14,55 @@ PHASES = ("compute", "wait", "sum", "send_up", "send_down", "optimizer")
 
 
 class PhaseTimes:
-    """Mutable state: this node's seconds of the present step and of its incarnation, and its subtree's of the step."""
+    """Mutable state: this node's seconds of the present step and of its incarnation, and what its children said."""
 
     def __init__(self) -> None:
         self.own: dict[str, float] = {}
         self.incarnation: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        #: phase -> sum, largest, whose
-        self.below: dict[str, tuple[float, float, str]] = {}
+        #: child -> the times of its subtree in this step; what it says in a later attempt replaces them
+        self._children: dict[str, list[tuple[str, float, float, str]]] = {}
+
+    @property
+    def below(self) -> dict[str, tuple[float, float, str]]:
+        """The children's subtrees: phase -> sum, largest, whose."""
+        found: dict[str, tuple[float, float, str]] = {}
+        for times in self._children.values():
+            for time in times:
+                _merge(found, *time)
+        return found
 
     def clear(self) -> None:
         """A new step begins."""
         self.own.clear()
-        self.below.clear()
+        self._children.clear()
 
     def add(self, phase: str, seconds: float) -> None:
         self.own[phase] = self.own.get(phase, 0.0) + seconds
         self.incarnation[phase] += seconds
 
     def close(self, elapsed: float, *, computes: bool) -> None:
-        """The step's work is done here: what was spent on nothing else was spent waiting."""
+        """The step's work is done here, for now: what was spent on nothing else was spent waiting."""
         if computes:
             busy = sum(seconds for phase, seconds in self.own.items() if phase != "wait")
-            self.add("wait", max(0.0, elapsed - busy))
+            self.add("wait", max(0.0, elapsed - busy) - self.own.get("wait", 0.0))
 
-    def merge(self, phases: Iterable[common_pb2.PhaseTime]) -> None:
-        """Add a child's subtree."""
-        for p in phases:
-            self._merge(p.phase, p.sum_seconds, p.max_seconds, p.slowest_sphere_id)
-
-    def _merge(self, phase: str, total: float, largest: float, slowest: str) -> None:
-        before = self.below.get(phase, (0.0, -1.0, ""))
-        peak = (largest, slowest) if largest > before[1] else before[1:]
-        self.below[phase] = (before[0] + total, *peak)
+    def merge(self, child: str, phases: Iterable[common_pb2.PhaseTime]) -> None:
+        """Take in what a child says of its subtree; only the footer of its last block says it."""
+        # Not the messages themselves: each would keep the whole frame that it came in.
+        times = [(p.phase, p.sum_seconds, p.max_seconds, p.slowest_sphere_id) for p in phases]
+        if times:
+            self._children[child] = times
 
     def write(self, field: Any, own_id: str) -> None:
         """Write the subtree's times, this node's included, into a repeated PhaseTime field."""
+        times = self.below
         for phase, seconds in self.own.items():
-            self._merge(phase, seconds, seconds, own_id)
-        for phase, (total, largest, slowest) in self.below.items():
+            _merge(times, phase, seconds, seconds, own_id)
+        for phase, (total, largest, slowest) in times.items():
             field.add(phase=phase, sum_seconds=total, max_seconds=largest, slowest_sphere_id=slowest)
+
+
+def _merge(into: dict[str, tuple[float, float, str]], phase: str, total: float, largest: float, slowest: str) -> None:
+    before = into.get(phase, (0.0, -1.0, ""))
+    peak = (largest, slowest) if largest > before[1] else before[1:]
+    into[phase] = (before[0] + total, *peak)

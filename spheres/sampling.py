@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,8 @@ _WINDOWS_KEPT = 32
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _LARGEST = 1 << 62
+#: the buffer of a Philox from which nothing was drawn
+_NO_WORDS = np.zeros(4, np.uint64)
 
 
 def mix64(word: int) -> int:
@@ -167,9 +170,20 @@ class Sampler:
 
     def generator(self, step: int, index: int) -> np.random.Generator:
         """Return the randomness of one microbatch: Philox4x64 with key (seed, step) and counter (0, 0, 0, index)."""
-        return np.random.Generator(
-            np.random.Philox(key=np.array((self.seed, step), np.uint64), counter=np.array((0, 0, 0, index), np.uint64))
-        )
+        bits = np.random.Philox(key=0)
+        bits.state = self.generator_state(step, index)
+        return np.random.Generator(bits)
+
+    def generator_state(self, step: int, index: int) -> Any:
+        """Return the state of ``generator`` before its first number, for a Philox that is used again."""
+        return {
+            "bit_generator": "Philox",
+            "state": {"counter": np.array((0, 0, 0, index), np.uint64), "key": np.array((self.seed, step), np.uint64)},
+            "buffer": _NO_WORDS,
+            "buffer_pos": 4,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
 
     def _bounds(self, step: int, index: int) -> tuple[int, int]:
         if step < 0 or not 0 <= index < self.microbatches:

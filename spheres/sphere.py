@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -58,13 +59,14 @@ class Sphere:
     def __init__(self, options: SphereOptions, transport: Transport, *, task: Task | None = None) -> None:
         self._options, self._transport, self._task = options, transport, task
         self._stop = asyncio.Event()
-        self._ready = asyncio.Event()
+        #: set once it has its place and serves children
+        self.ready = asyncio.Event()
         self.hub: Hub | None = None
         self.parent: Parent | None = None
         self._children: Children | None = None
 
     def stop(self) -> None:
-        """Leave: the parent is told, work in hand is given up."""
+        """End: links are closed, children go to their fallbacks, work in hand is given up."""
         self._stop.set()
 
     async def run(self) -> None:
@@ -75,7 +77,9 @@ class Sphere:
         try:
             if options.listen:
                 listener = await self._transport.listen(options.listen, Handlers(self._work, self._heartbeat))
-            address = options.advertise or (listener.address if listener else "")
+            address = options.advertise
+            if listener is not None and not address:
+                address = await asyncio.to_thread(_reachable, listener.address, options.control)
             granted = await self._enroll(address)
             config = NodeConfig.from_proto(granted.configuration)
             fingerprints = await asyncio.to_thread(self._prepare, config)
@@ -87,6 +91,8 @@ class Sphere:
             self._children = Children(hub, environment=fingerprints.environment)
             path = zip(granted.path_ids, granted.path_addresses, granted.path_incarnations, strict=True)
             ancestors = [pb.Ancestor(id=i, address=a, incarnation=n) for i, a, n in path]
+            # This one works from here, whatever control believes of its own (0.0.0.0, for one).
+            ancestors[0].address = options.control
             self.parent = Parent(
                 hub,
                 self._transport,
@@ -95,7 +101,7 @@ class Sphere:
                 orphan_timeout=options.orphan_timeout,
                 reports=self._reports,
             )
-            self._ready.set()
+            self.ready.set()
             log.info("%s joins %s (incarnation %d)", hub.id, ancestors[-1].id, hub.incarnation)
             await self._live(self.parent)
         finally:
@@ -139,10 +145,13 @@ class Sphere:
                 data = await self._transport.enroll(options.control, request, 10.0)
                 return control_pb2.EnrollSphereResponse.FromString(data)
             except (UnreachableError, LinkClosedError) as error:
-                if asyncio.get_running_loop().time() + pause > deadline or self._stop.is_set():
+                if asyncio.get_running_loop().time() + pause > deadline:
                     raise UnreachableError(f"{error} (tried for {options.orphan_timeout:g} s)") from None
-                await asyncio.sleep(pause)
-                pause = min(2.0, pause * 2)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._stop.wait()
+                    raise UnreachableError("told to stop before control had answered")
+            pause = min(2.0, pause * 2)
 
     def _prepare(self, config: NodeConfig) -> Fingerprints:
         """Load the task and compare it with control's. Raises TaskError, FingerprintError."""
@@ -168,14 +177,14 @@ class Sphere:
 
     async def _work(self, link: Link) -> None:
         # A child may dial while this sphere still loads its task, or has no parent: it waits here, not at a fallback.
-        await self._ready.wait()
+        await self.ready.wait()
         assert self.parent is not None
         await self.parent.placed.wait()
         assert self._children is not None
         await self._children.work(link)
 
     async def _heartbeat(self, link: Link) -> None:
-        await self._ready.wait()
+        await self.ready.wait()
         assert self._children is not None
         await self._children.heartbeat(link)
 
@@ -229,3 +238,16 @@ class Sphere:
         """This sphere's report, then the longest waiting ones from below."""
         assert self._children is not None
         return [self.report(), *self._children.oldest(most)]
+
+
+def _reachable(listening: str, control: str) -> str:
+    """Return where others can dial what listens on ``listening``: for every address, that of the way to control."""
+    host, _, port = listening.rpartition(":")
+    if host.strip("[]") not in ("0.0.0.0", "::"):
+        return listening
+    name, _, number = control.rpartition(":")
+    family, kind, _, _, target = socket.getaddrinfo(name.strip("[]"), number, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)  # a datagram socket: this asks for the route and sends nothing
+        found = str(probe.getsockname()[0])
+    return f"[{found}]:{port}" if family == socket.AF_INET6 else f"{found}:{port}"

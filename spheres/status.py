@@ -16,19 +16,18 @@ _CODES: tuple[tuple[type[e.ArmillaryError], grpc.StatusCode], ...] = (
     (e.MessageTooLargeError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (e.ProtocolError, grpc.StatusCode.INVALID_ARGUMENT),
     (e.WrongRunError, grpc.StatusCode.NOT_FOUND),
-    (e.VersionMismatchError, grpc.StatusCode.FAILED_PRECONDITION),
-    (e.FingerprintError, grpc.StatusCode.FAILED_PRECONDITION),
     (e.RefusedError, grpc.StatusCode.FAILED_PRECONDITION),
     (e.RunStateError, grpc.StatusCode.FAILED_PRECONDITION),
     (e.CheckpointError, grpc.StatusCode.DATA_LOSS),
     (e.LinkClosedError, grpc.StatusCode.UNAVAILABLE),
     (e.UnreachableError, grpc.StatusCode.UNAVAILABLE),
     (e.ConfigError, grpc.StatusCode.INVALID_ARGUMENT),
+    (e.ArmillaryError, grpc.StatusCode.INTERNAL),
 )
 
-_BY_NAME = {cls.__name__: cls for cls, _ in _CODES} | {"GradientError": e.GradientError, "TaskError": e.TaskError}
+_BY_NAME: dict[str, type[e.ArmillaryError]] = {name: getattr(e, name) for name in e.__all__}
 
-#: for a peer that does not say which error it is (another language)
+#: for a peer that does not say which error it is (another language, or gRPC itself)
 _BY_CODE: dict[grpc.StatusCode, type[e.ArmillaryError]] = {
     grpc.StatusCode.DATA_LOSS: e.ChecksumError,
     grpc.StatusCode.ABORTED: e.StaleError,
@@ -37,33 +36,41 @@ _BY_CODE: dict[grpc.StatusCode, type[e.ArmillaryError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: e.ProtocolError,
     grpc.StatusCode.NOT_FOUND: e.WrongRunError,
     grpc.StatusCode.FAILED_PRECONDITION: e.RefusedError,
+    grpc.StatusCode.PERMISSION_DENIED: e.RefusedError,
+    grpc.StatusCode.UNAUTHENTICATED: e.RefusedError,
     grpc.StatusCode.UNIMPLEMENTED: e.RefusedError,
-    grpc.StatusCode.UNAVAILABLE: e.LinkClosedError,
 }
+
+#: Bytes of details: they travel in a header, percent-encoded to at most three times as much, and gRPC drops the whole
+#: status where the headers are over 8 KiB.
+_MOST_DETAILS = 2_000
 
 
 def code_of(error: e.ArmillaryError) -> tuple[grpc.StatusCode, str]:
-    """Return the code and the details: the error's name, then its sentence."""
-    for cls, code in _CODES:
-        if isinstance(error, cls):
-            return code, f"{type(error).__name__}: {error}"
-    return grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"
+    """Return the code and the details: the error's name, then its sentence, cut where it is too long."""
+    code = next(code for cls, code in _CODES if isinstance(error, cls))
+    details = f"{type(error).__name__}: {error}".encode("utf-8", "replace")
+    if len(details) > _MOST_DETAILS:
+        details = details[:_MOST_DETAILS] + b" ..."
+    return code, details.decode("utf-8", "ignore")
 
 
-def from_status(code: grpc.StatusCode, details: str) -> e.ArmillaryError:
+def from_status(code: grpc.StatusCode, details: str | None) -> e.ArmillaryError:
     """Return the error that the other side meant."""
-    name, _, sentence = (details or "").partition(": ")
-    if name in _BY_NAME and sentence:
+    name, colon, sentence = (details or "").partition(": ")
+    if colon and name in _BY_NAME:
         return _BY_NAME[name](sentence)
-    cls = _BY_CODE.get(code, e.LinkClosedError)
-    return cls(details or code.name)
+    return _BY_CODE.get(code, e.LinkClosedError)(details or code.name)
 
 
 def from_rpc_error(error: grpc.RpcError, what: str) -> e.ArmillaryError:
     """Return the error of a call; ``what`` names what was called, for errors of the network."""
-    code = error.code() if isinstance(error, grpc.Call) or hasattr(error, "code") else grpc.StatusCode.UNKNOWN
+    # The base class has neither; what a channel raises has both.
+    code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     details = (error.details() if hasattr(error, "details") else "") or ""
-    name = details.partition(": ")[0]
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED) and name not in _BY_NAME:
-        return e.UnreachableError(f"{what} does not answer; is it running, and is the address right?")
+    if details.partition(": ")[0] not in _BY_NAME:
+        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            return e.UnreachableError(f"{what} does not answer; is it running, and is the address right?")
+        if code is grpc.StatusCode.UNIMPLEMENTED:
+            return e.RefusedError(f"{what} does not serve this; is it control, and of the same release?")
     return from_status(code, details)

@@ -58,8 +58,9 @@ class Manifest:
     @classmethod
     def of(cls, arrays: Mapping[str, npt.NDArray[np.float32]]) -> Manifest:
         """Lay out ``arrays`` in their order. Raises TaskError for a dtype that is not float32, or no tensors."""
-        if not arrays:
-            raise TaskError("init_weights returned no tensors; return name -> float32 array")
+        if not isinstance(arrays, Mapping) or not arrays:
+            what = "no tensors" if isinstance(arrays, Mapping) else type(arrays).__name__
+            raise TaskError(f"init_weights returned {what}; return name -> float32 array")
         specs: list[TensorSpec] = []
         offset = 0
         for name, array in arrays.items():

@@ -55,7 +55,8 @@ class Weights:
         index, data = chunk.index, chunk.data
         start = index * self.config.chunk_bytes
         length = min(self.config.chunk_bytes, len(self._bytes) - start)
-        if self.complete or index != self.arrived or chunk.offset_bytes != start or len(data) != length:
+        expected = not self.complete and index == self.arrived < len(self._checksums)
+        if not expected or chunk.offset_bytes != start or len(data) != length:
             raise DecodeError(
                 f"weights chunk {index} at byte {chunk.offset_bytes} with {len(data)} bytes; "
                 f"expected chunk {self.arrived} of {len(self._checksums)}"

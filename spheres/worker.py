@@ -6,10 +6,12 @@ It knows no tree and no wire. ``Computer`` is the pure-CPU part that the referen
 from __future__ import annotations
 
 import asyncio
+import math
+import threading
 import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from time import perf_counter
 from typing import Any
 
@@ -72,6 +74,7 @@ class Unit:
 
 
 Done = Callable[[Unit, Held | Failure | None], None]
+_Job = tuple[asyncio.AbstractEventLoop, Unit, Mapping[str, Array], Done]
 
 
 class Computer:
@@ -81,6 +84,8 @@ class Computer:
         self._config, self._task, self._sampler = config, task, config.sampler
         # out's id -> out itself (so that the id stays its own) and its views
         self._views: dict[int, tuple[Array, dict[str, Array]]] = {}
+        # set to the microbatch's own state each time: making a new one would ask the system for entropy
+        self._generator = np.random.Generator(np.random.Philox(key=0))
 
     def gradient(self, weights: Mapping[str, Array], step: int, index: int, out: Array) -> Sums | None:
         """Write the gradient of one microbatch into ``out``; None where it holds no sample.
@@ -97,12 +102,13 @@ class Computer:
             known = self._views[id(out)] = (out, self._config.manifest.views(out))
         views = known[1]
         given = dict(views)
-        sums = self._task.gradient(weights, samples, self._sampler.generator(step, index), given)
+        self._generator.bit_generator.state = self._sampler.generator_state(step, index)
+        sums = self._task.gradient(weights, samples, self._generator, given)
         for name, view in views.items():
             # A task that binds a new array instead of writing into the view is told so, not trained on zeros.
             if given.get(name) is not view:
                 raise GradientError(f"gradient() replaced out[{name!r}]; write into it: out[{name!r}][...] = value")
-        _check_sums(sums, "gradient")
+        _check_sums(sums, "gradient", samples.size)
         if not is_finite(out):
             bad = [name for name, view in views.items() if not np.isfinite(view).all()]
             raise GradientError(f"the gradient of {', '.join(bad)} is not finite")
@@ -114,15 +120,22 @@ class Computer:
         if samples.size == 0:
             return None
         sums = self._task.evaluate(weights, samples)
-        _check_sums(sums, "evaluate")
+        _check_sums(sums, "evaluate", samples.size)
         return sums
 
 
-def _check_sums(sums: object, method: str) -> None:
+def _check_sums(sums: object, method: str, count: int) -> None:
     if not isinstance(sums, Sums):
         raise GradientError(f"{method}() returned {type(sums).__name__}; return Sums(loss, count, metrics)")
-    if not np.isfinite(sums.loss) or sums.count <= 0:
+    if sums.count != count:
+        # a mean instead of a sum shows here, before it scales every gradient without a word
+        given = f"{count:,} sample{'' if count == 1 else 's'}"
+        raise GradientError(f"{method}() returned count {sums.count} for {given}: count what it was given")
+    if not math.isfinite(sums.loss):
         raise GradientError(f"{method}() returned loss {sums.loss} over {sums.count} samples")
+    for name, value in sums.metrics.items():
+        if not math.isfinite(value):
+            raise GradientError(f"{method}() returned {name} = {value}: metrics are finite sums")
 
 
 class Worker:
@@ -132,15 +145,17 @@ class Worker:
         self._config = config
         self._computer = Computer(config, task)
         self._pool: list[Array] = []
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        # at most one unit at a time: the hub gives the next when the one before is done or cancelled
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        # a daemon: a task that is deep in its own code must not hold up the end of the process
+        threading.Thread(target=self._work, name="compute", daemon=True).start()
 
     def submit(self, unit: Unit, weights: Mapping[str, Array], done: Done) -> None:
         """Compute a block; ``done`` is called on the loop, with None where it was cancelled.
 
         The buffer of what it gives goes back with ``release``.
         """
-        future = asyncio.get_running_loop().run_in_executor(self._executor, self._compute, unit, weights)
-        future.add_done_callback(lambda f: None if f.cancelled() else done(unit, f.result()))
+        self._jobs.put((asyncio.get_running_loop(), unit, weights, done))
 
     def release(self, held: Held) -> None:
         """The step is sealed: the buffer may be used again."""
@@ -148,7 +163,17 @@ class Worker:
             self._pool.append(held.array)
 
     def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        """End the thread after what it computes now; that is told to nobody once the loop has ended."""
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            loop, unit, weights, done = job
+            result = self._compute(unit, weights)
+            try:
+                loop.call_soon_threadsafe(done, unit, result)
+            except RuntimeError:  # the loop has ended
+                return
 
     def _compute(self, unit: Unit, weights: Mapping[str, Array]) -> Held | Failure | None:
         started = perf_counter()
@@ -173,7 +198,7 @@ class Worker:
 
         try:
             return block(unit.block)
-        except Exception as error:  # noqa: BLE001 - the task's own code: anything can come out of it
+        except BaseException as error:  # noqa: BLE001 - the task's own code: anything can come out, SystemExit too
             if unit.cancelled:
                 return None  # it read weights that were being replaced (N14): what it says means nothing
             return self._failure(unit, index, error)
@@ -207,7 +232,7 @@ class Worker:
         self._pool.append(right.array)
         return Held(left.array, sums)
 
-    def _failure(self, unit: Unit, index: int, error: Exception) -> Failure:
+    def _failure(self, unit: Unit, index: int, error: BaseException) -> Failure:
         ids: tuple[int, ...] = ()
         if unit.train:
             ids = tuple(int(i) for i in self._config.sampler.microbatch(unit.step, index)[:64])

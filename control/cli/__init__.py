@@ -5,31 +5,47 @@ Commands import what they need when they run: ``--help`` and a mistyped flag mus
 
 from __future__ import annotations
 
+import sys
+from typing import Annotated
+
 import typer
 
 from control.cli import checkpoints, remote, start
-from control.cli.output import EXIT_CODES, Commands
+from control.cli.doctor import doctor as doctor_command
+from control.cli.output import Command, group, run
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
-    cls=Commands,
-    help="Train on a tree of spheres, and look after a run.",
-    epilog=EXIT_CODES,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = group("Train on a tree of spheres, and look after a run.")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"control-cli {version('armillary')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = (
+        False
+    ),
+) -> None:
+    """Train on a tree of spheres, and look after a run."""
+
+
 app.command(cls=start.WithResume)(start.start)
-configuration = typer.Typer(help="The configuration of a run.", no_args_is_help=True)
-configuration.command("show")(start.show_config)
+app.command(cls=Command)(doctor_command)
+configuration = group("The configuration of a run.")
+configuration.command("show", cls=Command)(start.show_config)
 app.add_typer(configuration, name="config")
 for command in (remote.status, remote.watch, remote.spheres, remote.pause, remote.resume, remote.stop):
-    app.command()(command)
+    app.command(cls=Command)(command)
 app.add_typer(checkpoints.app, name="checkpoint")
 
 
 def main() -> None:
     """Run the command that the arguments name."""
-    app(prog_name="control-cli")
+    sys.exit(run(app, sys.argv[1:]))

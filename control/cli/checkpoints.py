@@ -7,18 +7,18 @@ from typing import Annotated
 
 import typer
 
-from control.cli.output import JsonFlag, VerboseFlag, console, plain, put_json, rows
+from control.cli.output import Command, JsonFlag, VerboseFlag, console, group, plain, put_json, rows
 from control.cli.remote import AddressFlag, RunDirFlag, ask, put_run
 from spheres.errors import CheckpointError
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Save, list, restore, inspect and verify checkpoints.", no_args_is_help=True)
+app = group("Save, list, restore, inspect and verify checkpoints.")
 
 PathArgument = Annotated[Path, typer.Argument(metavar="PATH", help="Checkpoint directory, such as .../step-000000123.")]
 
 
-@app.command()
+@app.command(cls=Command)
 def create(
     address: AddressFlag = None, run_dir: RunDirFlag = None, json: JsonFlag = False, verbose: VerboseFlag = 0
 ) -> None:
@@ -30,7 +30,7 @@ def create(
         typer.echo(saved.path)
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_(
     address: AddressFlag = None, run_dir: RunDirFlag = None, json: JsonFlag = False, verbose: VerboseFlag = 0
 ) -> None:
@@ -51,9 +51,9 @@ def list_(
     console().print(table)
 
 
-@app.command()
+@app.command(cls=Command)
 def restore(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="As `list` shows it; none: the newest.")] = "",
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As `list` shows it; none: the newest.")] = "",
     address: AddressFlag = None,
     run_dir: RunDirFlag = None,
     json: JsonFlag = False,
@@ -63,7 +63,7 @@ def restore(
     put_run(ask(address, run_dir, lambda client: client.restore_checkpoint(name)), json=json, short=True)
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(path: PathArgument, json: JsonFlag = False, verbose: VerboseFlag = 0) -> None:
     """Say what is in a checkpoint. Needs no control."""
     from control.checkpoint import inspect as read
@@ -80,7 +80,7 @@ def inspect(path: PathArgument, json: JsonFlag = False, verbose: VerboseFlag = 0
         typer.echo(f"  {tensor['name']} {tensor['dtype']}{tensor['shape']} norm {tensor['norm']:.6g}")
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(path: PathArgument, json: JsonFlag = False, verbose: VerboseFlag = 0) -> None:
     """Check every byte of a checkpoint. Needs no control; exit code 4 where it does not verify."""
     from control.checkpoint import verify as check

@@ -1,4 +1,4 @@
-"""What all commands share: ``--json`` and ``-v``, the one handler of errors, log lines, messages as plain values."""
+"""What all commands share: help, ``--json`` and ``-v``, the one handler of errors, log lines, plain values."""
 
 from __future__ import annotations
 
@@ -6,73 +6,132 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from spheres.errors import ArmillaryError
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
-__all__ = ["EXIT_CODES", "Commands", "JsonFlag", "VerboseFlag", "console", "log_to_stderr", "plain", "put_json", "rows"]
+__all__ = [
+    "Command",
+    "JsonFlag",
+    "VerboseFlag",
+    "console",
+    "group",
+    "log_to_stderr",
+    "plain",
+    "put_json",
+    "rows",
+    "run",
+    "shows_json",
+]
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 any other error, 2 usage or configuration, 3 the task, 4 a checkpoint, "
-    "5 nobody answers or a refusal, 6 the run's state does not allow it, 130 Ctrl+C. See docs/cli.md."
+    "5 nobody answers or a refusal, 6 the run's state does not allow it, 128 + N stopped by signal N (130 Ctrl+C). "
+    "See docs/cli.md."
 )
 
-
-def _remember(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
-    context.meta[f"armillary.{parameter.name}"] = value  # for the handler of errors, in whatever command
-    return value
-
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.", callback=_remember)]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
 VerboseFlag = Annotated[
-    int, typer.Option("-v", "--verbose", count=True, help="Say more; tracebacks too. Twice: debug.", callback=_remember)
+    int,
+    typer.Option("-v", "--verbose", count=True, help="Say more, with tracebacks; twice: debug.", show_default=False),
 ]
 
 
-class Commands(TyperGroup):
-    """The group of all commands: turns an error into one line and an exit code."""
+class Command(TyperCommand):
+    """A command whose help has its flags in parts and ends with the exit codes."""
 
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
-            raise
-        except Exception as error:
-            message = getattr(error, "format_message", None)  # the error of a flag or argument
-            if message is not None and not message():
-                raise typer.Exit(2) from error  # a group without a command has shown its help
-            as_json, verbose = (ctx.meta.get(f"armillary.{name}") for name in ("json", "verbose"))
-            raise typer.Exit(_report(error, as_json=bool(as_json), verbose=bool(verbose))) from error
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        parts: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                default = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                parts.setdefault(getattr(parameter, "rich_help_panel", None) or default, []).append(record)
+        for title, records in parts.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        _write_exit_codes(formatter)
+
+
+class _Group(TyperGroup):
+    """Commands under one name; without one of them it shows its help, which is not what was asked for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:
+            typer.echo(ctx.get_help(), err=True)
+            raise typer.Exit(2)
+        return super().parse_args(ctx, args)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        _write_exit_codes(formatter)
+
+
+def _write_exit_codes(formatter: Any) -> None:
+    formatter.write_paragraph()
+    formatter.write_text(EXIT_CODES)
+
+
+def group(help: str) -> typer.Typer:
+    """Return a group of commands. Plain help: what draws boxes costs a tenth of a second and half of the width."""
+    return typer.Typer(
+        cls=_Group,
+        help=help,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+def run(app: typer.Typer, words: Sequence[str]) -> int:
+    """Run a command line and return its exit code. Every error ends here: one line on standard error, or JSON."""
+    try:
+        code = app(list(words), prog_name="control-cli", standalone_mode=False)
+    except Exception as error:  # noqa: BLE001 - whatever it is, whoever typed the command wants one line
+        # looked for in the words themselves: an error in the flags comes before these are read
+        verbose = any(word == "--verbose" or (word[:2] == "-v" and set(word[1:]) == {"v"}) for word in words)
+        return _report(error, as_json="--json" in words, verbose=verbose)
+    return code if isinstance(code, int) else 0
 
 
 def _report(error: Exception, *, as_json: bool, verbose: bool) -> int:
     """Print the error on standard error; return the exit code."""
     details = getattr(error, "details", "") or ""  # a sphere's traceback
     code = int(getattr(error, "exit_code", 1))
-    if hasattr(error, "format_message"):
+    if hasattr(error, "format_message"):  # of a flag or argument
         path = getattr(getattr(error, "ctx", None), "command_path", "control-cli")
-        text = f"{error.format_message()} See `{path} --help`."
+        message = error.format_message().rstrip(". ")
+        text = f"{message}{'' if message.endswith('?') else ';'} see `{path} --help`"
     elif isinstance(error, ArmillaryError):
         text = str(error)
     else:
-        text = f"{type(error).__name__}: {error} (not expected; with -v there is a traceback)"
+        text = f"{type(error).__name__}: {error} (not expected{'' if verbose else '; with -v there is a traceback'})"
+    trace = "".join(traceback.format_exception(error)) if verbose else ""
+    text = " ".join(text.split())
     if as_json:
         record = {"error": text, "type": type(error).__name__, "exit_code": code}
-        typer.echo(json.dumps(record | ({"details": details} if details else {})), err=True)
+        record |= {key: value for key, value in (("details", details), ("traceback", trace)) if value}
+        typer.echo(json.dumps(record), err=True)
     else:
-        typer.echo("error: " + " ".join(text.split()), err=True)
-        if details:
-            typer.echo(details.rstrip(), err=True)
-    if verbose:
-        typer.echo("".join(traceback.format_exception(error)).rstrip(), err=True)
+        typer.echo(f"error: {text}", err=True)
+        for more in (details, trace):
+            if more:
+                typer.echo(more.rstrip(), err=True)
     return code
+
+
+def shows_json(json: bool) -> bool:
+    """Whether what happens over time is printed as JSON lines: where asked for, and where nobody looks at it."""
+    return json or not sys.stdout.isatty()
 
 
 def put_json(value: object) -> None:
@@ -83,7 +142,7 @@ def console() -> Any:
     """Return a console on standard output; as wide as needed where that is no terminal."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
 
 
 def rows(pairs: Iterable[tuple[str, object]]) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json as json_module
-import sys
+import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from control.cli.output import JsonFlag, VerboseFlag, console, plain, put_json, rows
+from control.cli.output import JsonFlag, VerboseFlag, console, plain, put_json, rows, shows_json
 
 if TYPE_CHECKING:
     from control.client import ControlClient
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["AddressFlag", "RunDirFlag", "ask", "pause", "resume", "spheres", "status", "stop", "watch"]
 
 T = TypeVar("T")
+
+#: seconds between two steps that are printed, as with ``start``; the journal has them all
+STEP_SECONDS = 0.1
 
 AddressFlag = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", envvar="ARMILLARY_ADDRESS", help="Address of control.")
@@ -32,6 +35,8 @@ RunDirFlag = Annotated[
 
 def ask(address: str | None, run_dir: Path | None, question: Callable[[ControlClient], Awaitable[T]]) -> T:
     """Return the answer of the control that the flags mean."""
+    import asyncio
+
     from control.client import ControlClient
     from control.run_dir import find
 
@@ -79,15 +84,23 @@ def stop(
 def watch(
     address: AddressFlag = None,
     run_dir: RunDirFlag = None,
-    after: Annotated[int, typer.Option(metavar="N", help="Number of the last event seen; 0: from now on.")] = 0,
+    after: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Number of the last event seen; 0: from now on.", show_default=False)
+    ] = 0,
+    every: Annotated[bool, typer.Option("--all", help="Print every step, not ten a second.")] = False,
     json: JsonFlag = False,
     verbose: VerboseFlag = 0,
 ) -> None:
     """Print what happens until the run is over. JSON lines with --json or where the output is no terminal."""
-    lines = json or not sys.stdout.isatty()
+    lines = shows_json(json)
 
     async def follow(client: ControlClient) -> None:
+        shown_at = -math.inf
         async for response in client.watch(after):
+            if response.event == "step" and not every:
+                if time.monotonic() - shown_at < STEP_SECONDS:
+                    continue
+                shown_at = time.monotonic()
             record = json_module.loads(response.record_json or "{}")
             if lines:
                 put_json({"event_id": response.event_id, "event": response.event, **record})

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import inspect
+import itertools
 import json as json_module
 import os
 import re
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
-from control.cli.output import JsonFlag, VerboseFlag, console, log_to_stderr, put_json, rows
+from control.cli.output import Command, JsonFlag, VerboseFlag, console, log_to_stderr, put_json, rows, shows_json
 from control.config import RunConfig, flat_paths, flatten
-from control.config_sources import Origin, allowed, help_text, load_config
+from control.config_sources import allowed, default_text, help_text, load_config
 from spheres.errors import ConfigError
 
 if TYPE_CHECKING:
-    from control.train import Summary
+    from control.training import Summary
 
-__all__ = ["WithResume", "show_config", "start"]
+__all__ = ["ConfigFlag", "WithResume", "panels", "set_environment", "show_config", "start", "with_flags"]
 
 #: first key of each part of --help
 _PANELS = {
@@ -36,24 +38,30 @@ _PANELS = {
 
 _METAVARS = {
     "a whole number": "N", "a number": "X", "a duration": "TIME", "a size": "SIZE", "an interval": "INTERVAL",
-    "a path": "PATH", "tables": "JSON", "name=value": "KEY=VALUE",
+    "a path": "PATH", "a text": "TEXT", "tables": "JSON", "name=value": "KEY=VALUE",
 }  # fmt: skip
 
 
-def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
+def panels() -> dict[str, list[str]]:
+    """Return the parts of --help, each with its keys."""
+    found: dict[str, list[str]] = {}
+    panel = ""
+    for key in flat_paths():
+        panel = _PANELS.get(key, panel)
+        found.setdefault(panel, []).append(key)
+    return found
+
+
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one flag for each key; those that are not given stay None, so that other sources count."""
     signature = inspect.signature(command, eval_str=True)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    defaults, panel = flatten(RunConfig()), ""
-    for key in flat_paths():
-        panel = _PANELS.get(key, panel)
-        name, words, default = f"--{key.replace('_', '-')}", allowed(key), defaults[key]
-        text = help_text(key)
-        if default not in (None, {}, [], ()):
-            text += f" (default {str(default).lower() if isinstance(default, bool) else default})"
+    for panel, key in ((panel, key) for panel, keys in panels().items() for key in keys):
+        name, words, default = f"--{key.replace('_', '-')}", allowed(key), default_text(key)
+        text = help_text(key) + (f" (default {default})" if default else "")
         kind: Any = str | None
         metavar = next((m for start, m in _METAVARS.items() if words.startswith(start)), None)
-        if metavar is None and not words.startswith("a text"):
+        if metavar is None:
             metavar = "|".join(re.split(r", | or ", words.removesuffix(", or none")))
         if words.startswith("true"):
             kind, name, metavar = bool | None, f"{name}/--no-{name[2:]}", None
@@ -67,14 +75,12 @@ def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-class WithResume(TyperCommand):
+class WithResume(Command):
     """``--resume`` alone means the latest run; ``--resume PATH`` that one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        following = [*args[1:], "-"]
-        args = [
-            "--resume=" if a == "--resume" and b.startswith("-") else a for a, b in zip(args, following, strict=True)
-        ]
+        pairs = itertools.zip_longest(args, args[1:], fillvalue="-")
+        args = ["--resume=" if word == "--resume" and after.startswith("-") else word for word, after in pairs]
         return super().parse_args(ctx, args)
 
 
@@ -91,7 +97,7 @@ ResumeFlag = Annotated[
 ]
 
 
-@_with_flags
+@with_flags
 def start(
     *,
     config: ConfigFlag = None,
@@ -105,32 +111,46 @@ def start(
     Each flag is also a key of the file and, as ARMILLARY_<KEY>, of the environment.
     A flag goes before the environment, the environment before the file.
     """
-    # read once, when numpy is first imported: the bits of a gradient depend on the number of BLAS threads
-    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-        os.environ[name] = "1"
+    set_environment()
     log_to_stderr(verbose)
     saved = None
     if resume is not None:
         saved, resume, flags["run_dir"] = _resumed("" if resume == "latest" else resume, flags["run_dir"], config)
-    run_config, origins = load_config(flags, os.environ, config, saved)
-    summary = _train(run_config, origins, resume, json=json)
-    if json:
+    run_config, _ = load_config(flags, os.environ, config, saved)
+    summary = _train(run_config, resume, json=json, verbose=verbose > 0)
+    if shows_json(json):
         put_json({"event": "summary", **summary.to_dict()})
     else:
         _print_summary(summary.to_dict())
     if summary.error is not None:
         raise summary.error
+    if summary.reason in signal.Signals.__members__:
+        # stopped in order, but not done: what comes after it in a script is not to run
+        raise typer.Exit(128 + signal.Signals[summary.reason])
 
 
-def _train(config: RunConfig, origins: dict[str, Origin], resume: str | None, *, json: bool) -> Summary:
+def set_environment() -> None:
+    """Set what libraries read once, when they are first imported."""
+    # bits differ between one BLAS thread and two
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+        os.environ[name] = "1"
+    # what gRPC logs by itself, its errors say too
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
+def _train(config: RunConfig, resume: str | None, *, json: bool, verbose: bool) -> Summary:
+    import asyncio
+
     import uvloop
 
     from control.callbacks import Progress
-    from control.train import run
+    from control.training import run
 
     progress = Progress(json_lines=True if json else None)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(run(config, origins=origins, resume=resume, callbacks=[progress]))
+    # what a task prints here must not get in between JSON lines
+    aside = contextlib.redirect_stdout(sys.stderr) if shows_json(json) else contextlib.nullcontext()
+    with aside, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run(config, resume=resume, callbacks=[progress], verbose=verbose))
 
 
 def _resumed(resume: str, run_dir: str | None, file: Path | None) -> tuple[dict[str, Any], str, str | None]:
@@ -181,7 +201,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     )
 
 
-@_with_flags
+@with_flags
 def show_config(*, config: ConfigFlag = None, json: JsonFlag = False, verbose: VerboseFlag = 0, **flags: Any) -> None:
     """Say what a run would be started with, and where each value comes from. Takes the flags of `start`."""
     run_config, origins = load_config(flags, os.environ, config)

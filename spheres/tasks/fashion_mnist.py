@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
 import struct
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -30,6 +32,8 @@ Samples = npt.NDArray[np.int64]
 DEFAULT_FOLDER = "/usr/share/datasets/fashion-mnist"
 _SIDE, _CLASSES = 28, 10
 _STEMS = {"train": "train", "test": "t10k"}
+#: what a file that is cut, damaged or not ours to read raises
+_UNREADABLE = (OSError, EOFError, zlib.error)
 
 
 class FashionMnist:
@@ -122,11 +126,15 @@ def _header(file: BinaryIO, path: Path, axes: int) -> tuple[int, ...]:
 
 
 def _shape(path: Path, axes: int) -> tuple[int, ...]:
+    """Return the shape that the header gives; of a plain file its size is checked too, which costs nothing."""
     try:
         with _open(path) as file:
-            return _header(file, path, axes)
-    except (OSError, EOFError) as error:
-        raise DataMissingError(f"{path} cannot be read: {error}") from error
+            shape = _header(file, path, axes)
+            if path.suffix != ".gz":
+                _check_size(path, shape, path.stat().st_size - file.tell())
+            return shape
+    except _UNREADABLE as error:
+        raise DataMissingError(f"{path} cannot be read: {error}; get it again") from error
 
 
 def _read(path: Path, axes: int) -> Bytes:
@@ -134,8 +142,12 @@ def _read(path: Path, axes: int) -> Bytes:
         with _open(path) as file:
             shape = _header(file, path, axes)
             content = np.frombuffer(file.read(), np.uint8)
-    except (OSError, EOFError) as error:
-        raise DataMissingError(f"{path} cannot be read: {error}") from error
-    if content.size != int(np.prod(shape, dtype=np.int64)):
-        raise DataMissingError(f"{path} is cut: {content.size} bytes of {'x'.join(map(str, shape))}; get it again")
+    except _UNREADABLE as error:
+        raise DataMissingError(f"{path} cannot be read: {error}; get it again") from error
+    _check_size(path, shape, content.size)
     return content.reshape(shape)
+
+
+def _check_size(path: Path, shape: tuple[int, ...], size: int) -> None:
+    if size != math.prod(shape):
+        raise DataMissingError(f"{path} has {size} bytes of {'x'.join(map(str, shape))}: it is not whole; get it again")

@@ -8,9 +8,19 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from spheres.config import MAX_MESSAGE_BYTES
-from spheres.errors import ArmillaryError, ConfigError, LinkClosedError, MessageTooLargeError, UnreachableError
-from spheres.transport import Handlers, Link, Rpc
+from spheres.errors import ArmillaryError, ConfigError, LinkClosedError, RefusedError, UnreachableError
+from spheres.transport import (
+    GONE,
+    Closed,
+    Handlers,
+    Link,
+    Rpc,
+    attend,
+    check_size,
+    close,
+    split_address,
+    told,
+)
 
 __all__ = ["MemoryLink", "MemoryNetwork", "MemoryTransport"]
 
@@ -28,18 +38,17 @@ class _Pipe:
         self.error: ArmillaryError | None = None
 
     def end(self, error: ArmillaryError | None) -> None:
+        """Nothing more is sent; what lies here can still be read."""
         if not self.ended:
             self.ended, self.error = True, error
             self.changed.set()
 
     async def put(self, message: bytes) -> None:
-        while True:
-            if self.ended:
-                raise self.error or LinkClosedError("the link is closed")
-            if len(self.messages) < DEPTH:
-                break
+        while not self.ended and len(self.messages) >= DEPTH:
             self.changed.clear()
             await self.changed.wait()
+        if self.ended:
+            raise self.error or LinkClosedError("the other side has ended the link")
         self.messages.append(bytes(message))
         self.changed.set()
 
@@ -51,71 +60,88 @@ class _Pipe:
                 return None
             self.changed.clear()
             await self.changed.wait()
-        message = self.messages.popleft()
         self.changed.set()
-        return message
+        return self.messages.popleft()
 
 
 class MemoryLink:
-    """One end of a pair of pipes."""
+    """One end of a pair of pipes. ``closed`` is resolved by the listening end, or by the dialling end's leaving."""
 
-    def __init__(self, out: _Pipe, into: _Pipe, peer: str) -> None:
+    def __init__(self, out: _Pipe, into: _Pipe, peer: str, closed: Closed, *, listening: bool) -> None:
         self.peer = peer
-        self._out, self._in = out, into
-        self._closed = False
+        self._out, self._in, self._closed, self._listening = out, into, closed, listening
+        self._usable = True
 
     async def send(self, message: bytes) -> None:
-        if len(message) > MAX_MESSAGE_BYTES:
-            error = MessageTooLargeError(f"a message of {len(message)} bytes; the limit is {MAX_MESSAGE_BYTES}")
-            await self.aclose(error)
-            raise error
-        if self._closed:
-            raise LinkClosedError("the link is closed")
-        await self._out.put(message)
-        # Give the reader its turn, as a socket would: a sender that never waits would starve the loop.
-        await asyncio.sleep(0)
+        check_size(message)
+        self._check_usable()
+        try:
+            await self._out.put(message)
+            # Give the reader its turn, as a socket would: a sender that never waits would starve the loop.
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            self._usable = False
+            raise
 
     async def receive(self) -> bytes | None:
-        return await self._in.get()
+        self._check_usable()
+        try:
+            message = await self._in.get()
+        except asyncio.CancelledError:
+            self._usable = False
+            raise
+        if message is not None:
+            check_size(message)
+        return message
+
+    def _check_usable(self) -> None:
+        if not self._usable:
+            raise LinkClosedError("the link is closed")
 
     async def aclose(self, error: ArmillaryError | None = None) -> None:
-        self._closed = True
-        self._out.end(error)
-        self._in.end(error or LinkClosedError("the link is closed"))
+        self._usable = False
+        if self._listening:
+            close(self._closed, error)
+            return
+        self._in.messages.clear()
+        self._in.end(LinkClosedError("the link is closed"))
+        self._out.messages.clear()
+        self._out.end(LinkClosedError(GONE))
+        close(self._closed, LinkClosedError(GONE))
 
 
 class _Listener:
+    """Mutable state: the links that live, each with the task that serves it."""
+
     def __init__(self, network: MemoryNetwork, address: str, handlers: Handlers) -> None:
         self.address, self.handlers = address, handlers
         self._network = network
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._live: dict[asyncio.Task[None], Closed] = {}
 
     def accept(self, rpc: Rpc, peer: str) -> MemoryLink:
-        up, down = _Pipe(), _Pipe()
-        ours = MemoryLink(down, up, peer)
-        handler = self.handlers.work if rpc is Rpc.WORK else self.handlers.heartbeat
-        task = asyncio.get_running_loop().create_task(self._serve(handler(ours), ours))  # type: ignore[arg-type]
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return MemoryLink(up, down, self.address)
+        loop = asyncio.get_running_loop()
+        up, down, closed = _Pipe(), _Pipe(), loop.create_future()
+        task = loop.create_task(self._serve(rpc, up, down, closed, peer))
+        self._live[task] = closed
+        task.add_done_callback(self._live.pop)
+        return MemoryLink(up, down, self.address, closed, listening=False)
 
-    async def _serve(self, handled: asyncio.Future[None], link: MemoryLink) -> None:
-        error: ArmillaryError | None = None
-        try:
-            await handled
-        except ArmillaryError as caught:
-            error = caught
-        except asyncio.CancelledError:
-            error = LinkClosedError("the server has stopped")
-            raise
-        finally:
-            await link.aclose(error)
+    async def _serve(self, rpc: Rpc, up: _Pipe, down: _Pipe, closed: Closed, peer: str) -> None:
+        link = MemoryLink(down, up, peer, closed, listening=True)
+        handler = self.handlers.work if rpc is Rpc.WORK else self.handlers.heartbeat
+        await attend(asyncio.create_task(handler(link)), link, closed)
+        await link.aclose()
+        down.end(closed.result())
+        up.messages.clear()
+        up.end(closed.result())
 
     async def aclose(self) -> None:
         self._network.listeners.pop(self.address, None)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        live = dict(self._live)
+        for closed in live.values():
+            close(closed, LinkClosedError("the listener has closed"))
+        if live:
+            await asyncio.wait(live)
 
 
 class MemoryNetwork:
@@ -124,6 +150,10 @@ class MemoryNetwork:
     def __init__(self) -> None:
         self.listeners: dict[str, _Listener] = {}
         self._ports = 50_000
+
+    def free_port(self) -> int:
+        self._ports += 1
+        return self._ports
 
 
 class MemoryTransport:
@@ -140,16 +170,22 @@ class MemoryTransport:
 
     async def enroll(self, address: str, request: bytes, timeout: float) -> bytes:
         listener = self._network.listeners.get(address)
-        if listener is None or listener.handlers.enroll is None:
-            raise UnreachableError(f"control at {address} does not answer; is it running, and is the address right?")
-        async with asyncio.timeout(timeout):
-            return await listener.handlers.enroll(request)
+        what = f"control at {address}"
+        if listener is None:
+            raise UnreachableError(f"{what} does not answer; is it running, and is the address right?")
+        if listener.handlers.enroll is None:
+            raise RefusedError(f"{what} does not serve this; is it control, and of the same release?")
+        try:
+            async with asyncio.timeout(timeout):
+                return await listener.handlers.enroll(request)
+        except TimeoutError:
+            raise UnreachableError(f"{what} does not answer; is it running, and is the address right?") from None
+        except Exception as error:  # noqa: BLE001 - as a server does; what was not raised on purpose is logged
+            raise told(error, "EnrollSphere") from None
 
     async def listen(self, address: str, handlers: Handlers) -> _Listener:
-        host, _, port = address.rpartition(":")
-        if port == "0":
-            self._network._ports += 1
-            address = f"{host}:{self._network._ports}"
+        host, port = split_address(address)
+        address = f"{host}:{port or self._network.free_port()}"
         if address in self._network.listeners:
             raise ConfigError(f"cannot listen on {address}: the port is in use or the address is not of this machine")
         listener = _Listener(self._network, address, handlers)

@@ -470,7 +470,7 @@ class Run(_message.Message):
 
     @_builtins.property
     def rates(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Rates over the last seconds and over the run: steps_per_second, samples_per_second, up_bytes_per_second, ..."""
+        """Rates over the steps of this control process: steps_per_second, samples_per_second, up_bytes_per_second, ..."""
 
     @_builtins.property
     def phase_seconds(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:

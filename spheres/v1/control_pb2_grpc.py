@@ -182,9 +182,9 @@ class ControlServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DownloadWeights(self, request, context):
-        """The weights between two steps, as header, chunks, footer. What is cut off is discarded. Idempotent.
+        """The weights between two steps, as header, chunks, footer, from a copy. What is cut off is discarded. Idempotent.
 
-        ABORTED: a new version overtook a slow reader. Call again.
+        FAILED_PRECONDITION: the run ended while the call waited for the end of a step. Call again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

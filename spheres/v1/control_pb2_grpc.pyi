@@ -58,9 +58,9 @@ class ControlServiceStub:
     FAILED_PRECONDITION: it is another run's, or the run is over.
     """
     DownloadWeights: _aio.UnaryStreamMultiCallable[_control_pb2.DownloadWeightsRequest, _control_pb2.DownloadWeightsResponse]
-    """The weights between two steps, as header, chunks, footer. What is cut off is discarded. Idempotent.
+    """The weights between two steps, as header, chunks, footer, from a copy. What is cut off is discarded. Idempotent.
 
-    ABORTED: a new version overtook a slow reader. Call again.
+    FAILED_PRECONDITION: the run ended while the call waited for the end of a step. Call again.
     """
 
 class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -173,9 +173,9 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.DownloadWeightsRequest,
         context: _aio.ServicerContext[_control_pb2.DownloadWeightsRequest, _abc.AsyncIterator[_control_pb2.DownloadWeightsResponse]],
     ) -> _abc.AsyncIterator[_control_pb2.DownloadWeightsResponse]:
-        """The weights between two steps, as header, chunks, footer. What is cut off is discarded. Idempotent.
+        """The weights between two steps, as header, chunks, footer, from a copy. What is cut off is discarded. Idempotent.
 
-        ABORTED: a new version overtook a slow reader. Call again.
+        FAILED_PRECONDITION: the run ended while the call waited for the end of a step. Call again.
         """
 
 def add_ControlServiceServicer_to_server(servicer: ControlServiceServicer, server: _aio.Server) -> None: ...

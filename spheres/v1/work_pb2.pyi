@@ -178,6 +178,7 @@ class WorkRequest(_message.Message):
     STATE_REPORT_FIELD_NUMBER: _builtins.int
     TASK_FAILURE_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
+    SPHERE_CHANGE_FIELD_NUMBER: _builtins.int
     GRADIENT_CHUNK_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     """Counts this child's Work streams within its incarnation (N1)."""
@@ -220,6 +221,10 @@ class WorkRequest(_message.Message):
         """The child leaves when its step is done."""
 
     @_builtins.property
+    def sphere_change(self) -> Global___SphereChange:
+        """A link below opened or ended; on its way to control."""
+
+    @_builtins.property
     def gradient_chunk(self) -> Global___Chunk:
         """A chunk of the gradient."""
 
@@ -237,11 +242,12 @@ class WorkRequest(_message.Message):
         state_report: Global___StateReport | None = ...,
         task_failure: Global___TaskFailure | None = ...,
         leaving: Global___Leaving | None = ...,
+        sphere_change: Global___SphereChange | None = ...,
         gradient_chunk: Global___Chunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "gradient_chunk", b"gradient_chunk", "gradient_footer", b"gradient_footer", "gradient_header", b"gradient_header", "hello", b"hello", "leaving", b"leaving", "ready", b"ready", "state_report", b"state_report", "tag", b"tag", "task_failure", b"task_failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "gradient_chunk", b"gradient_chunk", "gradient_footer", b"gradient_footer", "gradient_header", b"gradient_header", "hello", b"hello", "leaving", b"leaving", "ready", b"ready", "sphere_change", b"sphere_change", "state_report", b"state_report", "tag", b"tag", "task_failure", b"task_failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "capacity", b"capacity", "gradient_chunk", b"gradient_chunk", "gradient_footer", b"gradient_footer", "gradient_header", b"gradient_header", "hello", b"hello", "leaving", b"leaving", "ready", b"ready", "session", b"session", "state_report", b"state_report", "tag", b"tag", "task_failure", b"task_failure"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "capacity", b"capacity", "gradient_chunk", b"gradient_chunk", "gradient_footer", b"gradient_footer", "gradient_header", b"gradient_header", "hello", b"hello", "leaving", b"leaving", "ready", b"ready", "session", b"session", "sphere_change", b"sphere_change", "state_report", b"state_report", "tag", b"tag", "task_failure", b"task_failure"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -750,6 +756,48 @@ class Capacity(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Capacity: _TypeAlias = Capacity  # noqa: Y015
+
+@_typing.final
+class SphereChange(_message.Message):
+    """A link opened or ended. Goes up from the parent of that link to control unchanged, so that control knows the tree."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPHERE_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    PARENT_ID_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    sphere_id: _builtins.str
+    """The child of that link."""
+    incarnation: _builtins.int
+    """Its incarnation."""
+    session: _builtins.int
+    """Its session: a loss counts only for the session that was lost."""
+    parent_id: _builtins.str
+    """The parent of that link."""
+    lost: _builtins.bool
+    """Whether the link ended; else it opened."""
+    reason: _builtins.str
+    """Why it ended, in words."""
+    def __init__(
+        self,
+        *,
+        sphere_id: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        session: _builtins.int = ...,
+        parent_id: _builtins.str = ...,
+        lost: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "lost", b"lost", "parent_id", b"parent_id", "reason", b"reason", "session", b"session", "sphere_id", b"sphere_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SphereChange: _TypeAlias = SphereChange  # noqa: Y015
 
 @_typing.final
 class Leaving(_message.Message):

@@ -13,7 +13,7 @@ import pytest
 
 from control.callbacks import EarlyStopping, MetricsFiles, Progress, TensorBoard, configured
 from control.config import RunConfig
-from control.events import CallbackRegistry, Event
+from control.events import CallbackError, CallbackRegistry, Event
 from control.run_state import RunState
 from spheres.errors import ConfigError
 
@@ -216,13 +216,182 @@ def test_metrics_files_have_a_row_per_step_and_lose_what_a_restore_takes_back(tm
     assert [record["step"] for record in kept] == [10]
 
 
+def rows(path: Path) -> list[tuple[int, float]]:
+    with (path / "metrics.csv").open() as file:
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+
+
+def evaluated(path: Path) -> list[tuple[int, float]]:
+    lines = (path / "evaluations.jsonl").read_text().splitlines()
+    return [(record["step"], record["loss"]) for record in map(json.loads, lines)]
+
+
+def steps_of(run: FakeRun, registry: CallbackRegistry, steps: range, loss: float, *, every: int = 10) -> None:
+    """Emit the steps with an evaluation of the weights before every tenth."""
+    for step in steps:
+        if step and step % every == 0:
+            registry.emit(evaluation(step, 0.5, loss=loss), run)
+        run.step = step + 1
+        registry.emit(Event("batch_end", step, 0, step_record(step, loss=loss)), run)
+
+
+@pytest.mark.parametrize("back_to", [0, 1, 12, 20, 24])
+def test_a_restore_in_mid_run_leaves_one_row_per_step(tmp_path: Path, back_to: int) -> None:
+    registry, run = CallbackRegistry(on_error="raise"), FakeRun(tmp_path)
+    registry.register(MetricsFiles())
+    registry.emit(Event("train_start", 0, 0), run)
+    steps_of(run, registry, range(25), 0.5)
+    assert evaluated(tmp_path) == [(10, 0.5), (20, 0.5)]
+    steps_of(run, registry, range(back_to, back_to + 1), 0.25, every=100)
+    # what the restore takes back is gone at once: nobody knows whether it comes again. What was evaluated before this
+    # step stands.
+    assert rows(tmp_path) == [(step, 0.5) for step in range(back_to)] + [(back_to, 0.25)]
+    assert [step for step, _ in evaluated(tmp_path)] == [step for step in (10, 20) if step <= back_to]
+    steps_of(run, registry, range(back_to + 1, 31), 0.25)
+    registry.emit(Event("train_end", 31, 0), run)
+    assert rows(tmp_path) == [(step, 0.5 if step < back_to else 0.25) for step in range(31)]
+    assert evaluated(tmp_path) == [(step, 0.5 if step <= back_to else 0.25) for step in (10, 20, 30)]
+
+
+def test_an_evaluation_that_is_done_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    registry, run = CallbackRegistry(on_error="raise"), FakeRun(tmp_path)
+    registry.register(MetricsFiles())
+    registry.emit(Event("train_start", 0, 0), run)
+    steps_of(run, registry, range(25), 0.5)
+    steps_of(run, registry, range(20, 31), 0.25)
+    registry.emit(Event("train_end", 31, 0), run)
+    assert rows(tmp_path) == [(step, 0.5 if step < 20 else 0.25) for step in range(31)]
+    assert evaluated(tmp_path) == [(10, 0.5), (20, 0.25), (30, 0.25)]
+
+
+def test_a_restore_to_a_later_step_leaves_a_gap(tmp_path: Path) -> None:
+    registry, run = CallbackRegistry(on_error="raise"), FakeRun(tmp_path)
+    registry.register(MetricsFiles())
+    registry.emit(Event("train_start", 0, 0), run)
+    steps_of(run, registry, range(2), 0.5)
+    steps_of(run, registry, range(7, 9), 0.5)
+    assert [step for step, _ in rows(tmp_path)] == [0, 1, 7, 8]
+    registry.emit(Event("train_end", 9, 0), run)
+
+
+def test_rows_are_there_when_their_step_is_over(tmp_path: Path) -> None:
+    registry, run = CallbackRegistry(on_error="raise"), FakeRun(tmp_path)
+    registry.register(MetricsFiles())
+    registry.emit(Event("train_start", 0, 0), run)
+    for step in range(3):
+        steps_of(run, registry, range(step, step + 1), 0.5, every=1)
+        # nobody has closed or flushed: a kill costs nothing
+        assert [row for row, _ in rows(tmp_path)] == list(range(step + 1))
+        assert [row for row, _ in evaluated(tmp_path)] == list(range(1, step + 1))
+    registry.emit(Event("train_end", 3, 0), run)
+
+
+@pytest.mark.parametrize("first", [19, 20])  # a step comes first, or an evaluation
+def test_a_callback_that_is_registered_in_mid_run_begins_there(tmp_path: Path, first: int) -> None:
+    pytest.importorskip("tensorboardX")
+    registry, run = CallbackRegistry(on_error="raise"), FakeRun(tmp_path)
+    registry.register(MetricsFiles())
+    registry.register(TensorBoard())
+    steps_of(run, registry, range(first, 22), 0.5)
+    registry.emit(Event("train_end", 22, 0), run)
+    assert [step for step, _ in rows(tmp_path)] == list(range(first, 22))
+    assert evaluated(tmp_path) == [(20, 0.5)]
+    (found,) = scalars(tmp_path)
+    assert [step for tag, step in found if tag == "train/loss"] == list(range(first, 22))
+
+
+def test_lines_that_cannot_be_read_are_nobodys_and_stay(tmp_path: Path) -> None:
+    (tmp_path / "evaluations.jsonl").write_text(
+        'note by hand\n{"step": 1, "loss": 1}\n[]\n{"step": 9, "loss": 1}\n{"st'
+    )
+    registry, run = CallbackRegistry(on_error="raise"), FakeRun(tmp_path, step=5)
+    registry.register(MetricsFiles())
+    train(registry, run, range(5, 7))
+    assert (tmp_path / "evaluations.jsonl").read_text() == 'note by hand\n{"step": 1, "loss": 1}\n[]\n'
+
+
+def test_statistics_that_large_models_lack_are_left_empty(tmp_path: Path) -> None:
+    registry, run = CallbackRegistry(on_error="raise"), FakeRun(tmp_path)
+    registry.register(MetricsFiles())
+    registry.emit(Event("train_start", 0, 0), run)
+    registry.emit(Event("batch_end", 0, 0, without_statistics(0)), run)
+    registry.emit(Event("train_end", 1, 0), run)
+    with (tmp_path / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["gradient.norm"], row["weights.norm"], row["loss"]) == ("1.5", "", "0.5")
+
+
+def without_statistics(step: int) -> dict[str, Any]:
+    return {**step_record(step), "gradient": {"norm": 1.5, "clipped": False}, "weights": {}}
+
+
+# --- TensorBoard
+
+
+def scalars(run_dir: Path) -> list[list[tuple[str, int]]]:
+    """Return (tag, step) of the scalars of each file, the oldest first; ("start", step) where the viewer purges."""
+    from tensorboardX.proto.event_pb2 import Event as BoardEvent
+
+    files = []
+    for path in sorted((run_dir / "tensorboard").iterdir(), key=lambda path: int(path.name.rpartition(".")[2])):
+        data, at, found = path.read_bytes(), 0, []
+        while at < len(data):
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = BoardEvent.FromString(data[at + 12 : at + 12 + size])
+            at += 16 + size
+            found += [(value.tag, event.step) for value in event.summary.value]
+            if event.session_log.status:
+                found.append(("start", event.step))
+        files.append(found)
+    return files
+
+
 def test_tensorboard_writes_events(tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
     registry, run = CallbackRegistry(on_error="raise"), FakeRun(tmp_path)
     registry.register(TensorBoard())
     train(registry, run, range(3))
-    (written,) = (tmp_path / "tensorboard").iterdir()
-    assert b"train/loss" in written.read_bytes()
+    ((start, *found),) = scalars(tmp_path)
+    assert start == ("start", 0)
+    assert [step for tag, step in found if tag == "train/loss"] == [0, 1, 2]
+    for tag in ("train/accuracy", "train/learning_rate", "train/gradient/variance", "train/seconds/step"):
+        assert (tag, 2) in found
+
+
+def test_tensorboard_takes_records_without_statistics(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    registry, run = CallbackRegistry(on_error="raise"), FakeRun(tmp_path)
+    registry.register(TensorBoard())
+    registry.emit(Event("train_start", 0, 0), run)
+    registry.emit(Event("batch_end", 0, 0, step_record(0)), run)
+    registry.emit(Event("batch_end", 1, 0, without_statistics(1)), run)
+    registry.emit(Event("train_end", 2, 0), run)
+    ((_, *found),) = scalars(tmp_path)
+    by_step = {step: {tag for tag, at in found if at == step} for step in (0, 1)}
+    missing = {"train/gradient/variance", "train/weights/variance", "train/weights/norm"}
+    assert by_step[0] - by_step[1] == missing
+    assert "train/gradient/norm" in by_step[1]
+
+
+def test_tensorboard_purges_what_a_restore_takes_back(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    registry, run = CallbackRegistry(on_error="raise"), FakeRun(tmp_path)
+    registry.register(TensorBoard())
+    registry.emit(Event("train_start", 0, 0), run)
+    steps_of(run, registry, range(5), 0.5)
+    steps_of(run, registry, range(3, 6), 0.5)
+    registry.emit(evaluation(4, 0.5), run)  # a restore to where an evaluation comes first
+    steps_of(run, registry, range(4, 5), 0.5)
+    registry.emit(Event("train_end", 5, 0), run)
+    files = scalars(tmp_path)
+    # within one second: a file of its own for each, or the later would take the place of the earlier
+    assert [[step for tag, step in found if tag == "train/loss"] for found in files] == [
+        [0, 1, 2, 3, 4],
+        [3, 4, 5],
+        [4],
+    ]
+    assert [found[0] for found in files] == [("start", 0), ("start", 3), ("start", 4)]
+    assert [("evaluation/loss", 4) in found for found in files] == [False, False, True]
 
 
 def test_tensorboard_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,3 +411,65 @@ def test_the_configuration_says_which_callbacks_there_are() -> None:
     assert configured(RunConfig()) == []
     both = configured(RunConfig(early_stopping=3, metrics_csv=True, best_metric="loss", best_direction="min"))
     assert [type(callback) for callback in both] == [EarlyStopping, MetricsFiles]
+
+
+# --- one callback's trouble is not the others'
+
+
+class FullDisk(MetricsFiles):
+    """A callback whose files can no longer be written."""
+
+    def on_batch_end(self, event: Event, run: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_built_in_callback_that_fails_is_reported_and_the_others_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, registry, run = io.StringIO(), CallbackRegistry(), FakeRun(tmp_path)
+    registry.register(FullDisk())
+    registry.register(EarlyStopping(1, "accuracy", "max"))
+    registry.register(Progress(stream=out))
+    registry.register(lambda event, run: registry.emit(evaluation(event.step, 0.5), run), ["batch_end"])
+    train(registry, run, range(3))
+    assert registry.error_count == 3
+    assert run.stopped
+    told = [line for line in map(json.loads, out.getvalue().splitlines()) if line["event"] == "error"]
+    assert [line["during"] for line in told] == ["batch_end"] * 3
+    assert "FullDisk failed at batch_end: OSError: [Errno 28] No space left on device" in told[0]["error"]
+    assert "Traceback" in caplog.text
+
+
+def test_with_raise_the_first_of_several_failures_is_raised_after_all_were_called(tmp_path: Path) -> None:
+    registry, run, called = CallbackRegistry(on_error="raise"), FakeRun(tmp_path), []
+
+    def failing(name: str) -> Any:
+        def callback(event: Event, run: Any) -> None:
+            called.append(name)
+            raise ValueError(name)
+
+        return callback
+
+    for name in ("first", "second"):
+        registry.register(failing(name), ["train_end"])
+    with pytest.raises(CallbackError, match="failed at train_end: ValueError: first"):
+        registry.emit(Event("train_end", 0, 0), run)
+    assert called == ["first", "second"]
+    assert registry.error_count == 2
+
+
+def test_who_is_registered_or_unregistered_by_a_callback_counts_from_the_next_event(tmp_path: Path) -> None:
+    registry, run, heard = CallbackRegistry(on_error="raise"), FakeRun(tmp_path), []
+
+    def first(event: Event, run: Any) -> None:
+        heard.append("first")
+        registry.unregister(last)
+        if len(heard) < 3:
+            registry.register(lambda event, run: heard.append("new"), ["epoch_end"])
+
+    registry.register(first, ["epoch_end"])
+    last = registry.register(lambda event, run: heard.append("last"), ["epoch_end"])
+    registry.emit(Event("epoch_end", 9, 0), run)
+    assert heard == ["first", "last"]
+    registry.emit(Event("epoch_end", 19, 1), run)
+    assert heard == ["first", "last", "first", "new"]

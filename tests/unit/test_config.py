@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from control.config import RunConfig, compare_identity, flat_paths, flatten, identity
-from control.config_sources import PREFIX, allowed, help_text, load_config
-from control.units import Every, format_duration, parse_duration, parse_size
+from control.config_sources import PREFIX, allowed, default_text, help_text, load_config
+from control.units import Every, format_duration, format_size, parse_duration, parse_size
 from spheres.errors import ConfigError
 
 
@@ -99,6 +99,16 @@ def test_texts_that_are_no_interval(text: object) -> None:
 @given(st.floats(min_value=0.001, max_value=1e7))
 def test_a_printed_duration_reads_back_to_the_same_number(seconds: float) -> None:
     assert parse_duration(format_duration(seconds)) == seconds
+
+
+@given(st.integers(min_value=0, max_value=1 << 40) | st.integers(0, 40).map(lambda power: 3 << power))
+def test_a_printed_size_reads_back_to_the_same_number(size: int) -> None:
+    assert parse_size(format_size(size)) == size
+
+
+def test_sizes_are_printed_in_the_largest_unit_that_divides_them() -> None:
+    sizes = [0, 100, 4096, 1 << 20, (1 << 20) + 1024, 3 << 30]
+    assert [format_size(size) for size in sizes] == ["0", "100", "4KiB", "1MiB", "1025KiB", "3GiB"]
 
 
 def test_when_an_interval_is_due() -> None:
@@ -217,6 +227,13 @@ def test_every_key_has_an_origin_a_help_line_and_a_range() -> None:
         assert allowed(key), key
 
 
+def test_a_default_as_it_is_shown_is_the_default() -> None:
+    shown = {key: default_text(key) for key in flat_paths()}
+    assert load_config({key: text for key, text in shown.items() if text}, {})[0] == RunConfig()
+    some = [shown[key] for key in ("patience", "chunk_bytes", "eval_every", "clip_norm")]
+    assert some == ["4s", "1MiB", "1epochs", ""]
+
+
 def test_every_key_can_be_given_as_flag_and_as_variable() -> None:
     other = {
         "task": "a:b", "task_options": "x=1,y=two", "seed": "3", "init_from": "w", "epochs": "4", "max_time": "1h",
@@ -261,7 +278,8 @@ def test_task_options_in_all_their_forms(value: object) -> None:
 
 def test_variables_of_commands_and_of_kubernetes_are_no_keys() -> None:
     environ = {
-        "ARMILLARY_CONFIG": "x", "ARMILLARY_CONTROL": "h:1", "ARMILLARY_CONTROL_SERVICE_HOST": "10.0.0.1",
+        "ARMILLARY_CONFIG": "x", "ARMILLARY_CONTROL": "h:1", "ARMILLARY_DATA": "folder",
+        "ARMILLARY_CONTROL_SERVICE_HOST": "10.0.0.1",
         "ARMILLARY_CONTROL_PORT_5000_TCP_ADDR": "10.0.0.1", "ARMILLARY_CONTROL_SERVICE_PORT_GRPC": "5000",
         "ARMILLARY_CONTROL_PORT": "tcp://10.0.0.1:5000", "ARMILLARY_SERVICE_HOST": "10.0.0.1",
     }  # fmt: skip

@@ -1,0 +1,125 @@
+"""Where a run stands between two steps, and its snapshot: what a checkpoint holds, taken and put back.
+
+How snapshots become files is in ``control.snapshot``; when one is taken, the controller decides.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from control.config import RunConfig
+from control.optimizers import Optimizer
+from control.snapshot import Snapshot
+from spheres.config import NodeConfig, manifest_to_proto
+from spheres.errors import CheckpointError
+from spheres.numerics import is_finite
+from spheres.v1 import checkpoint_pb2
+from spheres.weights import Weights
+
+__all__ = ["Position", "put_back", "take_snapshot"]
+
+
+@dataclass(slots=True)
+class Position:
+    """Mutable: what changes from step to step, besides weights and optimizer."""
+
+    #: steps committed
+    step: int = 0
+    #: latest values: loss, accuracy, ...
+    metrics: dict[str, float] = field(default_factory=dict)
+    best_value: float | None = None
+    best_step: int = 0
+    #: seconds of training before this process, or before the restore
+    earlier_seconds: float = 0.0
+
+    def note_best(self, values: Mapping[str, float], config: RunConfig) -> bool:
+        """Compare an evaluation of this step with the best so far; whether it is better."""
+        value = values.get(config.best_metric)
+        sign = 1.0 if config.best_direction == "max" else -1.0
+        if (
+            value is None
+            or not math.isfinite(value)
+            or (self.best_value is not None and not sign * value > sign * self.best_value)
+        ):
+            return False
+        self.best_value, self.best_step = value, self.step
+        return True
+
+
+def take_snapshot(
+    position: Position,
+    *,
+    config: RunConfig,
+    node: NodeConfig,
+    term: int,
+    weights: Weights,
+    optimizer: Optimizer,
+    seconds: float,
+    tree: Mapping[str, str],
+    spheres: Sequence[checkpoint_pb2.SphereRecord],
+    callback_states: Mapping[str, object],
+) -> Snapshot:
+    """Return the snapshot; its buffers are references. It reads every byte of the weights: for a thread."""
+    sampler = node.sampler
+    run = checkpoint_pb2.RunRecord(
+        run_id=node.run_id,
+        term=term,
+        step=position.step,
+        weights_version=weights.version,
+        weights_digest=weights.digest,
+        weights_sha256=node.manifest.sha256(weights.flat),
+        manifest=manifest_to_proto(node.manifest),
+        config_json=config.to_json(),
+        optimizer_count=optimizer.count,
+        epoch=sampler.epoch_of(position.step),
+        samples_count=sampler.samples_before(position.step),
+        seed=config.seed,
+        metrics={k: v for k, v in position.metrics.items() if math.isfinite(v)},
+        best_value=position.best_value,
+        best_step=position.best_step,
+        task_fingerprint=node.task_fingerprint,
+        data_fingerprint=node.data_fingerprint,
+        wall_seconds=seconds,
+        callback_states={name: json.dumps(state) for name, state in callback_states.items()},
+    )
+    return Snapshot(
+        run=run,
+        buffers={"weights": weights.flat, **{f"optimizer/{n}": buffer for n, buffer in optimizer.state().items()}},
+        spheres=spheres,
+        tree=tree,
+        finite=is_finite(weights.flat),
+        best=position.best_value is not None and position.best_step == position.step,
+    )
+
+
+def put_back(snapshot: Snapshot, *, node: NodeConfig, weights: Weights, optimizer: Optimizer) -> Position:
+    """Copy a snapshot's weights and optimizer in, and return its position; the weights are not yet published.
+
+    Raises CheckpointError, with nothing changed, where it is of another model or optimizer.
+    """
+    run = snapshot.run
+    if run.run_id != node.run_id:
+        raise CheckpointError(
+            f"the checkpoint is of run {run.run_id}, this is run {node.run_id}; for its weights alone use --init-from"
+        )
+    if run.manifest.digest != node.manifest.digest:
+        raise CheckpointError("the checkpoint is of a model with another layout; is it the same task?")
+    prefix = "optimizer/"
+    optimizer.restore(
+        run.optimizer_count,
+        {name.removeprefix(prefix): flat for name, flat in snapshot.buffers.items() if name.startswith(prefix)},
+    )
+    weights.withdraw()
+    np.copyto(weights.flat, snapshot.buffers["weights"])
+    return Position(
+        step=run.step,
+        metrics=dict(run.metrics),
+        best_value=run.best_value if run.HasField("best_value") else None,
+        best_step=run.best_step,
+        earlier_seconds=run.wall_seconds,
+    )

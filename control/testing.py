@@ -1,0 +1,124 @@
+"""A whole run in one process, for tests and benchmarks: control and its spheres on one loop, over any transport.
+
+The shipped controller, tree, spheres and hubs; only processes, signals and the run directory's life are left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from control.checkpoint import Checkpoints
+from control.config import RunConfig
+from control.controller import Controller
+from control.events import Callback, CallbackRegistry
+from control.initial import initial_weights, node_config
+from control.journal import EventLog, Journal
+from control.snapshot import Snapshot
+from control.tree import Tree
+from spheres.sphere import Sphere, SphereOptions
+from spheres.task import Task
+from spheres.transport import Transport
+
+__all__ = ["LocalTree", "local_tree"]
+
+HOST = "localhost"
+
+
+@dataclass
+class LocalTree:
+    """Control and its spheres, by id; ``kill`` ends one as a lost process would."""
+
+    controller: Controller
+    tree: Tree
+    spheres: dict[str, Sphere] = field(default_factory=dict)
+    tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+
+    async def kill(self, name: str) -> None:
+        """End a sphere without a word: its links break."""
+        task = self.tasks.pop(name)
+        self.spheres.pop(name)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def run(self) -> str:
+        """Train to the end; return the weights' SHA-256. Raises the error that the run ended with."""
+        await self.controller.run()
+        if self.controller.error is not None:
+            raise self.controller.error
+        return self.sha256
+
+    @property
+    def sha256(self) -> str:
+        return self.controller.node.manifest.sha256(self.tree.hub.weights.flat)
+
+
+@contextlib.asynccontextmanager
+async def local_tree(
+    config: RunConfig,
+    task: Task,
+    transport: Callable[[str], Transport],
+    *,
+    directory: Path,
+    callbacks: Sequence[Callback] = (),
+    snapshot: Snapshot | None = None,
+    relays: int = 0,
+    spheres: int | None = None,
+    sphere_task: Callable[[str], Task] | None = None,
+) -> AsyncIterator[LocalTree]:
+    """Make control and ``config.spheres`` spheres (or ``spheres``), which join one after another: s-1, s-2, ...
+
+    ``transport`` is called with each node's name. The first ``relays`` of them compute nothing. ``sphere_task`` gives
+    a sphere another task object than control's.
+    """
+    manifest, flat = initial_weights(task, config)
+    node = node_config(task, config, manifest, run_id="r-test")
+    registry = CallbackRegistry(on_error=config.on_callback_error)
+    for callback in callbacks:
+        registry.register(callback)
+    tree = Tree(node, transport("control"), host=HOST, term=1)
+    journal, events = Journal(directory / "journal.jsonl"), EventLog(directory / "events.jsonl")
+    controller = Controller(
+        config,
+        node,
+        tree,
+        run_dir=directory,
+        journal=journal,
+        events=events,
+        checkpoints=Checkpoints(directory / "checkpoints", keep=config.keep),
+        callbacks=registry,
+        raise_term=lambda: tree.term + 1,
+    )
+    controller.start_from(flat)
+    if snapshot is not None:
+        controller.load(snapshot)
+    tree.changed = controller.sphere_changed
+    await tree.listen("127.0.0.1:0")
+    local = LocalTree(controller, tree)
+    try:
+        for number in range(1, (config.spheres if spheres is None else spheres) + 1):
+            name = f"s-{number}"
+            options = SphereOptions(control=tree.address, host=HOST, relay=number <= relays, orphan_timeout=5.0)
+            sphere = Sphere(options, transport(name), task=sphere_task(name) if sphere_task else task)
+            local.spheres[name] = sphere
+            local.tasks[name] = asyncio.create_task(sphere.run())
+            await _ready(sphere, local.tasks[name])  # so that ids and places follow from the order
+        yield local
+    finally:
+        for name in list(local.tasks):
+            await local.kill(name)
+        await tree.aclose()
+        journal.close()
+        events.close()
+
+
+async def _ready(sphere: Sphere, task: asyncio.Task[None]) -> None:
+    """Wait until a sphere has its place. Raises what it ended with instead."""
+    ready = asyncio.ensure_future(sphere.ready.wait())
+    await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
+    ready.cancel()
+    if task.done():
+        task.result()

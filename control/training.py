@@ -1,0 +1,470 @@
+"""A whole run in this process, from configuration to summary: what ``control-cli start`` does, for Python.
+
+from control import train
+train("digits", epochs=3, spheres=2)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from control.callbacks import configured
+from control.checkpoint import CheckpointInfo, Checkpoints
+from control.config import RunConfig, compare_identity, identity
+from control.controller import Controller
+from control.events import Callback, CallbackRegistry
+from control.initial import initial_weights, node_config
+from control.journal import EventLog, Journal
+from control.launcher import Ended, LocalSpheres
+from control.report import write_report
+from control.run_dir import RunDirectory
+from control.run_state import RunState
+from control.schedules import follows_total
+from control.server import add_services
+from control.servicers import ControlServicer
+from control.snapshot import Snapshot
+from control.tree import Tree
+from control.weights_file import write_safetensors
+from spheres.environment import tune_malloc
+from spheres.errors import ArmillaryError, ConfigError, RefusedError, TaskError, TaskLoadError
+from spheres.grpc_link import GrpcTransport
+from spheres.task import IN_SPHERE, Task, load_task
+
+__all__ = ["Summary", "Training", "run", "train"]
+
+log = logging.getLogger(__name__)
+
+#: seconds that spheres have to say for the last time what they have done
+_LAST_REPORTS_SECONDS = 2.0
+#: seconds that spheres have to go once they are told that the run is over
+_FAREWELL_SECONDS = 5.0
+
+
+@dataclass
+class Summary:
+    """How a run ended; ``summary.json`` is the same."""
+
+    state: str
+    steps: int = 0
+    epochs: int = 0
+    samples: int = 0
+    loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    weights_sha256: str = ""
+    wall_seconds: float = 0.0
+    #: seconds of training, those of earlier terms included
+    train_seconds: float = 0.0
+    samples_per_second: float = 0.0
+    steps_per_second: float = 0.0
+    sync_fraction: float = 0.0
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    spheres: list[dict[str, Any]] = field(default_factory=list)
+    tree: dict[str, str] = field(default_factory=dict)
+    run_id: str = ""
+    run_dir: str = ""
+    reason: str = ""
+    report: str = ""
+    error: ArmillaryError | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "error": None if self.error is None else str(self.error)}
+
+
+class Training:
+    """One run: control in this process, its local spheres, its directory. An async context manager.
+
+    It opens with the run made and paused; ``step``, ``run``, ``pause`` and ``resume`` move it. Leaving the context
+    stops the run with a checkpoint, ends every sphere, and writes ``summary.json`` and ``report.html``.
+
+    ``task`` is a name, ``module:attribute``, a class, or an object: spheres make their own by calling its class with
+    ``config.task_options``. ``resume``: None for a new run, "" for the newest checkpoint of the run directory, else a
+    checkpoint's path. Entering raises what stands in the way of a start.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        task: Task | None = None,
+        resume: str | None = None,
+        callbacks: Sequence[Callback] = (),
+        verbose: bool = False,
+    ) -> None:
+        self.config = config
+        self.callbacks = CallbackRegistry(on_error=config.on_callback_error)
+        self._task, self._resume, self._verbose = task, resume, verbose
+        self._given = callbacks
+        self._last_ended: Ended | None = None
+        self._stack = contextlib.AsyncExitStack()
+        self._began = time.monotonic()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._open()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        try:
+            self.controller.request_stop("left" if error is None else type(error).__name__)
+            with contextlib.suppress(ArmillaryError):
+                self.controller.resume()
+            await asyncio.wait({self._loop})
+            await self._tree.states(_LAST_REPORTS_SECONDS)
+            self._summary = self._summarize()
+            self._local.expect_end()
+            self._tree.stop_spheres("the run is over")
+            await self._tree.all_gone(_FAREWELL_SECONDS)
+        finally:
+            await self._stack.aclose()
+        await asyncio.to_thread(self._write_results)
+
+    # ---- what a user does with it
+
+    async def run(self) -> Summary:
+        """Train to the end and return the summary, also of a run that failed."""
+        with contextlib.suppress(ArmillaryError):  # it has ended already
+            self.controller.resume()
+        await self.controller.until(lambda: False)
+        await asyncio.wait({self._loop})
+        return self._summarize()
+
+    async def step(self, count: int = 1) -> None:
+        """Do so many steps, then pause. Raises RunStateError where the run has ended, or the error that ended it."""
+        await self.controller.advance(count)
+        if self.controller.error is not None:
+            raise self.controller.error
+
+    def pause(self) -> None:
+        """Finish the step in hand, then wait."""
+        self.controller.pause()
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        self.controller.resume()
+
+    def stop(self, reason: str = "asked to stop") -> None:
+        """Finish the step in hand, checkpoint, end."""
+        self.controller.request_stop(reason)
+        with contextlib.suppress(ArmillaryError):
+            self.controller.resume()
+
+    async def save(self) -> CheckpointInfo:
+        """Checkpoint after the step in hand. Raises CheckpointError; the run goes on."""
+        return await self.controller.save()
+
+    async def restore(self, name: str | None = None) -> None:
+        """Go to a checkpoint of this run, None: the newest good one. Raises CheckpointError, with nothing changed."""
+        await self.controller.restore(name)
+
+    @property
+    def summary(self) -> Summary:
+        """How the run is now; once the context is left, how it ended."""
+        return self._summary if hasattr(self, "_summary") else self._summarize()
+
+    def kill(self) -> None:
+        """End every local sphere at once and leave nothing that points here; for a process that ends now."""
+        self._local.kill()
+        self._directory.close()
+
+    # ---- opening
+
+    async def _open(self) -> None:
+        config = self.config
+        tune_malloc()
+        task = self._task
+        if task is None:
+            task = await asyncio.to_thread(load_task, config.task, config.task_options)
+        # everything that can be wrong with task or weights is found before anything is written
+        manifest, flat = await asyncio.to_thread(initial_weights, task, config)
+        node = node_config(task, config, manifest, run_id="")
+        for callback in [*configured(config), *self._given]:
+            self.callbacks.register(callback)
+        directory, snapshot = await self._open_directory()
+        node = replace(node, run_id=directory.run_id)
+        settings = config.model_dump(mode="json")
+        servicer = ControlServicer()
+        transport = GrpcTransport(lambda server: add_services(server, servicer))
+        self._tree = Tree(node, transport, host=socket.gethostname(), term=int(directory.info["term"]) + 1)
+        await self._listen(directory.last_address)
+        self._stack.push_async_callback(self._tree.aclose)
+        self._stack.callback(servicer.close)
+        directory.raise_term(settings)
+        journal, events = Journal(directory.path / "journal.jsonl"), EventLog(directory.path / "events.jsonl")
+        self._stack.callback(journal.close)
+        self._stack.callback(events.close)
+        self.controller = Controller(
+            config,
+            node,
+            self._tree,
+            run_dir=directory.path,
+            journal=journal,
+            events=events,
+            checkpoints=self._checkpoints,
+            callbacks=self.callbacks,
+            raise_term=lambda: directory.raise_term(settings),
+        )
+        self.controller.start_from(flat)
+        if snapshot is not None:
+            self.controller.load(snapshot)
+            self._allow_another_total(snapshot, node.sampler.steps_per_epoch, journal)
+        self._tree.changed = self._sphere_changed
+        servicer.attach(self.controller)
+        directory.write_address(self._tree.address)
+        self._local = LocalSpheres(
+            self._tree.address,
+            directory.path / "logs",
+            orphan_timeout=config.orphan_timeout,
+            ended=self._sphere_ended,
+            path=_script_folder(),
+            verbose=self._verbose,
+        )
+        self._stack.push_async_callback(self._local.aclose)
+        self.controller.pause()
+        self._loop = asyncio.create_task(self.controller.run())
+        self._stack.push_async_callback(self._end_loop)
+        await self._local.start(config.spheres)
+
+    async def _listen(self, last_address: str) -> None:
+        """Listen where a control that was killed had listened: its spheres may still dial there (DESIGN section 5)."""
+        if last_address and self.config.listen.endswith(":0"):
+            try:
+                await self._tree.listen(last_address)
+            except ConfigError:
+                log.info("%s is taken", last_address)
+            else:
+                return
+        await self._tree.listen(self.config.listen)
+
+    async def _open_directory(self) -> tuple[RunDirectory, Snapshot | None]:
+        config, resume = self.config, self._resume
+        if resume is None:
+            directory = RunDirectory.create(config.run_dir, config.task)
+        else:
+            directory = RunDirectory.open(config.run_dir or _run_of(resume))
+        self._directory = directory
+        self._stack.callback(directory.close)
+        self._checkpoints = Checkpoints(directory.path / "checkpoints", keep=config.keep, keep_every=config.keep_every)
+        if resume is None:
+            return directory, None
+        snapshot = await asyncio.to_thread(self._checkpoints.load, Path(resume) if resume else None)
+        compare_identity(identity(RunConfig.from_json(snapshot.run.config_json)), identity(config))
+        if snapshot.run.run_id != directory.run_id:
+            raise ConfigError(
+                f"checkpoint {resume or 'found'} is of run {snapshot.run.run_id}, {directory.path} holds run "
+                f"{directory.run_id}; name the run's own directory with --run-dir, or start a new run with --init-from"
+            )
+        return directory, snapshot
+
+    def _allow_another_total(self, snapshot: Snapshot, steps_per_epoch: int, journal: Journal) -> None:
+        """A schedule that ends with the run has other rates where the total is another: its replay differs, rightly."""
+        before = RunConfig.from_json(snapshot.run.config_json)
+        totals = [c.total_steps(steps_per_epoch) for c in (before, self.config)]
+        if follows_total(self.config.schedule) and totals[0] != totals[1]:
+            log.warning(
+                "the total was %d steps and is %d: the %s schedule goes on on the curve of the new one; "
+                "give --decay-steps for one that does not move",
+                totals[0],
+                totals[1],
+                self.config.schedule.kind,
+            )
+            journal.forget(snapshot.run.step)
+
+    def _sphere_ended(self, ended: Ended) -> None:
+        """A local sphere's process is gone before its time; before the first step that is the run's end and reason."""
+        controller = self.controller
+        if controller.state is RunState.INITIALIZING:
+            kind = {2: ConfigError, 3: TaskError, 5: RefusedError}.get(ended.code, ArmillaryError)
+            controller.fail(kind(str(ended)))
+            return
+        log.warning("%s", ended)
+        self._last_ended = ended
+        self._look_for_spheres()
+
+    def _sphere_changed(self, event: str, sphere: str, reason: str) -> None:
+        self.controller.sphere_changed(event, sphere, reason)
+        self._look_for_spheres()
+
+    def _look_for_spheres(self) -> None:
+        """Where the last local process has ended and its link too, there is nobody to wait for."""
+        if self._last_ended is not None and not self._local.living and not self._tree.hub.children:
+            self.controller.fail(ArmillaryError(f"no sphere is left: {self._last_ended}"))
+
+    # ---- closing
+
+    async def _end_loop(self) -> None:
+        self._loop.cancel()
+        await asyncio.gather(self._loop, return_exceptions=True)
+
+    def _write_results(self) -> None:
+        directory, controller, summary = self._directory, self.controller, self._summary
+        if controller.step:
+            write_safetensors(
+                directory.path / "weights.safetensors",
+                controller.node.manifest,
+                self._tree.hub.weights.flat,
+                {"step": str(controller.step), "weights_sha256": summary.weights_sha256, "run_id": controller.run_id},
+            )
+        summary.report = str(directory.path / "report.html")
+        directory.write_json("summary.json", summary.to_dict())
+        write_report(directory.path)
+
+    def _summarize(self) -> Summary:
+        controller = self.controller
+        totals, rates = controller.totals, controller.totals.rates()
+        spheres = [_sphere_summary(self._tree, name) for name in self._tree.names()]
+        return Summary(
+            state=str(controller.state),
+            steps=controller.step,
+            epochs=controller.step // controller.node.sampler.steps_per_epoch,
+            samples=controller.samples,
+            loss=controller.metrics.get("loss"),
+            metrics=dict(controller.metrics),
+            weights_sha256=controller.node.manifest.sha256(self._tree.hub.weights.flat),
+            wall_seconds=time.monotonic() - self._began,
+            train_seconds=controller.train_seconds,
+            samples_per_second=rates.get("samples_per_second", 0.0),
+            steps_per_second=rates.get("steps_per_second", 0.0),
+            sync_fraction=totals.sync_fraction,
+            phase_seconds=dict(totals.phase_seconds),
+            spheres=spheres,
+            tree={s["id"]: s["parent"] for s in spheres},
+            run_id=controller.run_id,
+            run_dir=str(self._directory.path),
+            reason=controller.reason,
+            error=controller.error,
+        )
+
+
+def train(
+    task: Task | type[Task] | str,
+    config: RunConfig | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
+) -> Summary:
+    """Train and return the summary. Raises the error that the run ended with.
+
+    ``task`` as for ``Training``; ``settings`` are keys of RunConfig (``learning_rate=0.05``), as the flags of
+    ``control-cli start`` are. Call it under ``if __name__ == "__main__":`` where the task is defined in the script:
+    spheres import that file too.
+    """
+    import uvloop
+
+    from control.config_sources import load_config
+
+    if os.environ.get(IN_SPHERE):
+        raise TaskLoadError(
+            "train() was called while a sphere imported this file for its task: "
+            'put the call under if __name__ == "__main__":'
+        )
+    name = task if isinstance(task, str) else _spec(task)
+    chosen = config or load_config({"task": name, **settings}, {})[0]
+    made = None if isinstance(task, str) else task(**chosen.task_options) if isinstance(task, type) else task
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        summary = runner.run(run(chosen, callbacks=callbacks, task=made))
+    if summary.error is not None:
+        raise summary.error
+    return summary
+
+
+async def run(
+    config: RunConfig,
+    *,
+    resume: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    task: Task | None = None,
+    verbose: bool = False,
+) -> Summary:
+    """Run a training to its end and return its summary, also of one that failed. SIGINT and SIGTERM stop it in order.
+
+    Raises what stands in the way of a start.
+    """
+    training = Training(config, task=task, resume=resume, callbacks=callbacks, verbose=verbose)
+    async with training:
+        with _signals(training):
+            await training.run()
+    return training.summary
+
+
+def _sphere_summary(tree: Tree, name: str) -> dict[str, Any]:
+    sphere: dict[str, Any] = {"id": name, "parent": tree.parent_of(name), "state": tree.state_of(name)}
+    found = tree.report_of(name)
+    if found is not None:
+        report = found[1]
+        sphere |= {
+            "host": report.host,
+            "role": report.role,
+            "microbatches": report.microbatches_count,
+            "samples": report.samples_count,
+            "phase_seconds": dict(report.phase_seconds),
+            "sent_up_bytes": report.sent_up_bytes,
+            "sent_down_bytes": report.sent_down_bytes,
+            "peak_resident_bytes": report.peak_resident_bytes,
+        }
+    return sphere
+
+
+@contextlib.contextmanager
+def _signals(training: Training) -> Iterator[None]:
+    """First signal: finish the step, checkpoint, end. Second: end at once, and every local sphere."""
+    loop = asyncio.get_running_loop()
+    count = 0
+
+    def stop(sign: signal.Signals) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            training.kill()
+            os._exit(128 + sign)
+        log.warning("%s: finishing the step, then a checkpoint; once more to end at once", sign.name)
+        training.stop(sign.name)
+
+    signs: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+    try:
+        for sign in signs:
+            loop.add_signal_handler(sign, stop, sign)
+    except (ValueError, RuntimeError):  # not the main thread: the caller's signals are the caller's
+        signs = ()
+    try:
+        yield
+    finally:
+        for sign in signs:
+            loop.remove_signal_handler(sign)
+
+
+def _run_of(checkpoint: str) -> Path | None:
+    """Return the run directory that holds a checkpoint; None for the latest run."""
+    return Path(checkpoint).absolute().parent.parent if checkpoint else None
+
+
+def _spec(task: object) -> str:
+    """Return ``module:attribute`` of a task's class, as spheres can import it."""
+    made = task if isinstance(task, type) else type(task)
+    module = made.__module__
+    if module == "__main__":
+        file = getattr(sys.modules["__main__"], "__file__", None)
+        if file is None:
+            raise TaskLoadError("spheres cannot import a task that was typed in; put it into a module")
+        module = Path(file).stem
+    return f"{module}:{made.__qualname__}"
+
+
+def _script_folder() -> list[str]:
+    """Return where this program's own modules are, so that spheres find a task that stands beside the script."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    folder = str(Path(file).resolve().parent) if file else ""
+    return [folder] if folder and folder in sys.path and folder != os.getcwd() else []

@@ -1,0 +1,100 @@
+"""From a sealed step to the next version of the weights: mean, clipping, optimizer, digest, and their statistics.
+
+It owns the optimizer. Which step is done, and what becomes of the figures, is the controller's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from control.config import RunConfig
+from control.gradients import GradientDecision, prepare
+from control.optimizers import make_optimizer
+from control.schedules import learning_rate
+from spheres.errors import GradientError
+from spheres.numerics import BLOCK_ELEMENTS, is_finite
+from spheres.task import Sums
+from spheres.tensors import Manifest
+from spheres.weights import Weights
+
+__all__ = ["Update", "Updater", "overall"]
+
+Array = npt.NDArray[np.float32]
+
+#: of larger models statistics are taken at every tenth step only
+_STATISTICS_ELEMENTS = 1 << 16
+_STATISTICS_EVERY = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one update did. The statistics are over all tensors together; None where they were left out."""
+
+    decision: GradientDecision
+    learning_rate: float
+    gradient: dict[str, float] | None
+    weights: dict[str, float] | None
+
+
+class Updater:
+    """Mutable state: the optimizer's buffers."""
+
+    def __init__(self, config: RunConfig, manifest: Manifest, total_steps: int) -> None:
+        self.optimizer = make_optimizer(config.optimizer, manifest)
+        self._config, self._manifest, self._total_steps = config, manifest, total_steps
+
+    def apply(self, weights: Weights, gradient: Array, sums: Sums, *, step: int, term: int) -> Update:
+        """Turn the summed ``gradient`` into its clipped mean and the weights into version ``step + 1``, in place.
+
+        Raises GradientError, with nothing changed, where the sum is not finite (N16); and where the new weights are
+        not, which only a checkpoint can undo.
+        """
+        config, manifest = self._config, self._manifest
+        decision = prepare(manifest, gradient, sums.count, clip_norm=config.clip_norm, clip_value=config.clip_value)
+        if not decision.finite:
+            weights.publish(term=term, version=step)  # as they were
+            raise GradientError(
+                f"the summed gradient of step {step} is not finite, though each microbatch's is: "
+                "the loss has grown too large; lower the learning rate"
+            )
+        rate = learning_rate(config.schedule, config.learning_rate, step, self._total_steps)
+        self.optimizer.begin()
+        self.optimizer.update(weights.flat, gradient, rate, 0, gradient.size)
+        if not is_finite(weights.flat):
+            raise GradientError(f"the weights are not finite after step {step}; lower the learning rate or clip")
+        weights.publish(term=term, version=step + 1)
+        wanted = manifest.size <= _STATISTICS_ELEMENTS or step % _STATISTICS_EVERY == 0
+        return Update(
+            decision,
+            rate,
+            overall(manifest, gradient) if wanted else None,
+            overall(manifest, weights.flat) if wanted else None,
+        )
+
+
+def overall(manifest: Manifest, flat: Array) -> dict[str, float]:
+    """Return norm, min, max, mean and variance over all tensors together.
+
+    Tensor by tensor, and safer against cancellation, is ``numerics.statistics``; this one is for every step.
+    """
+    total = squares = 0.0
+    for start in range(0, flat.size, BLOCK_ELEMENTS):
+        wide = flat[start : start + BLOCK_ELEMENTS].astype(np.float64)
+        total += float(np.add.reduce(wide))
+        np.multiply(wide, wide, out=wide)
+        squares += float(np.add.reduce(wide))
+    # padding is zeros: it changes no sum, but it must not be a minimum or maximum
+    views = [flat[spec.offset : spec.offset + spec.size] for spec in manifest.tensors if spec.size]
+    count = manifest.parameters
+    mean = total / count
+    return {
+        "norm": math.sqrt(squares),
+        "min": min(float(np.minimum.reduce(view)) for view in views),
+        "max": max(float(np.maximum.reduce(view)) for view in views),
+        "mean": mean,
+        "variance": max(0.0, squares / count - mean * mean),
+    }

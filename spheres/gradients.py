@@ -1,0 +1,195 @@
+"""The gradients of one step on one node: frames of children come in, are added, and go out as this node's blocks.
+
+It checks, adds and encodes. Who owes what is the ledger's to say; when to send is the hub's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import numpy.typing as npt
+
+from spheres.blocks import Block
+from spheres.config import NodeConfig
+from spheres.errors import ChecksumError, ProtocolError
+from spheres.frames import block_from, encode_with_chunk
+from spheres.ledger import SELF, Action, Ledger
+from spheres.numerics import crc32c
+from spheres.phases import PhaseTimes
+from spheres.reducer import Reducer
+from spheres.task import Sums
+from spheres.v1 import work_pb2 as pb
+from spheres.weights import Weights
+
+__all__ = ["Gradients", "Outgoing"]
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A gradient message on its way up."""
+
+    data: bytes
+    payload_bytes: int
+
+
+class Gradients:
+    """Mutable state: the reducer, who computed what, where the time went; at the root the sum itself."""
+
+    def __init__(self, config: NodeConfig, node_id: str, ledger: Ledger, weights: Weights) -> None:
+        self._config, self._id, self._ledger, self._weights = config, node_id, ledger, weights
+        self.reducer = Reducer(config.chunk_elements)
+        self.phases = PhaseTimes()
+        #: block of a child -> who computed which part of it, as its footer said
+        self._contributions: dict[Block, list[tuple[Block, str]]] = {}
+        self._train = False
+        self._started = 0.0
+        #: the root's: where the sum of the gradients goes, and what came with it
+        self._out: Array | None = None
+        self.sums: Sums | None = None
+        #: payload bytes that children have sent
+        self.received_bytes = 0
+
+    def start(self, *, train: bool, out: Array | None) -> None:
+        """A new step; ``out`` takes the root's sum of a training step."""
+        self._train, self._out, self.sums = train, out, None
+        self._started = perf_counter()
+        self.phases.clear()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the step began here."""
+        return perf_counter() - self._started
+
+    def settle(self) -> None:
+        """Where the slots changed, what children sent for the old ones is dropped (N4, N7)."""
+        if self.reducer.slots is not self._ledger.slots:
+            self.reducer.forget(self._ledger.slots)
+            self._contributions.clear()
+
+    # ---- from children
+
+    def take_in(self, child: str, message: pb.WorkRequest) -> None:
+        """Handle what a frame says of gradients. Raises StaleError for another attempt, ProtocolError and its kinds."""
+        attempt = message.attempt
+        if message.HasField("gradient_header"):
+            self._header(child, attempt, message.gradient_header)
+        if message.HasField("gradient_chunk"):
+            self._chunk(child, attempt, message.gradient_chunk)
+        if message.HasField("gradient_footer"):
+            footer = message.gradient_footer
+            block = block_from(footer.block)
+            self._ledger.accepts(child, attempt, block, -1)
+            self.phases.merge(child, footer.phases)
+            self._contributions[block] = [(block_from(c.block), c.sphere_id) for c in footer.contributions]
+
+    def _header(self, child: str, attempt: int, header: pb.GradientHeader) -> None:
+        block = block_from(header.block)
+        self._ledger.accepts(child, attempt, block, -1)
+        if header.weights_digest != self._weights.digest:
+            raise ProtocolError(
+                f"{child} computed {block} on weights {header.weights_digest.hex()}, "
+                f"v{self._weights.version} is {self._weights.digest.hex()}"
+            )
+        sums = None
+        if not header.absent:
+            sums = Sums(header.loss_sum, header.samples_count, {m.name: m.value for m in header.metrics})
+        self.reducer.header(block, sums, absent=header.absent)
+
+    def _chunk(self, child: str, attempt: int, chunk: pb.Chunk) -> None:
+        block, index, data = block_from(chunk.block), chunk.index, chunk.data
+        news = self._ledger.accepts(child, attempt, block, index)
+        start = index * self._config.chunk_elements
+        size = min(self._config.chunk_elements, self._config.manifest.size - start) if self._train else 0
+        if index < 0 or chunk.offset_bytes != start * 4 or len(data) != size * 4:
+            raise ProtocolError(f"{child}: chunk {index} of {block} at byte {chunk.offset_bytes}, {len(data)} bytes")
+        if not self.reducer.has_header(block):
+            raise ProtocolError(f"{child}: chunk {index} of {block} came before its header")
+        if crc32c(data) != chunk.crc32c:
+            raise ChecksumError(f"{child}: chunk {index} of {block} does not fit its checksum")
+        self.received_bytes += len(data)
+        if news:
+            self.reducer.chunk(block, index, np.frombuffer(data, np.float32))
+
+    # ---- to the parent; at the root, into the sum
+
+    def collect(self) -> list[Action]:
+        """Move what is ready into the root's sum, and return the credit that this gives."""
+        ledger, reducer = self._ledger, self.reducer
+        actions: list[Action] = []
+        while (item := ledger.sendable(reducer.has)) is not None:
+            block, index = item
+            if index == 0:
+                self.sums = reducer.sums(block)
+            started = perf_counter()
+            last = reducer.absent(block)
+            if not last and self._out is not None:
+                start = index * self._config.chunk_elements
+                self._out[start : start + self._config.chunk_elements] = reducer.take(block, index)
+            self.phases.add("sum", perf_counter() - started)
+            actions += ledger.sent(block, index, last=last)
+        return actions
+
+    def next(self, tag: pb.Tag, session: int) -> tuple[Outgoing, list[Action]] | None:
+        """Encode the next chunk for the parent, and return it with the credit that this gives; None: nothing to send.
+
+        From here on it counts as sent. Were it to count only when it has left, children that a new attempt asks in the
+        meantime would send it again, for nobody to take.
+        """
+        ledger, reducer = self._ledger, self.reducer
+        # While they arrive again, on a new link, there is no digest to send along; what was computed stays good.
+        item = ledger.sendable(reducer.has) if self._weights.complete else None
+        if item is None:
+            return None
+        block, index = item
+        message = pb.WorkRequest(tag=tag, session=session, attempt=ledger.attempt)
+        absent = reducer.absent(block)
+        last = absent or index == ledger.chunks - 1
+        if absent or index == ledger.from_chunk:
+            self._write_header(message.gradient_header, block, absent=absent)
+        if last:
+            self._write_footer(message.gradient_footer, block)
+        if absent:
+            return Outgoing(message.SerializeToString(), 0), ledger.sent(block, index, last=True)
+        started = perf_counter()
+        array = reducer.take(block, index) if self._train else None
+        self.phases.add("sum", perf_counter() - started)
+        payload: memoryview | bytes = b"" if array is None else array.data.cast("B")
+        chunk = pb.Chunk(
+            block=pb.Block(lo=block.lo, hi=block.hi),
+            index=index,
+            offset_bytes=index * self._config.chunk_bytes,
+            crc32c=crc32c(payload),
+        )
+        data = encode_with_chunk(message, chunk, payload)
+        return Outgoing(data, len(payload)), ledger.sent(block, index, last=last)
+
+    def _write_header(self, header: pb.GradientHeader, block: Block, *, absent: bool) -> None:
+        header.block.lo, header.block.hi = block
+        header.weights_digest = self._weights.digest
+        header.absent = absent
+        sums = self.reducer.sums(block)
+        if sums is not None:
+            header.samples_count, header.loss_sum = sums.count, sums.loss
+            for name in sorted(sums.metrics):
+                header.metrics.add(name=name, value=sums.metrics[name])
+
+    def _write_footer(self, footer: pb.GradientFooter, block: Block) -> None:
+        footer.block.lo, footer.block.hi = block
+        for part, sphere in self.contributors(block):
+            footer.contributions.add(block=pb.Block(lo=part.lo, hi=part.hi), sphere_id=sphere)
+        # Times are the subtree's, not the block's: they go with the last block, so that they are counted once.
+        if sum(1 for index in self._ledger.obligations.values() if index < self._ledger.chunks) == 1:
+            self.phases.close(self.elapsed, computes=self._ledger.computes)
+            self.phases.write(footer.phases, self._id)
+
+    def contributors(self, within: Block) -> list[tuple[Block, str]]:
+        """Return who computed which part of a block, as far as footers have come."""
+        parts: list[tuple[Block, str]] = []
+        for slot, owner in self._ledger.slots.items():
+            if within.contains(slot):
+                parts += [(slot, self._id)] if owner == SELF else self._contributions.get(slot, [])
+        return sorted(parts)

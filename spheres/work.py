@@ -1,0 +1,80 @@
+"""The plain records of a hub's work: which step it is, its children, what it counts, whom it tells."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from spheres.outbox import Outbox
+from spheres.v1 import common_pb2
+from spheres.v1 import work_pb2 as pb
+
+__all__ = ["EVALUATE", "TRAIN", "Child", "Counts", "Hooks", "Work"]
+
+TRAIN, EVALUATE = common_pb2.WORK_KIND_TRAIN, common_pb2.WORK_KIND_EVALUATE
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Work:
+    """Which step's messages: ordered as steps follow each other (N1)."""
+
+    term: int
+    step: int
+    kind: common_pb2.WorkKind.ValueType
+
+
+@dataclass
+class Child:
+    """A child with an open link."""
+
+    id: str
+    incarnation: int
+    session: int
+    address: str
+    outbox: Outbox
+    #: ends its link, with the reason
+    close: Callable[[Exception], None]
+    environment: str = ""
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.incarnation, self.session
+
+    def change(self, parent: str, *, lost: bool = False, reason: str = "") -> pb.SphereChange:
+        """Return what control is told where this link to ``parent`` opens, or ends."""
+        return pb.SphereChange(
+            sphere_id=self.id,
+            incarnation=self.incarnation,
+            session=self.session,
+            parent_id=parent,
+            lost=lost,
+            reason=reason,
+        )
+
+
+@dataclass
+class Hooks:
+    """What a node does with what its hub finds; each is set once by its owner."""
+
+    #: the root has everything of a step
+    sealed: Callable[[], None] = lambda: None
+    #: blocks are owed that nobody below can compute
+    stuck: Callable[[], None] = lambda: None
+    failed: Callable[[pb.TaskFailure], None] = lambda _: None
+    reported: Callable[[pb.StateReport], None] = lambda _: None
+    directed: Callable[[pb.Directive], None] = lambda _: None
+    #: a link opened or ended, here or below
+    changed: Callable[[pb.SphereChange], None] = lambda _: None
+    #: the subtree's capacity is another
+    resized: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Counts:
+    """What this node has done in its incarnation."""
+
+    microbatches: int = 0
+    samples: int = 0
+    up_bytes: int = 0
+    refused: Counter[str] = field(default_factory=Counter)

@@ -1,0 +1,369 @@
+"""``ControlClient`` against a control that answers as a script says, over real gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc import aio
+
+from control import client as client_module
+from control.client import ControlClient, state_name
+from spheres.config import manifest_to_proto
+from spheres.errors import (
+    ArmillaryError,
+    CheckpointError,
+    ChecksumError,
+    LinkClosedError,
+    RefusedError,
+    RunStateError,
+    UnreachableError,
+)
+from spheres.numerics import crc32c
+from spheres.tensors import Manifest
+from spheres.v1 import control_pb2 as pb
+from spheres.v1.control_pb2_grpc import ControlServiceServicer, add_ControlServiceServicer_to_server
+
+RUNNING = pb.Run(run_id="r", state=pb.RUN_STATE_RUNNING, step=7)
+
+
+class Control(ControlServiceServicer):
+    """Answers GetRun; a test gives it what else it needs, and finds the requests it got."""
+
+    def __init__(self, **answers: Callable[..., Any]) -> None:
+        self.requests: list[Any] = []
+        for name, answer in answers.items():
+            setattr(self, name, answer)
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:
+        return pb.GetRunResponse(run=RUNNING)
+
+
+@asynccontextmanager
+async def serving(control: Control, *, deadline: float = 5.0) -> AsyncIterator[ControlClient]:
+    server = aio.server()
+    add_ControlServiceServicer_to_server(control, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with ControlClient(f"127.0.0.1:{port}", deadline=deadline) as client:
+            yield client
+    finally:
+        # what the client cut off ends in gRPC's own thread; when one more call is through, its news have come to this
+        # loop, and not to that of the next test
+        async with ControlClient(f"127.0.0.1:{port}") as last:
+            await last.get_run()
+        await server.stop(None)
+
+
+def aborts(code: grpc.StatusCode, details: str = "") -> Callable[..., Any]:
+    async def answer(request: Any, context: Any) -> Any:
+        await context.abort(code, details)
+
+    return answer
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_control_answers(run: Any) -> None:
+    async def stop(request: pb.StopRunRequest, context: Any) -> pb.StopRunResponse:
+        control.requests.append(request)
+        return pb.StopRunResponse(run=pb.Run(state=pb.RUN_STATE_STOPPED))
+
+    async def save(request: pb.CreateCheckpointRequest, context: Any) -> pb.CreateCheckpointResponse:
+        control.requests.append(request)
+        return pb.CreateCheckpointResponse(checkpoint=pb.Checkpoint(name="step-000000001"))
+
+    control = Control(StopRun=stop, CreateCheckpoint=save)
+
+    async def calls() -> None:
+        async with serving(control) as client:
+            assert repr(client) == f"<ControlClient {client.address}>"
+            assert (await client.get_run()).step == 7
+            assert state_name(await client.get_run()) == "running"
+            assert state_name(await client.stop("enough")) == "stopped"
+            for _ in range(2):
+                assert (await client.create_checkpoint()).name == "step-000000001"
+            await client.create_checkpoint("mine")
+
+    run(calls())
+    assert control.requests[0].reason == "enough"
+    ids = [request.request_id for request in control.requests[1:]]
+    assert len(set(ids)) == 3  # a repeated call is another wish, unless it says that it is the same
+    assert all(ids[:2])
+    assert ids[2] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "error", "exit_code"),
+    [
+        (grpc.StatusCode.FAILED_PRECONDITION, "RunStateError: the run is completed", RunStateError, 6),
+        (grpc.StatusCode.FAILED_PRECONDITION, "no", RefusedError, 5),
+        (grpc.StatusCode.DATA_LOSS, "CheckpointError: no checkpoint 'x'", CheckpointError, 4),
+        (grpc.StatusCode.UNAVAILABLE, "control is starting", UnreachableError, 5),
+        (grpc.StatusCode.UNIMPLEMENTED, "", UnreachableError, 5),
+        (grpc.StatusCode.INTERNAL, "boom", ArmillaryError, 1),
+    ],
+)
+def test_errors_are_those_that_control_meant(
+    run: Any, code: grpc.StatusCode, details: str, error: type[ArmillaryError], exit_code: int
+) -> None:
+    async def call() -> None:
+        async with serving(Control(PauseRun=aborts(code, details))) as client:
+            with pytest.raises(error) as caught:
+                await client.pause()
+            assert caught.value.exit_code == exit_code
+            assert details.partition(": ")[2] in str(caught.value)
+
+    run(call())
+
+
+def test_nobody_answers(run: Any) -> None:
+    async def call() -> None:
+        async with ControlClient("127.0.0.1:1") as client:
+            for question in (client.get_run, client.spheres, client.list_checkpoints, client.download_weights):
+                with pytest.raises(
+                    UnreachableError, match=r"^control at 127\.0\.0\.1:1 does not answer; is it running"
+                ):
+                    await question()
+            with pytest.raises(UnreachableError):
+                # at once, whatever has been seen before
+                await anext(client.watch(after_event_id=5))
+
+    run(call(), timeout=5.0)
+
+
+def test_a_control_that_does_not_answer_in_time(run: Any) -> None:
+    async def hangs(request: Any, context: Any) -> Any:
+        await asyncio.get_running_loop().create_future()
+
+    async def call() -> None:
+        async with serving(Control(ResumeRun=hangs), deadline=0.2) as client:
+            with pytest.raises(UnreachableError, match="does not answer"):
+                await client.resume()
+
+    run(call())
+
+
+def test_pages_are_put_together(run: Any) -> None:
+    names = [f"s-{n}" for n in range(1, 6)]
+
+    async def spheres(request: pb.ListSpheresRequest, context: Any) -> pb.ListSpheresResponse:
+        start = int(request.page_token or 0)
+        more = str(start + 2) if start + 2 < len(names) else ""
+        found = [pb.Sphere(sphere_id=name) for name in names[start : start + 2]]
+        return pb.ListSpheresResponse(spheres=found, next_page_token=more)
+
+    async def checkpoints(request: pb.ListCheckpointsRequest, context: Any) -> pb.ListCheckpointsResponse:
+        token = request.page_token
+        return pb.ListCheckpointsResponse(
+            checkpoints=[pb.Checkpoint(name=token or "first")], next_page_token="" if token else "second"
+        )
+
+    async def calls() -> None:
+        async with serving(Control(ListSpheres=spheres, ListCheckpoints=checkpoints)) as client:
+            assert [sphere.sphere_id for sphere in await client.spheres()] == names
+            assert [checkpoint.name for checkpoint in await client.list_checkpoints()] == ["first", "second"]
+
+    run(calls())
+
+
+# --- watching ---------------------------------------------------------------------------------------------------------
+
+
+def event(number: int, name: str = "step", **record: Any) -> pb.WatchRunResponse:
+    return pb.WatchRunResponse(event_id=number, event=name, record_json=json.dumps({"event": name, **record}))
+
+
+def watching(*streams: list[pb.WatchRunResponse | grpc.StatusCode]) -> Control:
+    """A control whose n-th watch sends the n-th of these; a code ends it so, else it ends well."""
+
+    async def watch(request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
+        control.requests.append(request.after_event_id)
+        for item in streams[min(len(control.requests), len(streams)) - 1]:
+            if isinstance(item, grpc.StatusCode):
+                await context.abort(item, "cut")
+            yield item
+
+    control = Control(WatchRun=watch)
+    return control
+
+
+async def seen(control: Control, after: int = 0, **options: Any) -> list[int]:
+    async with serving(control) as client:
+        return [response.event_id async for response in client.watch(after, **options)]
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "WATCH_RETRY", 0.0)
+
+
+CUT = grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_cut_watch_is_taken_up_after_the_last_event_seen(run: Any) -> None:
+    control = watching([event(4), event(5), CUT], [CUT], [event(6), CUT], [event(7), event(8)])
+    assert run(seen(control)) == [4, 5, 6, 7, 8]
+    assert control.requests == [0, 5, 5, 6]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_watch_that_is_cut_before_its_first_event_is_taken_up_too(run: Any) -> None:
+    control = watching([CUT], [event(3)])
+    assert run(seen(control)) == [3]
+    assert control.requests == [0, 0]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_watch_goes_on_from_where_it_was_told_to(run: Any) -> None:
+    control = watching([event(12)])
+    assert run(seen(control, after=11)) == [12]
+    assert control.requests == [11]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_watch_that_finds_nobody_any_more_gives_up(run: Any) -> None:
+    async def watch() -> None:
+        control = watching([event(1), CUT], [CUT])
+        async with serving(control) as client:
+            events = client.watch(patience=0.2)
+            assert (await anext(events)).event_id == 1
+            with pytest.raises(UnreachableError):
+                await anext(events)
+            assert len(control.requests) > 2
+
+    run(watch())
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("state", ["completed", "stopped", "error"])
+def test_a_control_that_goes_after_the_last_event_was_no_cut(run: Any, state: str) -> None:
+    control = watching([event(1, "state", state="running"), event(2, "state", state=state), CUT], [event(3)])
+    assert run(seen(control)) == [1, 2]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_events_that_are_no_longer_kept(run: Any) -> None:
+    async def watch() -> None:
+        async with serving(watching([grpc.StatusCode.OUT_OF_RANGE])) as client:
+            with pytest.raises(RunStateError, match=r"no longer keeps the events after 3: read journal\.jsonl"):
+                await anext(client.watch(3))
+
+    run(watch())
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_watch_that_is_refused_is_not_tried_again(run: Any) -> None:
+    async def watch() -> None:
+        control = watching([grpc.StatusCode.INTERNAL])
+        async with serving(control) as client:
+            with pytest.raises(LinkClosedError, match="cut"):
+                await anext(client.watch())
+        assert control.requests == [0]
+
+    run(watch())
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+MANIFEST = Manifest.of({"w": np.zeros((3, 5), np.float32), "b": np.zeros(40, np.float32)})
+
+
+def download(spoil: Callable[[list[pb.DownloadWeightsResponse]], None] = lambda _: None) -> Control:
+    """A control that sends its weights in chunks of 64 bytes, or what ``spoil`` makes of them."""
+    flat = MANIFEST.pack({"w": np.arange(15, dtype=np.float32).reshape(3, 5), "b": np.ones(40, np.float32)})
+    data = flat.tobytes()
+    messages = [pb.DownloadWeightsResponse(manifest=manifest_to_proto(MANIFEST), weights_version=9)]
+    for at in range(0, len(data), 64):
+        chunk = data[at : at + 64]
+        messages.append(pb.DownloadWeightsResponse(offset_bytes=at, data=chunk, crc32c=crc32c(chunk)))
+    messages.append(pb.DownloadWeightsResponse(weights_sha256=MANIFEST.sha256(flat)))
+    spoil(messages)
+
+    async def weights(request: Any, context: Any) -> AsyncIterator[pb.DownloadWeightsResponse]:
+        for message in messages:
+            yield message
+
+    return Control(DownloadWeights=weights)
+
+
+def test_weights_arrive_as_they_were_sent(run: Any) -> None:
+    async def fetch() -> None:
+        async with serving(download()) as client:
+            found = await client.download_weights()
+        assert found.version == 9
+        assert found.tensors["w"].tolist() == np.arange(15).reshape(3, 5).tolist()
+        assert found.tensors["b"].tolist() == [1] * 40
+        assert not found.tensors["w"].flags.writeable
+
+    run(fetch())
+
+
+def bad_byte(messages: list[pb.DownloadWeightsResponse]) -> None:
+    messages[2].data = b"\1" + messages[2].data[1:]
+
+
+def other_weights(messages: list[pb.DownloadWeightsResponse]) -> None:
+    bad_byte(messages)
+    messages[2].crc32c = crc32c(messages[2].data)
+
+
+def cut_off(messages: list[pb.DownloadWeightsResponse]) -> None:
+    del messages[-2:]
+
+
+def no_digest(messages: list[pb.DownloadWeightsResponse]) -> None:
+    del messages[-1]
+
+
+def left_out(messages: list[pb.DownloadWeightsResponse]) -> None:
+    del messages[2]
+
+
+def twice(messages: list[pb.DownloadWeightsResponse]) -> None:
+    messages.insert(2, messages[2])
+
+
+def too_many(messages: list[pb.DownloadWeightsResponse]) -> None:
+    messages.insert(
+        -1, pb.DownloadWeightsResponse(offset_bytes=MANIFEST.size * 4, data=b"1234", crc32c=crc32c(b"1234"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (bad_byte, "corrupt at byte 64"),
+        (left_out, "corrupt at byte 128"),
+        (twice, "corrupt at byte 64"),
+        (too_many, f"corrupt at byte {MANIFEST.size * 4}"),
+        (cut_off, "are not those that were sent"),
+        (no_digest, "are not those that were sent"),
+        (other_weights, "are not those that were sent"),
+    ],
+)
+def test_weights_that_are_not_whole_are_refused(run: Any, spoil: Callable[..., None], message: str) -> None:
+    async def fetch() -> None:
+        async with serving(download(spoil)) as client:
+            with pytest.raises(ChecksumError, match=message):
+                await client.download_weights()
+
+    run(fetch())
+
+
+def test_a_download_that_ends_before_it_begins(run: Any) -> None:
+    async def fetch() -> None:
+        async with serving(download(list.clear)) as client:
+            with pytest.raises(LinkClosedError, match="ended the download before it began"):
+                await client.download_weights()
+
+    run(fetch())

@@ -1,0 +1,288 @@
+"""Runs of real processes: the reference loop's bits, signals, and what becomes of spheres when control dies."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from control.client import ControlClient
+from control.config import RunConfig
+from control.reference import reference
+from control.run_state import RunState
+from control.training import Training
+from control.training import run as run_training
+from spheres.errors import TaskError
+from spheres.task import load_task
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"spheres": 3, "fan_out": 1, "microbatches": 8, "batch_size": 50, "clip_norm": 0.5},
+        {"spheres": 6, "fan_out": 2, "optimizer": {"name": "adamw"}, "learning_rate": 0.01, "chunk_bytes": 4096},
+    ],
+    ids=["a chain of 3", "6 in two levels"],
+)
+def test_a_tree_of_processes_gives_the_reference_loops_bits(changes, run, tmp_path):
+    config = RunConfig(**{"task": "digits", "steps": 24, "run_dir": tmp_path / "run", **changes})
+    summary = run(run_training(config), timeout=100)
+    assert summary.error is None
+    assert summary.weights_sha256 == reference(load_task("digits"), config).weights_sha256
+    saved = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert saved["weights_sha256"] == summary.weights_sha256
+    wanted = {"state", "steps", "epochs", "samples", "loss", "metrics", "weights_sha256", "wall_seconds"}
+    assert wanted | {"samples_per_second", "sync_fraction", "spheres"} <= saved.keys()
+    assert "accuracy" in saved["metrics"]
+    assert sum(sphere["samples"] for sphere in saved["spheres"]) == saved["samples"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "checkpoints", "events.jsonl", "journal.jsonl", "logs", "report.html", "run.json", "summary.json",
+        "weights.safetensors",
+    }  # fmt: skip
+
+
+def test_a_run_that_is_moved_by_hand(run, tmp_path):
+    """Create, step, save, pause, resume, run; then another goes on from its checkpoint and its weights."""
+    config = RunConfig(task="digits", steps=30, spheres=2, run_dir=tmp_path / "run", checkpoint_every=None)
+
+    async def first() -> None:
+        async with Training(config) as training:
+            assert training.summary.steps == 0
+            await training.step(3)
+            assert (training.summary.state, training.summary.steps) == ("paused", 3)
+            info = await training.save()
+            assert info.step == 3
+            await training.step()
+            await training.restore("step-000000003")
+            assert training.summary.steps == 3
+            await training.step(7)
+            training.stop("enough for today")
+        assert (training.summary.state, training.summary.reason) == ("stopped", "enough for today")
+
+    async def second() -> str:
+        async with Training(config.model_copy(update={"spheres": 1}), resume="") as training:
+            return (await training.run()).weights_sha256
+
+    run(first(), timeout=60)
+    assert run(second(), timeout=60) == reference(load_task("digits"), config).weights_sha256
+    start = RunConfig(task="digits", steps=1, spheres=1, init_from=tmp_path / "run" / "weights.safetensors")
+    again = run(run_training(start.model_copy(update={"run_dir": tmp_path / "again"})), timeout=60)
+    assert again.metrics["loss"] < 0.5  # trained weights, not new ones: those begin above 2
+
+
+def _start(directory: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "control", "start", "--json", "--run-dir", str(directory / "run"), *flags]
+    return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _until_step(process: subprocess.Popen[str], step: int) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        record = json.loads(line)
+        if record["event"] == "step" and record["step"] >= step:
+            return
+    pytest.fail(f"the run ended before step {step}: {process.stderr.read() if process.stderr else ''}")
+
+
+async def _sphere_pids(directory: Path) -> list[int]:
+    address = (directory / "run" / "address").read_text().split()[0]
+    async with ControlClient(address) as client:
+        return [sphere.report.pid for sphere in await client.spheres()]
+
+
+def _wait_for_end(pids: list[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for pid in pids:
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            ended, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            if not ended:
+                os.kill(pid, signal.SIGKILL)
+                pytest.fail(f"process {pid} still lives after {seconds} s")
+        finally:
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_ends_every_process(sign, run, tmp_path):
+    process = _start(tmp_path, "--spheres", "3", "--fan-out", "2", "--steps", "100000")
+    _until_step(process, 5)
+    pids = run(_sphere_pids(tmp_path))
+    assert len(pids) == 3
+    process.send_signal(sign)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + sign
+    assert "Traceback" not in err
+    _wait_for_end(pids, 5)
+    summary = json.loads(out.splitlines()[-1])
+    assert (summary["event"], summary["state"], summary["reason"]) == ("summary", "stopped", sign.name)
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved[-1] == f"step-{summary['steps']:09d}"
+    assert not (tmp_path / "run" / "address").exists()
+
+
+SLOW_TASK = """
+    import time
+    from spheres.tasks.digits import Digits
+
+    class Slow(Digits):
+        def gradient(self, weights, samples, rng, out):
+            if rng.bit_generator.state["state"]["key"][1] == 3:
+                time.sleep(60)
+            return super().gradient(weights, samples, rng, out)
+"""
+
+
+def test_a_second_signal_ends_at_once_with_a_step_in_hand(run, tmp_path):
+    (tmp_path / "slow.py").write_text(textwrap.dedent(SLOW_TASK))
+    process = _start(tmp_path, "--task", "slow:Slow", "--spheres", "2")
+    assert process.stdout is not None
+    while json.loads(process.stdout.readline())["event"] != "train_start":
+        pass
+    pids = run(_sphere_pids(tmp_path))
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert "once more to end at once" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+    _wait_for_end(pids, 5)
+    process.communicate()
+    assert not (tmp_path / "run" / "address").exists()
+
+
+def test_spheres_end_by_themselves_after_control_was_killed_and_the_run_goes_on(run, tmp_path):
+    flags = (
+        "--spheres",
+        "2",
+        "--fan-out",
+        "1",
+        "--orphan-timeout",
+        "1s",
+        "--steps",
+        "400",
+        "--checkpoint-every",
+        "20steps",
+    )
+    process = _start(tmp_path, *flags)
+    _until_step(process, 45)
+    pids = run(_sphere_pids(tmp_path))
+    process.kill()
+    process.communicate(timeout=10)
+    _wait_for_end(pids, 15)
+    resumed = subprocess.run(
+        [sys.executable, "-m", "control", "start", "--json", "--resume", str(tmp_path / "run"), "--spheres", "3"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    summary = json.loads(resumed.stdout.splitlines()[-1])
+    config = RunConfig(task="digits", steps=400)
+    assert summary["weights_sha256"] == reference(load_task("digits"), config).weights_sha256
+    journal = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    assert {r["step"] for r in journal} == set(range(400))
+    assert [r["replayed"] for r in journal if r["term"] == 2].count(True) == len(journal) - 400
+
+
+UNGUARDED = """
+    from control import train
+    from spheres.tasks.digits import Digits
+
+    class Mine(Digits):
+        pass
+
+    train(Mine, steps=2, spheres=2, run_dir="run")
+"""
+
+
+def test_a_script_without_a_guard_is_told_so_and_starts_no_runs_of_its_own(tmp_path):
+    (tmp_path / "script.py").write_text(textwrap.dedent(UNGUARDED))
+    ended = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 1
+    assert 'put the call under if __name__ == "__main__"' in ended.stderr.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["run", "script.py"]
+
+
+def test_a_sphere_finds_control_and_is_found_when_both_listen_on_every_address(run, tmp_path):
+    """As on two machines: 0.0.0.0 is no address that anybody could dial, and nobody gets it."""
+    flags = ("--listen", "0.0.0.0:0", "--insecure", "--spheres", "0", "--min-spheres", "2", "--fan-out", "1")
+    process = _start(tmp_path, *flags, "--steps", "30")
+    address = tmp_path / "run" / "address"
+    deadline = time.monotonic() + 20
+    while not (address.exists() and address.read_text().split()[0].startswith("0.0.0.0")):
+        assert time.monotonic() < deadline
+        select.select([], [], [], 0.05)
+    control = address.read_text().split()[0].replace("0.0.0.0", "127.0.0.1")
+    command = [sys.executable, "-m", "spheres", "start", "--control", control, "--listen", "0.0.0.0:0", "--insecure"]
+    spheres = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["tree"] == {"s-1": "control", "s-2": "s-1"}
+    assert summary["weights_sha256"] == reference(load_task("digits"), RunConfig(steps=30)).weights_sha256
+    assert [sphere.wait(timeout=10) for sphere in spheres] == [0, 0]
+    for sphere in spheres:
+        sphere.communicate()
+
+
+BAD_TASK = """
+    import os
+    from spheres.tasks.digits import Digits
+
+    class Elsewhere(Digits):
+        '''Loads in control and not in the spheres.'''
+        def __init__(self):
+            if os.environ.get("ELSEWHERE") != str(os.getpid()):
+                raise RuntimeError("not on this machine")
+            super().__init__()
+"""
+
+
+def test_a_sphere_that_cannot_start_ends_the_run_with_its_reason(run, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere_task.py").write_text(textwrap.dedent(BAD_TASK))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("ELSEWHERE", str(os.getpid()))
+    config = RunConfig(task="elsewhere_task:Elsewhere", steps=5, spheres=2, run_dir=tmp_path / "run")
+    summary = run(run_training(config), timeout=60)
+    assert summary.state == RunState.ERROR
+    assert isinstance(summary.error, TaskError)
+    assert "exit code 3" in str(summary.error)
+    assert "not on this machine" in str(summary.error)
+
+
+def test_all_spheres_gone_ends_the_run(run, tmp_path):
+    config = RunConfig(task="digits", steps=100_000, spheres=2, run_dir=tmp_path / "run")
+
+    class KillsAll:
+        def on_batch_end(self, event: Any, run: Any) -> None:
+            if event.step == 5:
+                for name in training.controller.tree.names():
+                    os.kill(training.controller.tree.spheres[name].pid, signal.SIGKILL)
+
+    async def train() -> Any:
+        nonlocal training
+        async with training:
+            await training.run()
+        return training.summary
+
+    training = Training(config, callbacks=[KillsAll()])
+    summary = run(train(), timeout=60)
+    assert summary.state == "error"
+    assert "no sphere is left" in str(summary.error)
+    assert summary.steps >= 6

@@ -1,0 +1,358 @@
+"""The life of a run: evaluation, pause, steps by hand, stop, resume on another tree, restore, callbacks, failures.
+
+Whole trees in memory; processes and the command line are in test_processes.py and test_cli.py.
+"""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from control.config import RunConfig
+from control.reference import reference
+from control.run_state import RunState
+from control.testing import LocalTree, local_tree
+from spheres.errors import CheckpointError, GradientError, RunStateError
+from spheres.task import Sums, load_task
+from spheres.testing.memory import MemoryNetwork, MemoryTransport
+
+DIGITS = load_task("digits")
+
+
+def config(**changes: Any) -> RunConfig:
+    return RunConfig(**{"task": "digits", "steps": 12, "batch_size": 100, "microbatches": 12, "spheres": 3, **changes})
+
+
+@contextlib.asynccontextmanager
+async def tree_of(config: RunConfig, directory: Any, **more: Any) -> AsyncIterator[LocalTree]:
+    network = MemoryNetwork()
+    task = more.pop("task", DIGITS)
+    async with local_tree(config, task, lambda n: MemoryTransport(network, n), directory=directory, **more) as tree:
+        yield tree
+
+
+def records(directory: Any, name: str = "journal.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / name).read_text().splitlines()]
+
+
+class Recorder:
+    """Hears every event."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        from control.events import EVENTS
+
+        if name.startswith("on_") and name[3:] in EVENTS:
+            return lambda event, run: self.heard.append((event.name, event.step))
+        raise AttributeError(name)
+
+
+def test_evaluation_is_the_reference_loops_and_the_last_step_is_evaluated(run, tmp_path):
+    chosen = config(eval_every="5steps", eval_microbatches=7)
+
+    async def train() -> tuple[str, dict[str, float]]:
+        async with tree_of(chosen, tmp_path) as tree:
+            return await tree.run(), dict(tree.controller.metrics)
+
+    sha256, metrics = run(train())
+    expected = reference(DIGITS, chosen)
+    assert sha256 == expected.weights_sha256
+    assert metrics["test_loss"] == expected.evaluation.loss / 360
+    assert metrics["accuracy"] == expected.evaluation.metrics["accuracy"] / 360
+    assert [r["step"] for r in records(tmp_path, "events.jsonl") if r["event"] == "evaluation"] == [5, 10, 12]
+
+
+def test_every_sample_of_an_epoch_is_counted_once(run, tmp_path):
+    from spheres.testing.synthetic import Synthetic
+
+    task = Synthetic(parameters=100, samples=101)
+    chosen = config(steps=None, epochs=2, batch_size=30, microbatches=8)
+
+    async def train() -> None:
+        async with tree_of(chosen, tmp_path, task=task) as tree:
+            await tree.run()
+
+    run(train())
+    steps = records(tmp_path)
+    assert [r["batch_samples"] for r in steps] == [30, 30, 30, 11] * 2
+    for epoch in (0, 1):
+        # the metric is the sum of the sample ids: each of 0..100 exactly once
+        total = sum(r["metrics"]["sample_sum"] * r["batch_samples"] for r in steps if r["epoch"] == epoch)
+        assert round(total) == 100 * 101 // 2
+
+
+def test_no_step_while_paused_and_the_same_bits_after_it(run, tmp_path):
+    """Pause in mid-epoch (an epoch of 1,437 samples has 15 steps)."""
+
+    async def train() -> str:
+        async with tree_of(config(), tmp_path) as tree:
+            controller = tree.controller
+            running = asyncio.create_task(tree.run())
+            await controller.advance(5)
+            assert (controller.state, controller.step) == (RunState.PAUSED, 5)
+            sent = tree.tree.hub.sent_down_bytes
+            await controller.advance(2)
+            assert (controller.state, controller.step) == (RunState.PAUSED, 7)
+            assert tree.tree.hub.sent_down_bytes > sent
+            sent = tree.tree.hub.sent_down_bytes
+            # what is asked for while paused is done: the loop turns, and makes no step
+            await controller.save()
+            assert (controller.step, len(records(tmp_path)), tree.tree.hub.sent_down_bytes) == (7, 7, sent)
+            controller.resume()
+            return await running
+
+    assert run(train()) == reference(DIGITS, config()).weights_sha256
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_stopped_at_a_third_ends_in_the_same_bits_on_another_tree(optimizer, run, tmp_path):
+    chosen = config(optimizer={"name": optimizer}, learning_rate=0.01, schedule={"kind": "cosine", "warmup_steps": 3})
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+
+    async def train() -> str:
+        async with tree_of(chosen.model_copy(update={"spheres": 5, "fan_out": 2}), first) as tree:
+            running = asyncio.create_task(tree.run())
+            await tree.controller.advance(4)
+            tree.controller.request_stop("a third is done")
+            await running
+            assert (tree.controller.state, tree.controller.step) == (RunState.STOPPED, 4)
+            snapshot = tree.controller.checkpoints.load()
+        other = chosen.model_copy(update={"spheres": 4, "fan_out": 1})
+        async with tree_of(other, second, snapshot=snapshot) as tree:
+            sha256 = await tree.run()
+            assert tree.controller.state is RunState.COMPLETED
+            return sha256
+
+    assert run(train()) == reference(DIGITS, chosen).weights_sha256
+    assert [r["step"] for r in records(first)] == [0, 1, 2, 3]
+    assert [r["step"] for r in records(second)] == list(range(4, 12))
+
+
+def test_a_restore_goes_back_and_the_replay_is_compared_with_the_journal(run, tmp_path):
+    """N18: replayed commits carry replayed = true and have the recorded digest."""
+
+    async def train() -> str:
+        async with tree_of(config(checkpoint_every="3steps"), tmp_path) as tree:
+            running = asyncio.create_task(tree.run())
+            await tree.controller.advance(8)
+            with pytest.raises(CheckpointError, match="no checkpoint 'step-000000004'"):
+                await tree.controller.restore("step-000000004")
+            assert (tree.controller.state, tree.controller.step) == (RunState.PAUSED, 8)
+            await tree.controller.restore("step-000000003")
+            assert (tree.controller.step, tree.tree.term) == (3, 2)
+            tree.controller.resume()
+            return await running
+
+    assert run(train()) == reference(DIGITS, config()).weights_sha256
+    steps = [(r["step"], r["term"], r["replayed"]) for r in records(tmp_path)]
+    assert steps == [(s, 1, False) for s in range(8)] + [(s, 2, s < 8) for s in range(3, 12)]
+
+
+def test_a_replay_that_differs_ends_the_run(run, tmp_path):
+    async def train() -> None:
+        async with tree_of(config(checkpoint_every="3steps"), tmp_path) as tree:
+            running = asyncio.create_task(tree.run())
+            await tree.controller.advance(8)
+            await tree.controller.restore("step-000000003")
+            # as a machine that computes other bits would
+            tree.tree.hub.weights.flat[0] = np.nextafter(tree.tree.hub.weights.flat[0], np.float32(9))
+            tree.tree.hub.weights.publish(term=tree.tree.term, version=3)
+            tree.controller.resume()
+            await running
+
+    with pytest.raises(CheckpointError, match="step 3 done again gave weights"):
+        run(train())
+
+
+def test_events_come_in_the_order_of_the_loop(run, tmp_path):
+    recorder = Recorder()
+
+    async def train() -> None:
+        chosen = config(steps=16, eval_every="1epochs", checkpoint_every="1epochs")
+        async with tree_of(chosen, tmp_path, callbacks=[recorder]) as tree:
+            await tree.run()
+
+    run(train())
+    heard = [item for item in recorder.heard if not item[0].startswith("sphere_")]
+    step = [("batch_start", 0), ("gradient_sync", 0), ("weight_update", 1), ("batch_end", 0)]
+    assert heard[:6] == [("train_start", 0), ("epoch_start", 0), *step]
+    tail = heard[heard.index(("batch_end", 14)) :]
+    assert tail == [
+        ("batch_end", 14),
+        ("epoch_end", 14),
+        ("evaluation", 15),
+        ("checkpoint", 15),
+        ("epoch_start", 15),
+        ("batch_start", 15),
+        ("gradient_sync", 15),
+        ("weight_update", 16),
+        ("batch_end", 15),
+        ("evaluation", 16),
+        ("checkpoint", 16),
+        ("train_end", 16),
+    ]
+    assert [item[0] for item in recorder.heard[:3]] == ["sphere_joined"] * 3
+
+
+def test_callbacks_come_and_go_in_mid_run_and_may_ask_for_the_end(run, tmp_path):
+    class Late:
+        seen: list[int] = []  # noqa: RUF012
+
+        def on_batch_end(self, event, run):
+            self.seen.append(event.step)
+            if event.step == 6:
+                run.request_checkpoint()
+            if event.step == 8:
+                run.request_stop("enough")
+
+    async def train() -> Any:
+        async with tree_of(config(checkpoint_every=None), tmp_path) as tree:
+            running = asyncio.create_task(tree.controller.run())
+            await tree.controller.advance(3)
+            token = tree.controller.callbacks.register(Late())
+            await tree.controller.advance(2)
+            tree.controller.callbacks.unregister(token)
+            await tree.controller.advance(1)
+            tree.controller.callbacks.register(Late())
+            tree.controller.resume()
+            await running
+            return tree.controller.state, tree.controller.reason, [c.step for c in tree.controller.checkpoints.list()]
+
+    assert run(train()) == (RunState.STOPPED, "enough", [9, 7])
+    assert Late.seen == [3, 4, 6, 7, 8]
+
+
+def test_early_stopping_ends_the_run(run, tmp_path):
+    chosen = config(steps=40, learning_rate=0.0, eval_every="2steps", early_stopping=3)
+    from control.callbacks import configured
+
+    async def train() -> Any:
+        async with tree_of(chosen, tmp_path, callbacks=configured(chosen)) as tree:
+            await tree.run()
+            return tree.controller.state, tree.controller.step
+
+    # nothing gets better at rate 0: the first evaluation is the best, three more and it stops
+    assert run(train()) == (RunState.STOPPED, 8)
+
+
+def test_max_time_ends_the_run_with_a_checkpoint(run, tmp_path):
+    async def train() -> Any:
+        async with tree_of(config(steps=100_000, max_time=0.2), tmp_path) as tree:
+            await tree.run()
+            return tree.controller.state, tree.controller.reason, tree.controller.checkpoints.list()[0].step
+
+    state, reason, saved = run(train())
+    assert (state, reason) == (RunState.STOPPED, "max_time of 0.2 s is over")
+    assert saved == len(records(tmp_path)) > 0
+
+
+def test_a_stop_while_waiting_for_spheres_ends_the_wait(run, tmp_path):
+    async def train() -> Any:
+        async with tree_of(config(min_spheres=5), tmp_path) as tree:
+            running = asyncio.create_task(tree.controller.run())
+            await tree.controller.until(lambda: tree.controller.state is RunState.INITIALIZING)
+            tree.controller.request_stop("changed my mind")
+            await running
+            return tree.controller.state, tree.controller.step
+
+    assert run(train()) == (RunState.STOPPED, 0)
+
+
+def test_what_is_asked_of_a_run_that_ends_is_answered(run, tmp_path):
+    async def train() -> None:
+        async with tree_of(config(steps=1), tmp_path) as tree:
+            await tree.run()
+            for ask in (tree.controller.save(), tree.controller.restore(None), tree.controller.advance(1)):
+                with pytest.raises(RunStateError, match="has ended"):
+                    await ask
+            version, flat = await tree.controller.copy_weights()
+            assert version == 1
+            assert flat.tobytes() == tree.tree.hub.weights.flat.tobytes()
+
+    run(train())
+
+
+class _Broken:
+    """Digits whose gradient goes wrong in one way from the 30th call on: in step 2."""
+
+    def __init__(self, fault: str) -> None:
+        self._fault, self._calls = fault, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(DIGITS, name)
+
+    def gradient(self, weights, samples, rng, out):
+        self._calls += 1
+        sums = DIGITS.gradient(weights, samples, rng, out)
+        if self._calls < 30:
+            return sums
+        match self._fault:
+            case "raises":
+                raise ZeroDivisionError("no luck")
+            case "nan":
+                out["layer0.bias"][3] = np.nan
+            case "replaces":
+                out["layer0.bias"] = np.zeros(64, np.float32)
+            case "returns":
+                return float(sums.loss)
+            case "counts":
+                return Sums(sums.loss, 0, {})
+            case "loss":
+                return Sums(float("nan"), sums.count, {})
+        return sums
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("raises", r"ZeroDivisionError: no luck"),
+        ("nan", r"gradient of layer0.bias is not finite"),
+        ("replaces", r"replaced out\['layer0.bias'\]; write into it"),
+        ("returns", r"gradient\(\) returned float; return Sums"),
+        ("counts", r"returned count 0 for \d samples: count what it was given"),
+        ("loss", r"loss nan"),
+    ],
+)
+def test_a_task_that_fails_halts_the_run_and_says_where(fault, said, run, tmp_path):
+    async def train() -> Any:
+        async with tree_of(config(), tmp_path, task=_Broken(fault)) as tree:
+            with pytest.raises(GradientError, match=said) as caught:
+                await tree.run()
+            # what was committed is saved: nothing is lost
+            assert [info.step for info in tree.controller.checkpoints.list()] == [2]
+            return tree.controller.state, caught.value
+
+    state, error = run(train())
+    assert state is RunState.ERROR
+    # sphere, step, microbatch and samples; the traceback is the sphere's own
+    assert "on s-" in str(error)
+    assert "microbatch" in str(error)
+    assert "(samples " in str(error)
+    assert "Traceback" in error.details
+    if fault == "raises":
+        assert 'raise ZeroDivisionError("no luck")' in error.details
+
+
+def test_a_task_with_state_has_it_in_the_checkpoint(run, tmp_path):
+    class Counting(_Broken):
+        def state_dict(self):
+            return {"calls": self._calls}
+
+    async def train() -> None:
+        async with tree_of(config(), tmp_path, task=Counting(""), sphere_task=lambda _: Counting("")) as tree:
+            await tree.run()
+            snapshot = tree.controller.checkpoints.load()
+            assert [r.report.sphere_id for r in snapshot.spheres] == ["s-1", "s-2", "s-3"]
+            # 12 microbatches in 12 steps, and nobody else computed them
+            assert sum(json.loads(r.task_state)["calls"] for r in snapshot.spheres) == 144
+            assert dict(snapshot.tree) == {"s-1": "control", "s-2": "control", "s-3": "control"}
+
+    run(train())
