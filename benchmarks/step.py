@@ -1,8 +1,9 @@
-"""What a step costs beside its computation: a model of 10 KB whose gradient is nearly free, on real processes.
+"""What a step costs beside its computation, on real processes: the whole of it, with journal, digests and statistics.
 
     .venv/bin/python benchmarks/step.py [--json] [--steps N]
 
-Two trees: 4 spheres at fan-out 2 (steps per second), and 8 spheres at fan-out 3 (median of a step).
+A model of 10 KB on 4 spheres at fan-out 2, whose gradient is 16 microbatches of 4 samples; and an empty task
+(256 bytes, whose gradient is nothing) on 8 spheres at fan-out 3.
 """
 
 import argparse
@@ -11,15 +12,18 @@ from typing import Any
 
 from common import median, report, train
 
-TREES = ((4, 2), (8, 3))
+TREES = (
+    (4, 2, "10 KB", {"parameters": "2500"}),
+    (8, 3, "empty", {"parameters": "64", "tensors": "1", "empty": "true"}),
+)
 #: the first steps are of processes that warm up
 WARM_UP = 50
 
 
-def measure(spheres: int, fan_out: int, steps: int) -> dict[str, Any]:
+def measure(spheres: int, fan_out: int, name: str, options: dict[str, str], steps: int) -> dict[str, Any]:
     _, journal = train(
         task="spheres.testing.synthetic:Synthetic",
-        task_options={"parameters": "2500", "samples": "4096"},
+        task_options={"samples": "4096", **options},
         spheres=spheres,
         fan_out=fan_out,
         steps=steps + WARM_UP,
@@ -38,6 +42,7 @@ def measure(spheres: int, fan_out: int, steps: int) -> dict[str, Any]:
     step = median(whole)
     gather, optimizer = (median(r["seconds"][part] for r in kept) for part in ("gather", "optimizer"))
     return {
+        "task": name,
         "spheres": spheres,
         "fan_out": fan_out,
         "steps_per_second": len(whole) / (kept[-1]["time"] - kept[0]["time"]),
@@ -54,11 +59,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found = [measure(spheres, fan_out, options.steps) for spheres, fan_out in TREES]
+    found = [measure(*tree, options.steps) for tree in TREES]
 
     def show() -> None:
         for f in found:
-            print(f"\n{f['spheres']} spheres, fan-out {f['fan_out']}: {f['steps_per_second']:.0f} steps/s, ", end="")
+            print(
+                f"\n{f['task']}, {f['spheres']} spheres, fan-out {f['fan_out']}: {f['steps_per_second']:.0f} steps/s, ",
+                end="",
+            )
             print(f"median step {f['step_ms']:.2f} ms")
             print(f"  control    gather {f['gather_ms']:.2f}, optimizer {f['optimizer_ms']:.2f}, ", end="")
             print(f"journal and the rest {f['journal_and_rest_ms']:.2f} ms")

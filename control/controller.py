@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -84,6 +84,8 @@ class Controller:
         self._hub = tree.hub
         # set by whatever the loop should look at; and set when the state has changed, for those who wait for it
         self._wake, self._changed = asyncio.Event(), asyncio.Event()
+        # the same while a step is in hand; one future serves many steps
+        self._interrupt: asyncio.Future[None] | None = None
         self._stop_reason: str | None = None
         self._failure: ArmillaryError | None = None
         self._pause = False
@@ -133,35 +135,35 @@ class Controller:
     def request_stop(self, reason: str) -> None:
         """End after the step in hand, with a checkpoint."""
         self._stop_reason = self._stop_reason or reason
-        self._wake.set()
+        self._look_now()
 
     def request_checkpoint(self) -> None:
         """Save after the step in hand."""
         self._save = True
-        self._wake.set()
+        self._look_now()
 
     def fail(self, error: ArmillaryError) -> None:
         """End the run with this error, now if it only waits for spheres, else after the step in hand."""
         self._failure = self._failure or error
-        self._wake.set()
+        self._look_now()
 
     def pause(self) -> None:
         """Finish the step in hand, then wait. Raises RunStateError where the run has ended."""
         self._not_ended()
         self._pause = True
-        self._wake.set()
+        self._look_now()
 
     def resume(self) -> None:
         """Go on after a pause. Raises RunStateError where the run has ended."""
         self._not_ended()
         self._pause, self._pause_at = False, None
-        self._wake.set()
+        self._look_now()
 
     async def advance(self, steps: int) -> None:
         """Do so many steps, then pause. Returns when the run is paused after them, or has ended."""
         self._not_ended()
         self._pause, self._pause_at = False, self.step + steps
-        self._wake.set()
+        self._look_now()
         await self.until(lambda: self._pause and self.state is RunState.PAUSED)
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -175,7 +177,7 @@ class Controller:
         self._not_ended()
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._requests.append((work, answer))
-        self._wake.set()
+        self._look_now()
         return await answer
 
     async def save(self) -> CheckpointInfo:
@@ -231,29 +233,35 @@ class Controller:
             if begun:
                 self._emit("train_end", {"state": str(self.state)})
 
-    async def _while_waiting(self, work: Coroutine[Any, Any, None], *, always: bool = False) -> bool:
+    async def _while_waiting(self, work: Awaitable[None], *, always: bool = False) -> bool:
         """Wait for ``work``; False where a stop came while no sphere could finish it (or ``always``)."""
-        task = asyncio.create_task(work)
+        task = asyncio.ensure_future(work)
         try:
             while not task.done():
-                self._wake.clear()
-                waker = asyncio.create_task(self._wake.wait())
-                await asyncio.wait({task, waker}, return_when=asyncio.FIRST_COMPLETED, timeout=_LOOK_SECONDS)
-                waker.cancel()
-                waiting = always or not self._hub.children or self._hub.ledger.stuck
-                self.reason = "waiting for spheres" if waiting and not task.done() else ""
-                if task.done() or not waiting:
+                if self._interrupt is None or self._interrupt.done():
+                    self._interrupt = asyncio.get_running_loop().create_future()
+                # by the clock too: nobody says when max_time is over
+                await asyncio.wait({task, self._interrupt}, return_when=asyncio.FIRST_COMPLETED, timeout=_LOOK_SECONDS)
+                waiting = not task.done() and (always or not self._hub.children or self._hub.ledger.stuck)
+                self.reason = "waiting for spheres" if waiting else ""
+                if not waiting:
                     continue
                 if self._failure is not None:
                     raise self._failure
                 self._look_at_clock()
                 if self._stop_reason is not None:
                     return False
-            await task
+            task.result()
             return True
         finally:
             self.reason = ""
             task.cancel()
+
+    def _look_now(self) -> None:
+        """Something was asked for: let the loop see it."""
+        self._wake.set()
+        if self._interrupt is not None and not self._interrupt.done():
+            self._interrupt.set_result(None)
 
     def _look_at_clock(self) -> None:
         limit = self.config.max_time

@@ -241,17 +241,15 @@ class Tree:
 
     # ---- work
 
-    async def compute(self, step: int, kind: common_pb2.WorkKind.ValueType, gradient: Array | None) -> None:
+    def compute(self, step: int, kind: common_pb2.WorkKind.ValueType, gradient: Array | None) -> asyncio.Future[None]:
         """Have one step's work done on the published weights; its sum is in ``gradient``, the rest in the hub.
 
-        Raises GradientError where a task failed. Waits for as long as there is no sphere.
+        The future is done when everything has come. It raises GradientError where a task failed, and waits for as long
+        as there is no sphere.
         """
         self._done = asyncio.get_running_loop().create_future()
         self.hub.start(Work(self.term, step, kind), gradient)
-        try:
-            await self._done
-        finally:
-            self._done = None
+        return self._done
 
     def _sealed(self) -> None:
         if self._done is not None and not self._done.done():

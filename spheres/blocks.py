@@ -6,9 +6,12 @@ A block is ``[lo, hi)`` with ``hi = min(lo + 2**k, M)`` and ``lo`` a multiple of
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
-__all__ = ["Block", "BlockSet", "decompose", "halves", "is_canonical"]
+from spheres.errors import ProtocolError
+
+__all__ = ["Block", "BlockSet", "checked", "decompose", "halves", "is_canonical"]
 
 
 class Block(NamedTuple):
@@ -41,6 +44,18 @@ def is_canonical(block: Block, total: int) -> bool:
         return False
     width = 1 << (hi - lo - 1).bit_length()
     return lo % width == 0 and hi == min(lo + width, total)
+
+
+def checked(blocks: Iterable[Block], total: int, *, what: str) -> list[Block]:
+    """Return what a neighbour named, in order. Raises ProtocolError where it is not canonical or overlaps (N3)."""
+    ordered = sorted(blocks)
+    for block in ordered:
+        if not is_canonical(block, total):
+            raise ProtocolError(f"{block} is no canonical block of {total} microbatches")
+    for before, after in pairwise(ordered):
+        if before.hi > after.lo:
+            raise ProtocolError(f"{what} blocks {before} and {after} overlap")
+    return ordered
 
 
 def decompose(indices: set[int] | frozenset[int], top: Block) -> list[Block]:

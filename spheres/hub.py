@@ -6,12 +6,10 @@ carries out what the ledger decides. It does not dial, serve or encode links: ``
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 from typing import Literal
 
-from spheres.blocks import Block, is_canonical
+from spheres.blocks import Block, checked
 from spheres.config import NodeConfig
 from spheres.errors import LinkClosedError, ProtocolError, StaleError, WrongRunError
 from spheres.frames import blocks_from, blocks_to
@@ -27,8 +25,6 @@ from spheres.work import EVALUATE, TRAIN, Child, Counts, Hooks, Work
 from spheres.worker import Failure, Unit, Worker
 
 __all__ = ["EVALUATE", "TRAIN", "Array", "Child", "Hub", "Outgoing", "Work"]
-
-log = logging.getLogger(__name__)
 
 
 class Hub:
@@ -135,7 +131,7 @@ class Hub:
         if message.HasField("assign") and not message.HasField("weights_header"):
             assign = message.assign
             self._try(
-                lambda: self._do(self.ledger.assign(assign.attempt, assign.from_chunk, self._owed(assign, tag.kind)))
+                lambda: self._do(self.ledger.assign(assign.attempt, assign.from_chunk, self._owed(assign, work.kind)))
             )
         if message.HasField("weights_chunk"):
             self.weights.put(message.weights_chunk)
@@ -184,6 +180,7 @@ class Hub:
         header, weights = message.weights_header, self.weights
         if header.manifest_digest != self.config.manifest.digest:
             raise ProtocolError("weights of another layout")
+        blocks = self._owed(message.assign, work.kind) if message.HasField("assign") else None
         if header.held_digest:
             if not weights.complete or (version, header.held_digest) != (weights.version, weights.digest):
                 raise ProtocolError(f"the parent takes weights v{version} as held; held: {weights!r}")
@@ -198,7 +195,6 @@ class Hub:
                 previous_digest=header.previous_digest,
                 from_chunk=header.from_chunk,
             )
-        blocks = self._owed(message.assign, work.kind) if message.HasField("assign") else None
         if work > self.work:
             self._begin(work, version, blocks)
             return
@@ -238,19 +234,7 @@ class Hub:
         return self.config.microbatches if kind == TRAIN else self.config.evaluation_microbatches
 
     def _owed(self, assign: pb.Assign, kind: common_pb2.WorkKind.ValueType) -> list[Block]:
-        """Check what the parent asks for: canonical blocks that do not overlap (N3)."""
-        blocks = sorted(self._canonical(assign.blocks, kind))
-        for before, after in pairwise(blocks):
-            if before.hi > after.lo:
-                raise ProtocolError(f"assigned blocks {before} and {after} overlap")
-        return blocks
-
-    def _canonical(self, messages: Iterable[pb.Block], kind: common_pb2.WorkKind.ValueType) -> list[Block]:
-        blocks, total = blocks_from(messages), self._total(kind)
-        for block in blocks:
-            if not is_canonical(block, total):
-                raise ProtocolError(f"{block} is no canonical block of {total} microbatches")
-        return blocks
+        return checked(blocks_from(assign.blocks), self._total(kind), what="assigned")
 
     def _on_directive(self, directive: pb.Directive) -> None:
         if directive.target_sphere_id != self.id:
@@ -319,7 +303,7 @@ class Hub:
     def _on_step(self, child: Child, message: pb.WorkRequest) -> None:
         if message.HasField("ready"):
             ready = message.ready
-            held = self._canonical(ready.held, self.work.kind)
+            held = checked(blocks_from(ready.held), self.ledger.total, what="held")
             self._do(self.ledger.child_ready(child.id, message.attempt, held, idle=ready.idle))
         self.gradients.take_in(child.id, message)
         self._flow()

@@ -34,7 +34,8 @@ class Synthetic:
 
     ``c >= 0``, so descent with a learning rate up to 1 stays finite. The reported loss covers the first elements
     only. Metric ``sample_sum`` is the exact sum of the sample ids: it shows a sample lost or counted twice.
-    ``compute_seconds`` is what each gradient takes at least, as a model that computes would.
+    ``compute_seconds`` is what each gradient takes at least, as a model that computes would. ``empty`` leaves the
+    gradient at zero: what is left of a step is what the system itself costs.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class Synthetic:
         samples: int | str = 4096,
         compute_seconds: float | str = 0.0,
         tensors: int | str = 3,
+        empty: bool | str = False,
     ) -> None:
         self._parameters = whole("parameters", parameters, lowest=1)
         self._samples = whole("samples", samples, lowest=1)
         self._compute_seconds = number("compute_seconds", compute_seconds)
         self._tensors = whole("tensors", tensors, lowest=1)
+        self._empty = str(empty).lower() == "true"
         if self._tensors > self._parameters:
             raise ConfigError(f"task option tensors={tensors!r}: more tensors than the {parameters} parameters")
 
@@ -64,6 +67,8 @@ class Synthetic:
     def gradient(
         self, weights: Mapping[str, Array], samples: Samples, rng: np.random.Generator, out: Mapping[str, Array]
     ) -> Sums:
+        if self._empty:
+            return Sums(0.0, samples.size)
         began = time.monotonic()
         c, d = _coefficients(samples)
         slope, shift = np.float32(c), np.float32(d)

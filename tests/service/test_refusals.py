@@ -65,7 +65,7 @@ class Stage:
 
     def begin(self):
         """Start step 0."""
-        return asyncio.create_task(self.tree.compute(0, TRAIN, self.gradient))
+        return self.tree.compute(0, TRAIN, self.gradient)
 
     async def finish(self, step=None):
         """The step ends with the right bits, each microbatch counted once."""

@@ -835,55 +835,6 @@ def test_a_joiner_that_comes_as_a_step_ends_gets_no_mixture_of_versions(seed: in
     assert simulation.nodes["s2"].session == 1, "its link ended"
 
 
-def test_a_capacity_that_changes_between_hello_and_welcome_is_told() -> None:
-    relay = Hub(small_tree(0, {}).config, "relay")
-    relay.admit(
-        Child(id="leaf", incarnation=1, session=1, address="", outbox=Outbox(relay.weights), close=lambda _: None),
-        pb.Hello(capacity=1.0),
-        pb.Tag(),
-    )
-    relay.relinked(2, [pb.Ancestor(id=CONTROL)])
-    assert [m.capacity.capacity for m in waiting(relay) if m.HasField("capacity")] == [1.0]
-
-
-def test_a_failure_is_told_again_to_a_new_parent() -> None:
-    """The link may have died with it: nothing else would ever end the step."""
-    worker = Patient()
-    leaf = Hub(small_tree(0, {}).config, "leaf", worker=worker)  # type: ignore[arg-type]
-    leaf.relinked(1, [pb.Ancestor(id=CONTROL)])
-    leaf.weights.publish(term=1, version=0)
-    header = pb.WeightsHeader(manifest_digest=leaf.config.manifest.digest, held_digest=leaf.weights.digest)
-    tag = pb.Tag(run_id="run", term=1, step=0, kind=TRAIN)
-    leaf.on_response(pb.WorkResponse(tag=tag, weights_header=header, assign=pb.Assign(blocks=[pb.Block(lo=0, hi=4)])))
-    worker.done(worker.unit, Failure(2, "it broke", "", (), False))
-    assert [m.task_failure.microbatch for m in waiting(leaf)] == [2]
-    leaf.relinked(2, [pb.Ancestor(id=CONTROL)])
-    assert [m.task_failure.error for m in waiting(leaf)] == ["it broke"]
-    leaf.on_response(pb.WorkResponse(tag=pb.Tag(run_id="run", term=1, step=1, kind=TRAIN), weights_header=header))
-    leaf.relinked(3, [pb.Ancestor(id=CONTROL)])
-    assert not waiting(leaf)  # its step is over
-
-
-class Patient:
-    """A worker that computes when the test says so."""
-
-    unit: Unit
-    done: Callable[[Unit, Held | Failure | None], None]
-
-    def submit(self, unit: Unit, _: Any, done: Callable[[Unit, Held | Failure | None], None]) -> None:
-        self.unit, self.done = unit, done
-
-    def release(self, held: Held) -> None: ...
-
-
-def waiting(hub: Hub) -> list[pb.WorkRequest]:
-    """What the hub has to say to its parent now."""
-    messages: list[pb.WorkRequest] = []
-    while (item := hub.next_up()) is not None:
-        messages.append(decode(pb.WorkRequest, item.data if isinstance(item, Outgoing) else item))
-    return messages
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=1000)

@@ -1,0 +1,222 @@
+"""A hub by itself: what it keeps for the next parent, and what a neighbour's fault does not do to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spheres.blocks import Block, checked
+from spheres.config import NodeConfig
+from spheres.errors import ProtocolError
+from spheres.frames import decode
+from spheres.hub import TRAIN, Child, Hub, Outgoing, Work
+from spheres.numerics import crc32c
+from spheres.outbox import Outbox
+from spheres.phases import PhaseTimes
+from spheres.reducer import Held
+from spheres.task import Sums
+from spheres.tensors import Manifest
+from spheres.v1 import common_pb2
+from spheres.v1 import work_pb2 as pb
+from spheres.worker import Failure, Unit
+
+CONTROL = [pb.Ancestor(id="control")]
+
+
+class Patient:
+    """A worker that computes when the test says so."""
+
+    unit: Unit
+    done: Callable[[Unit, Held | Failure | None], None]
+
+    def submit(self, unit: Unit, _: Any, done: Callable[[Unit, Held | Failure | None], None]) -> None:
+        self.unit, self.done = unit, done
+
+    def release(self, held: Held) -> None: ...
+
+
+def config(chunks: int = 3, *, window: int = 2) -> NodeConfig:
+    manifest = Manifest.of({"w": np.zeros(16 * chunks, np.float32)})
+    return NodeConfig(run_id="run", manifest=manifest, microbatches=4, chunk_bytes=64, window=window, train_size=99)
+
+
+def join(hub: Hub, name: str, *, capacity: float = 1.0) -> tuple[Child, list[Exception]]:
+    """A child with an open link, and with what its link was ended."""
+    ended: list[Exception] = []
+    child = Child(id=name, incarnation=1, session=1, address="", outbox=Outbox(hub.weights), close=ended.append)
+    hub.admit(child, pb.Hello(capacity=capacity), pb.Tag())
+    return child, ended
+
+
+def waiting(hub: Hub) -> list[pb.WorkRequest]:
+    """What the hub has to say to its parent now."""
+    messages: list[pb.WorkRequest] = []
+    while (item := hub.next_up()) is not None:
+        messages.append(decode(pb.WorkRequest, item.data if isinstance(item, Outgoing) else item))
+    return messages
+
+
+def step(hub: Hub, number: int, *blocks: Block) -> pb.WorkResponse:
+    """The header of a step whose weights the hub holds."""
+    tag = pb.Tag(run_id="run", term=1, step=number, kind=TRAIN)
+    header = pb.WeightsHeader(manifest_digest=hub.config.manifest.digest, held_digest=hub.weights.digest)
+    message = pb.WorkResponse(tag=tag, weights_header=header)
+    if blocks:
+        message.assign.blocks.extend(pb.Block(lo=b.lo, hi=b.hi) for b in blocks)
+    return message
+
+
+def test_a_capacity_that_changes_between_hello_and_welcome_is_told() -> None:
+    relay = Hub(config(), "relay")
+    join(relay, "leaf")
+    relay.relinked(2, CONTROL)
+    assert [m.capacity.capacity for m in waiting(relay) if m.HasField("capacity")] == [1.0]
+
+
+def test_only_the_latest_capacity_waits() -> None:
+    relay = Hub(config(), "relay")
+    for number in range(50):
+        child, _ = join(relay, "leaf", capacity=number + 1.0)
+        relay.dismiss(child, "it went")
+    join(relay, "leaf", capacity=7.0)
+    assert [m.capacity.capacity for m in waiting(relay) if m.HasField("capacity")] == [7.0]
+
+
+def test_a_failure_is_told_again_to_a_new_parent() -> None:
+    """The link may have died with it: nothing else would ever end the step."""
+    worker = Patient()
+    leaf = Hub(config(), "leaf", worker=worker)  # type: ignore[arg-type]
+    leaf.weights.publish(term=1, version=0)
+    leaf.relinked(1, CONTROL)
+    leaf.on_response(step(leaf, 0, Block(0, 4)))
+    worker.done(worker.unit, Failure(2, "it broke", "", (), invalid=False))
+    assert [m.task_failure.microbatch for m in waiting(leaf)] == [2]
+    leaf.relinked(2, CONTROL)
+    assert [m.task_failure.error for m in waiting(leaf)] == ["it broke"]
+    leaf.on_response(step(leaf, 1))
+    leaf.relinked(3, CONTROL)
+    assert not waiting(leaf)  # its step is over
+
+
+def test_a_child_that_reads_nothing_loses_its_link_and_the_others_do_not_notice() -> None:
+    hub = Hub(config(), "control")
+    deaf, ended = join(hub, "deaf")
+    other, others = join(hub, "other")
+    heard = 0
+    for _ in range(2000):
+        hub.direct(pb.Directive(kind=pb.DIRECTIVE_KIND_REPORT_STATE))
+        while other.outbox.next() is not None:
+            heard += 1
+    assert heard >= 2000
+    assert ended
+    assert not others
+    hub.dismiss(deaf, str(ended[0]))
+    assert list(hub.children) == ["other"]
+
+
+def test_a_message_of_a_dismissed_child_is_dropped() -> None:
+    """I6: its reader may still have one in hand."""
+    hub = Hub(config(), "control")
+    child, _ = join(hub, "leaf")
+    hub.dismiss(child, "it went")
+    hub.on_request(child, pb.WorkRequest(session=1, capacity=pb.Capacity(capacity=9.0)))
+    assert hub.counts.refused["stale"] == 1
+    newer, _ = join(hub, "leaf")
+    hub.on_request(child, pb.WorkRequest(session=1, leaving=pb.Leaving()))
+    assert hub.ledger.capacity == 1.0
+    assert hub.children["leaf"] is newer
+
+
+def test_a_bad_assignment_leaves_the_weights_as_they_were() -> None:
+    leaf = Hub(config(), "leaf")
+    leaf.weights.publish(term=1, version=0)
+    leaf.relinked(1, CONTROL)
+    message = step(leaf, 1, Block(1, 3))
+    message.weights_header.held_digest = b""
+    with pytest.raises(ProtocolError, match="no canonical block"):
+        leaf.on_response(message)
+    assert leaf.weights.complete
+    assert leaf.work.step == -1
+
+
+def test_many_chunks_that_become_complete_at_once_are_summed_without_recursion() -> None:
+    """A wide window, and a last block that turns out to be absent."""
+    chunks = 3000
+    hub = Hub(config(chunks, window=chunks), "control")
+    hub.weights.publish(term=1, version=0)
+    sealed: list[bool] = []
+    hub.hooks.sealed = lambda: sealed.append(True)
+    giver, _ = join(hub, "giver")
+    silent, _ = join(hub, "silent")
+    total = np.zeros(hub.config.manifest.size, np.float32)
+    hub.start(Work(1, 0, TRAIN), total)
+    digest = hub.weights.digest
+    given, other = (pb.Block(lo=lo, hi=lo + 2) for lo in (0, 2))
+    header = pb.GradientHeader(block=given, weights_digest=digest, samples_count=2)
+    hub.on_request(giver, pb.WorkRequest(tag=hub.tag, session=1, gradient_header=header))
+    values = np.arange(hub.config.manifest.size, dtype=np.float32)
+    for index in range(chunks):
+        data = values[16 * index : 16 * index + 16].tobytes()
+        chunk = pb.Chunk(block=given, index=index, offset_bytes=64 * index, crc32c=crc32c(data), data=data)
+        hub.on_request(giver, pb.WorkRequest(tag=hub.tag, session=1, gradient_chunk=chunk))
+    assert not sealed
+    absent = pb.GradientHeader(block=other, weights_digest=digest, absent=True)
+    hub.on_request(silent, pb.WorkRequest(tag=hub.tag, session=1, gradient_header=absent))
+    assert sealed == [True]
+    assert total.tobytes() == values.tobytes()
+    assert hub.sums == Sums(0.0, 2, {})
+
+
+@pytest.mark.parametrize(
+    ("blocks", "why"),
+    [
+        ([Block(0, 2), Block(0, 1)], r"given blocks \[0,1\) and \[0,2\) overlap"),
+        ([Block(1, 3)], r"\[1,3\) is no canonical block of 4"),
+        ([Block(2, 2)], "no canonical block"),
+        ([Block(0, 8)], "no canonical block"),
+    ],
+)
+def test_blocks_of_a_neighbour_are_checked(blocks: list[Block], why: str) -> None:
+    """N3."""
+    with pytest.raises(ProtocolError, match=why):
+        checked(blocks, 4, what="given")
+    assert checked([Block(2, 4), Block(0, 1)], 4, what="given") == [Block(0, 1), Block(2, 4)]
+
+
+def test_times_that_a_child_says_again_replace_the_first() -> None:
+    """A new attempt sends footers again: nothing is counted twice."""
+    times = PhaseTimes()
+    times.merge("a", [common_pb2.PhaseTime(phase="compute", sum_seconds=3, max_seconds=2, slowest_sphere_id="a1")])
+    times.merge("a", [])  # the footer of another block says nothing
+    times.merge("b", [common_pb2.PhaseTime(phase="compute", sum_seconds=1, max_seconds=1, slowest_sphere_id="b")])
+    assert times.below["compute"] == (4, 2, "a1")
+    times.merge("a", [common_pb2.PhaseTime(phase="compute", sum_seconds=4, max_seconds=3, slowest_sphere_id="a2")])
+    assert times.below["compute"] == (5, 3, "a2")
+
+
+def test_waiting_is_what_is_left_of_the_step_however_often_it_is_closed() -> None:
+    times = PhaseTimes()
+    times.add("compute", 1.0)
+    times.close(3.0, computes=True)
+    times.add("sum", 0.5)
+    times.close(5.0, computes=True)
+    assert times.own == {"compute": 1.0, "wait": 3.5, "sum": 0.5}
+    assert times.incarnation["wait"] == 3.5
+    times.clear()
+    times.add("compute", 1.0)
+    times.close(2.0, computes=True)
+    assert times.incarnation["wait"] == 4.5
+
+
+def test_a_relay_does_not_wait_and_says_its_times_once() -> None:
+    times = PhaseTimes()
+    times.add("sum", 1.0)
+    times.close(9.0, computes=False)
+    footer = pb.GradientFooter()
+    times.write(footer.phases, "r")
+    times.write(again := pb.GradientFooter().phases, "r")
+    assert [(p.phase, p.sum_seconds, p.slowest_sphere_id) for p in footer.phases] == [("sum", 1.0, "r")]
+    assert list(again) == list(footer.phases)
