@@ -5,6 +5,7 @@ It checks, adds and encodes. Who owes what is the ledger's to say; when to send 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -45,6 +46,8 @@ class Gradients:
         self.phases = PhaseTimes()
         #: block of a child -> who computed which part of it, as its footer said
         self._contributions: dict[Block, list[tuple[Block, str]]] = {}
+        #: block of a child -> its last chunk that came in this attempt
+        self._last: dict[Block, int] = {}
         self._train = False
         self._started = 0.0
         #: the root's: where the sum of the gradients goes, and what came with it
@@ -69,6 +72,7 @@ class Gradients:
         if self.reducer.slots is not self._ledger.slots:
             self.reducer.forget(self._ledger.slots)
             self._contributions.clear()
+            self._last.clear()
 
     # ---- from children
 
@@ -96,6 +100,8 @@ class Gradients:
             )
         sums = None
         if not header.absent:
+            if header.samples_count < 1 or not math.isfinite(header.loss_sum):
+                raise ProtocolError(f"{child}: {block} has {header.samples_count} samples and loss {header.loss_sum}")
             sums = Sums(header.loss_sum, header.samples_count, {m.name: m.value for m in header.metrics})
         self.reducer.header(block, sums, absent=header.absent)
 
@@ -110,6 +116,10 @@ class Gradients:
             raise ProtocolError(f"{child}: chunk {index} of {block} came before its header")
         if crc32c(data) != chunk.crc32c:
             raise ChecksumError(f"{child}: chunk {index} of {block} does not fit its checksum")
+        before = self._last.get(block, index - 1)
+        if index != before + 1:
+            raise ProtocolError(f"{child}: chunk {index} of {block} came after chunk {before}")
+        self._last[block] = index
         self.received_bytes += len(data)
         if news:
             self.reducer.chunk(block, index, np.frombuffer(data, np.float32))

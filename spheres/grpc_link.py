@@ -64,7 +64,7 @@ DIAL_SECONDS = 5.0
 #: seconds that handlers have to end in order, and their last words to leave, when their listener closes
 _LAST_WORDS_SECONDS = 0.2
 #: seconds in which a client that has gone, and not only ended its side, becomes known as such
-_GONE_SECONDS = 0.1
+_GONE_SECONDS = 0.2
 
 
 class _ClientLink:

@@ -103,6 +103,7 @@ class Hub:
         for child in self.children.values():
             child.outbox.abort()
         self.weights.withdraw()
+        self.ledger.active = False
 
     def direct(self, directive: pb.Directive) -> None:
         """Send a directive down, hop by hop."""
@@ -121,10 +122,12 @@ class Hub:
         work = Work(tag.term, tag.step, tag.kind)
         header = message.HasField("weights_header")
         if work < self.work or (work > self.work and not header):
-            # Also what a parent sends that is behind: this node waits until it has caught up (N14).
+            # Also what a parent sends that is behind: this node is parked until it has caught up (N14).
             self.counts.refused["stale"] += 1
             return
         if header:
+            if work.kind not in (TRAIN, EVALUATE):
+                raise ProtocolError(f"work of kind {work.kind} is not known here")
             self._on_header(work, tag.weights_version, message)
         if message.HasField("begin"):
             self._do(self.ledger.begin(message.begin.attempt, message.begin.from_chunk))
@@ -249,6 +252,7 @@ class Hub:
         self.children[child.id] = child
         if hello.holds_weights:
             child.outbox.holds = (self.weights.term, hello.weights_version, hello.weights_digest)
+        child.outbox.reached = (tag.term, tag.step, tag.kind)
         child.outbox.notice(self.welcome())
         # At the root between two steps the weights are no longer, or not yet, those of its work: the next step's header
         # will bring them.

@@ -37,6 +37,8 @@ class Outbox:
         self._version = (0, -1)
         #: term and version that the child holds whole, and its digest
         self.holds: tuple[int, int, bytes] | None = None
+        #: term, step and kind where the child is: one that is ahead gets no header until its parent is there too (N14)
+        self.reached = (0, -1, 0)
         self.wake = asyncio.Event()
         self.sent_bytes = 0
 
@@ -51,6 +53,8 @@ class Outbox:
         """A step starts: what waits of the one before is dropped (N14)."""
         self._steps.clear()
         self._credit = None
+        if (tag.term, tag.step, tag.kind) < self.reached:
+            return
         self._tag = tag
         self._header = pb.WorkResponse(tag=tag)
         self.wake.set()
@@ -100,6 +104,7 @@ class Outbox:
         if weights.complete and self.holds == (weights.term, weights.version, weights.digest):
             header.held_digest = weights.digest
             return message.SerializeToString()
+        self.holds = None
         header.previous_digest = weights.previous_digest
         # Another step on the same version (a joiner got half of it during an evaluation) goes on where it was (N17).
         if self._cursor is None or self._version != (weights.term, weights.version):

@@ -197,6 +197,10 @@ def _print_summary(summary: dict[str, Any]) -> None:
             ("weights_sha256", summary.get("weights_sha256")),
             ("run directory", summary.get("run_dir")),
             ("report", summary.get("report")),
+            (
+                "go on with",
+                f"control-cli start --resume {summary['run_dir']}" if summary["state"] != "completed" else None,
+            ),
         ]
     )
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -124,16 +125,38 @@ async def train(above, link):
     await asyncio.Event().wait()
 
 
+class Dialling(GrpcTransport):
+    """Notes the links that were dialled and have not been closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    async def dial(self, address, rpc):
+        link = await super().dial(address, rpc)
+        close = link.aclose
+
+        async def aclose(error=None):
+            self.open.remove(link)
+            await close(error)
+
+        link.aclose = aclose
+        self.open.append(link)
+        return link
+
+
 class Below:
     """A child: a hub that computes, and its link upward."""
 
-    def __init__(self, small, ancestors, orphan_timeout):
-        self.worker = Worker(small.config, small.task)
-        self.hub = Hub(small.config, "s-1", worker=self.worker)
+    def __init__(self, small, ancestors, *, orphan_timeout, heartbeat_seconds):
+        config = replace(small.config, heartbeat_seconds=heartbeat_seconds)
+        self.worker = Worker(config, small.task)
+        self.hub = Hub(config, "s-1", worker=self.worker)
+        self.transport = Dialling()
         self.parent = Parent(
             self.hub,
-            GrpcTransport(),
-            Fingerprints(small.config.task_fingerprint, small.config.data_fingerprint, "here"),
+            self.transport,
+            Fingerprints(config.task_fingerprint, config.data_fingerprint, "here"),
             [pb.Ancestor(id=name, incarnation=1, address=address) for name, address in ancestors],
             orphan_timeout=orphan_timeout,
             reports=lambda most: [common_pb2.SphereReport(sphere_id="s-1", activity=self.hub.activity)],
@@ -141,9 +164,9 @@ class Below:
 
 
 @asynccontextmanager
-async def child_of(small, *ancestors, orphan_timeout=20.0):
+async def child_of(small, *ancestors, orphan_timeout=20.0, heartbeat_seconds=1.0):
     """Run a child below these, control first; a name and an address each. Gives it and the task of its link."""
-    below = Below(small, ancestors, orphan_timeout)
+    below = Below(small, ancestors, orphan_timeout=orphan_timeout, heartbeat_seconds=heartbeat_seconds)
     running = asyncio.create_task(below.parent.run())
     try:
         yield below, running
@@ -151,6 +174,7 @@ async def child_of(small, *ancestors, orphan_timeout=20.0):
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         below.worker.close()
+    assert not below.transport.open
 
 
 @asynccontextmanager
@@ -187,6 +211,11 @@ def header_with(*blocks):
 
 def with_run(message, run_id):
     message.tag.run_id = run_id
+    return message
+
+
+def with_kind(message, kind):
+    message.tag.kind = kind
     return message
 
 
@@ -256,6 +285,11 @@ MISDEEDS = {
         after_welcome(lambda above: above.message(welcome=pb.Welcome())),
         None,
         "the welcome came from nobody",
+    ),
+    "work of a kind that is none": (
+        after_welcome(lambda above: with_kind(above.header(), 77)),
+        "ProtocolError",
+        "work of kind 77 is not known here",
     ),
     "weights of another layout": (
         after_welcome(lambda above: above.header(manifest_digest=bytes(16))),
@@ -538,13 +572,17 @@ def test_heartbeats_have_a_stream_of_their_own_and_begin_at_once(small, run):
 def test_the_end_of_the_heartbeats_does_not_end_the_edge(small, run):
     class Heartless(Above):
         async def heartbeat(self, link):
-            await link.receive()
-            self.beating.set()
+            self.beats.append(await link.receive())
+            if len(self.beats) == 3:
+                self.beating.set()
             raise StaleError("no heartbeats here")
 
     async def main():
         above = Heartless(small, train)
-        async with serving(above) as address, child_of(small, ("control", address)) as (below, _):
+        async with (
+            serving(above) as address,
+            child_of(small, ("control", address), heartbeat_seconds=0.02) as (below, _),
+        ):
             await above.trained
             await above.beating.wait()
             assert (below.parent.linked, len(above.hellos)) == (True, 1)

@@ -367,10 +367,11 @@ async def beyond_the_model(raw):
     await raw.send(raw.chunk_number(3))
 
 
-def after_header(make):
+def after_header(*make):
     async def misdeed(raw):
         await raw.send(raw.header())
-        await raw.send(make(raw))
+        for message in make:
+            await raw.send(message(raw))
 
     return misdeed
 
@@ -392,6 +393,26 @@ MISDEEDS = {
     "beyond credit": (beyond_credit, "OUT_OF_RANGE", "raw sent chunk 2 of"),
     "beyond the model": (beyond_the_model, "OUT_OF_RANGE", "raw sent chunk 3 of"),
     "a chunk before its header": (at_once(lambda raw: raw.chunk(0)), "INVALID_ARGUMENT", "came before its header"),
+    "chunks out of order": (
+        after_header(lambda raw: raw.chunk(1), lambda raw: raw.chunk(0)),
+        "INVALID_ARGUMENT",
+        "came after chunk 1",
+    ),
+    "a chunk twice": (
+        after_header(lambda raw: raw.chunk(0), lambda raw: raw.chunk(0)),
+        "INVALID_ARGUMENT",
+        "came after chunk 0",
+    ),
+    "a block without samples": (
+        at_once(lambda raw: raw.header(samples_count=-1)),
+        "INVALID_ARGUMENT",
+        "has -1 samples",
+    ),
+    "a loss that is no number": (
+        at_once(lambda raw: raw.header(loss_sum=float("nan"))),
+        "INVALID_ARGUMENT",
+        "loss nan",
+    ),
     "a chunk at another offset": (
         after_header(lambda raw: raw.chunk(0, offset_bytes=4096)),
         "INVALID_ARGUMENT",

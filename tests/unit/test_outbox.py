@@ -215,6 +215,39 @@ def test_a_header_drops_what_waits_of_the_step_before() -> None:
     assert messages[1].tag.step == 2
 
 
+def test_a_child_that_is_ahead_gets_no_header_until_its_parent_is_there_too() -> None:
+    """N14: of a version that it would pass over, it must not be counted as having half."""
+    weights = whole(4)
+    outbox = Outbox(weights)
+    outbox.reached = (1, 1, common_pb2.WORK_KIND_TRAIN)
+    outbox.header(tag(0))
+    outbox.header(tag(1, common_pb2.WORK_KIND_EVALUATE))
+    assert following(outbox) == []
+    outbox.header(tag(1))
+    messages = following(outbox)
+    assert messages[0].weights_header.from_chunk == 0
+    assert chunks(messages) == [0, 1, 2, 3]
+
+
+def test_a_child_that_is_sent_a_version_again_holds_none_until_its_footer() -> None:
+    """It said that it held it, and was sent it nevertheless, since its parent did not have it whole yet."""
+    origin, weights = whole(2), Weights(config(2))
+    weights.begin(term=1, version=1, previous_digest=b"", from_chunk=0)
+    outbox = Outbox(weights)
+    outbox.holds = (1, 1, origin.digest)
+    outbox.header(tag(1, common_pb2.WORK_KIND_EVALUATE))
+    assert [fields(m) for m in following(outbox)] == [["weights_header"]]
+    for index in range(2):
+        head, data = origin.chunk(index)
+        head.data = bytes(data)
+        weights.put(head)
+    weights.finish(origin.digest)
+    outbox.header(tag(1))
+    messages = following(outbox)
+    assert not messages[0].weights_header.held_digest
+    assert chunks(messages) == [0, 1]
+
+
 def test_messages_of_the_step_go_before_credit_and_credit_before_chunks() -> None:
     outbox = Outbox(whole(2))
     outbox.header(tag())
