@@ -86,9 +86,6 @@ class BlockSet:
     def discard(self, block: Block) -> None:
         self._indices.difference_update(range(block.lo, block.hi))
 
-    def overlaps(self, block: Block) -> bool:
-        return any(i in self._indices for i in range(block.lo, block.hi))
-
     def covers(self, block: Block) -> bool:
         return all(i in self._indices for i in range(block.lo, block.hi))
 

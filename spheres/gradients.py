@@ -116,7 +116,7 @@ class Gradients:
             raise ProtocolError(f"{child}: chunk {index} of {block} came before its header")
         if crc32c(data) != chunk.crc32c:
             raise ChecksumError(f"{child}: chunk {index} of {block} does not fit its checksum")
-        before = self._last.get(block, index - 1)
+        before = self._last.get(block, self._ledger.edges[child].first - 1)
         if index != before + 1:
             raise ProtocolError(f"{child}: chunk {index} of {block} came after chunk {before}")
         self._last[block] = index

@@ -106,6 +106,8 @@ class Edge:
     #: took part in this attempt from its start, so that it may be given work
     ready: bool = False
     assigned: tuple[Block, ...] = ()
+    #: the first chunk of each of them in this attempt
+    first: int = 0
     #: chunks through this one may come (N6)
     credit: int = -1
     leaving: bool = False
@@ -438,7 +440,7 @@ class Ledger:
             if blocks:
                 self.slots.update(dict.fromkeys(blocks, child))
                 self.below.update(blocks)
-                edge.credit = first + self.window - 1
+                edge.first, edge.credit = first, first + self.window - 1
                 actions.append(SendAssign(child, edge.attempt, first, blocks))
         return actions
 

@@ -24,7 +24,6 @@ __all__ = [
     "NormSum",
     "TensorStatistics",
     "add_sums",
-    "clip_norm",
     "clip_value",
     "crc32c",
     "global_norm",
@@ -169,18 +168,6 @@ def mean(flat: Array, count: int) -> None:
     if count < 1:
         raise ValueError(f"no mean over {count} samples")
     scale(flat, 1.0 / count)
-
-
-def clip_norm(manifest: Manifest, flat: Array, limit: float, norm: float | None = None) -> float:
-    """Scale in place so that the global norm does not pass ``limit``; return the norm from before.
-
-    ``norm`` saves a pass where it is known. Nothing changes where the norm is within the limit, or not finite.
-    """
-    if norm is None:
-        norm = global_norm(manifest, flat)
-    if limit < norm < math.inf:
-        scale(flat, limit / norm)
-    return norm
 
 
 def clip_value(flat: Array, limit: float) -> None:

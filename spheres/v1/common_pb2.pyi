@@ -26,7 +26,7 @@ class _WorkKind:
 class _WorkKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     WORK_KIND_UNSPECIFIED: _WorkKind.ValueType  # 0
-    """Not work: the weights that fill a joiner."""
+    """Not valid."""
     WORK_KIND_EVALUATE: _WorkKind.ValueType  # 1
     """Loss and metrics of the test split, on the weights before this step. No gradient chunks."""
     WORK_KIND_TRAIN: _WorkKind.ValueType  # 2
@@ -36,7 +36,7 @@ class WorkKind(_WorkKind, metaclass=_WorkKindEnumTypeWrapper):
     """What kind of work a step's messages belong to. Ordered: at one step evaluation comes before training."""
 
 WORK_KIND_UNSPECIFIED: WorkKind.ValueType  # 0
-"""Not work: the weights that fill a joiner."""
+"""Not valid."""
 WORK_KIND_EVALUATE: WorkKind.ValueType  # 1
 """Loss and metrics of the test split, on the weights before this step. No gradient chunks."""
 WORK_KIND_TRAIN: WorkKind.ValueType  # 2

@@ -93,7 +93,6 @@ def test_block_set_is_a_set_of_microbatches(first: tuple[int, set[int]], second:
     added, removed = decompose(first[1], top), decompose(second[1], top)
     found = BlockSet(total, added)
     for block in removed:
-        assert found.overlaps(block) == any(i in first[1] for i in range(block.lo, block.hi))
         assert found.covers(block) == all(i in first[1] for i in range(block.lo, block.hi))
     for block in removed:
         found.discard(block)

@@ -130,6 +130,22 @@ def test_a_message_of_a_dismissed_child_is_dropped() -> None:
     assert hub.children["leaf"] is newer
 
 
+def test_a_header_of_the_past_is_dropped_with_what_follows_it() -> None:
+    """N14: a parent that is behind is waited for; its link does not end, and its weights are not taken."""
+    leaf = Hub(config(), "leaf")
+    leaf.weights.publish(term=1, version=0)
+    leaf.relinked(1, CONTROL)
+    leaf.on_response(step(leaf, 2, Block(0, 4)))
+    past = step(leaf, 1, Block(0, 2))
+    past.weights_header.held_digest = b""
+    leaf.on_response(past)
+    leaf.on_response(pb.WorkResponse(tag=past.tag, weights_chunk=pb.Chunk()))
+    leaf.on_response(pb.WorkResponse(tag=past.tag, begin=pb.Begin(attempt=7)))
+    assert leaf.counts.refused["stale"] == 3
+    assert leaf.weights.complete
+    assert leaf.ledger.obligations == {Block(0, 4): 0}
+
+
 def test_a_bad_assignment_leaves_the_weights_as_they_were() -> None:
     leaf = Hub(config(), "leaf")
     leaf.weights.publish(term=1, version=0)
