@@ -1,4 +1,4 @@
-"""Test accuracy of fashion-mnist: a perceptron 784-256-128-10, 6 epochs at batch 256, over 3 seeds, on real processes.
+"""Test accuracy of fashion-mnist: a perceptron 784-256-128-10, 10 epochs at batch 256, over 3 seeds, on real processes.
 
     .venv/bin/python benchmarks/accuracy.py [--json] [--seeds N] [--epochs N]
 
@@ -13,7 +13,7 @@ from common import median, report, train
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     runs = []

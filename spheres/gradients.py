@@ -116,9 +116,9 @@ class Gradients:
             raise ProtocolError(f"{child}: chunk {index} of {block} came before its header")
         if crc32c(data) != chunk.crc32c:
             raise ChecksumError(f"{child}: chunk {index} of {block} does not fit its checksum")
-        before = self._last.get(block, self._ledger.edges[child].first - 1)
-        if index != before + 1:
-            raise ProtocolError(f"{child}: chunk {index} of {block} came after chunk {before}")
+        expected = self._last.get(block, self._ledger.edges[child].first - 1) + 1
+        if index != expected:
+            raise ProtocolError(f"{child}: chunk {index} of {block} came; expected chunk {expected}")
         self._last[block] = index
         self.received_bytes += len(data)
         if news:

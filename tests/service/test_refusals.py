@@ -396,12 +396,12 @@ MISDEEDS = {
     "chunks out of order": (
         after_header(lambda raw: raw.chunk(1), lambda raw: raw.chunk(0)),
         "INVALID_ARGUMENT",
-        "came after chunk 1",
+        "chunk 1 of [2,4) came; expected chunk 0",
     ),
     "a chunk twice": (
         after_header(lambda raw: raw.chunk(0), lambda raw: raw.chunk(0)),
         "INVALID_ARGUMENT",
-        "came after chunk 0",
+        "chunk 0 of [2,4) came; expected chunk 1",
     ),
     "a block without samples": (
         at_once(lambda raw: raw.header(samples_count=-1)),
