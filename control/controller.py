@@ -219,12 +219,10 @@ class Controller:
                     await self._train_step()
             await self._finish()
         except ArmillaryError as error:
-            self.error = error
-            self._tell("error", {"error": str(error)})
-            # what is committed is whole, unless the update itself failed: --resume goes on from here
-            if begun and self.step and self._hub.weights.complete and self._saved_at[0] != self.step:
-                await self._checkpoint_or_go_on()
-            self._move(RunState.ERROR, str(error))
+            await self._fail(error, save=begun)
+        except Exception as error:  # whoever waits for the run must learn that it is over
+            log.exception("the step loop failed")
+            await self._fail(ArmillaryError(f"{type(error).__name__}: {error} (not expected)"), save=False)
         finally:
             while self._requests:
                 _, answer = self._requests.popleft()
@@ -486,6 +484,20 @@ class Controller:
             await self._checkpoint_or_go_on()
         ended = RunState.COMPLETED if self.step >= self.total_steps else RunState.STOPPED
         self._move(ended, self._stop_reason or "")
+
+    async def _fail(self, error: ArmillaryError, *, save: bool) -> None:
+        """End in an error. What is committed is whole, unless the update itself failed: --resume goes on from there."""
+        self.error = error
+        try:
+            self._tell("error", {"error": str(error)})
+            if save and self.step and self._hub.weights.complete and self._saved_at[0] != self.step:
+                await self._checkpoint_or_go_on()
+        except ArmillaryError as another:  # events that cannot be written, a callback that raises
+            log.error("%s", another)
+        finally:
+            self.state, self.reason = move(self.state, RunState.ERROR), str(error)
+            self._changed.set()
+        self._note("state", {"state": str(self.state), "reason": self.reason})
 
     # ---- saying what happens
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from control.store import atomic_file
 from spheres.errors import ConfigError
 from spheres.tensors import Manifest
 
@@ -31,20 +30,11 @@ def write_safetensors(path: Path, manifest: Manifest, flat: Array, metadata: Map
         at += 4 * spec.size
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        try:
-            with temporary.open("wb") as file:
-                file.write(struct.pack("<Q", len(head)) + head)
-                for spec in manifest.tensors:
-                    file.write(np.ascontiguousarray(flat[spec.offset : spec.offset + spec.size], "<f4").data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+        with atomic_file(path) as file:
+            file.write(struct.pack("<Q", len(head)) + head)
+            for spec in manifest.tensors:
+                file.write(np.ascontiguousarray(flat[spec.offset : spec.offset + spec.size], "<f4").data)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 

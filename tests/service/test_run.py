@@ -341,6 +341,22 @@ def test_a_task_that_fails_halts_the_run_and_says_where(fault, said, run, tmp_pa
         assert 'raise ZeroDivisionError("no luck")' in error.details
 
 
+def test_a_fault_of_our_own_ends_the_run_too(run, tmp_path, monkeypatch):
+    """Nobody must wait for a loop that is no more."""
+
+    async def train() -> Any:
+        async with tree_of(config(), tmp_path) as tree:
+            running = asyncio.create_task(tree.controller.run())
+            await tree.controller.advance(2)
+            monkeypatch.setattr(tree.tree.hub, "seal", lambda: 1 / 0)
+            tree.controller.resume()
+            await tree.controller.until(lambda: False)
+            await running
+            return tree.controller.state, str(tree.controller.error)
+
+    assert run(train()) == (RunState.ERROR, "ZeroDivisionError: division by zero (not expected)")
+
+
 def test_a_task_with_state_has_it_in_the_checkpoint(run, tmp_path):
     class Counting(_Broken):
         def state_dict(self):
