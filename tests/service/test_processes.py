@@ -50,6 +50,30 @@ def test_a_tree_of_processes_gives_the_reference_loops_bits(changes, run, tmp_pa
     }  # fmt: skip
 
 
+SHIFTED = """
+    from spheres.tasks.digits import Digits
+    from spheres.worker import Worker
+
+    microbatch = Worker._microbatch
+
+    def shifted(worker, unit, weights, index):
+        return microbatch(worker, unit, weights, (index + 1) % worker._config.microbatches)
+
+    Worker._microbatch = shifted
+"""
+
+
+def test_a_tree_of_processes_that_sums_in_another_order_does_not(tmp_path):
+    """The twin of the test above: every microbatch stands in its neighbour's place, and is summed once still."""
+    (tmp_path / "shifted.py").write_text(textwrap.dedent(SHIFTED))
+    process = _start(tmp_path, "--task", "shifted:Digits", "--steps", "24", "--spheres", "6", "--fan-out", "2")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["steps"] == 24
+    assert summary["weights_sha256"] != reference(load_task("digits"), RunConfig(steps=24)).weights_sha256
+
+
 def test_a_run_that_is_moved_by_hand(run, tmp_path):
     """Create, step, save, pause, resume, run; then another goes on from its checkpoint and its weights."""
     config = RunConfig(task="digits", steps=30, spheres=2, run_dir=tmp_path / "run", checkpoint_every=None)
