@@ -13,6 +13,7 @@ import crc32c as _crc32c
 from google.protobuf.message import DecodeError
 
 from spheres.errors import CheckpointError
+from spheres.frames import varint
 from spheres.v1.checkpoint_pb2 import CheckpointRecord
 
 __all__ = ["CHUNK_BYTES", "Field", "RecordError", "RecordReader", "RecordWriter", "body"]
@@ -54,8 +55,8 @@ class RecordWriter:
         if len(data) > _LARGEST_RECORD - 64:
             raise RecordError(self.count, f"would hold {len(data)} bytes; at most {_LARGEST_RECORD} can be read back")
         checksum = _crc32c.crc32c(data) if checksum is None else checksum
-        head = b"\x0d" + struct.pack("<I", checksum) + _TAGS[field] + _varint(len(data))
-        head = _varint(len(head) + len(data)) + head
+        head = b"\x0d" + struct.pack("<I", checksum) + _TAGS[field] + varint(len(data))
+        head = varint(len(head) + len(data)) + head
         for part in (head, data):
             self._stream.write(part)
             self.size += len(part)
@@ -114,12 +115,3 @@ def body(record: CheckpointRecord, field: Field, index: int) -> bytes:
     if _crc32c.crc32c(data) != record.crc32c:
         raise RecordError(index, f"checksum of its {field} differs")
     return data
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)

@@ -66,10 +66,9 @@ async def local_tree(
     callbacks: Sequence[Callback] = (),
     snapshot: Snapshot | None = None,
     relays: int = 0,
-    spheres: int | None = None,
     sphere_task: Callable[[str], Task] | None = None,
 ) -> AsyncIterator[LocalTree]:
-    """Make control and ``config.spheres`` spheres (or ``spheres``), which join one after another: s-1, s-2, ...
+    """Make control and ``config.spheres`` spheres, which join one after another: s-1, s-2, ...
 
     ``transport`` is called with each node's name. The first ``relays`` of them compute nothing. ``sphere_task`` gives
     a sphere another task object than control's.
@@ -99,7 +98,7 @@ async def local_tree(
     await tree.listen("127.0.0.1:0")
     local = LocalTree(controller, tree)
     try:
-        for number in range(1, (config.spheres if spheres is None else spheres) + 1):
+        for number in range(1, config.spheres + 1):
             name = f"s-{number}"
             options = SphereOptions(control=tree.address, host=HOST, relay=number <= relays, orphan_timeout=5.0)
             sphere = Sphere(options, transport(name), task=sphere_task(name) if sphere_task else task)

@@ -120,27 +120,28 @@ class Training:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
             self.controller.request_stop("left" if error is None else type(error).__name__)
-            with contextlib.suppress(ArmillaryError):
-                self.controller.resume()
-            await asyncio.wait({self._loop})
+            await self._run_to_end()
             await self._tree.states(_LAST_REPORTS_SECONDS)
             self._summary = self._summarize()
             self._local.expect_end()
             self._tree.stop_spheres("the run is over")
             await self._tree.all_gone(_FAREWELL_SECONDS)
+            # while the directory is still ours: the next start must find the results of this one, not race them
+            await asyncio.to_thread(self._write_results)
         finally:
             await self._stack.aclose()
-        await asyncio.to_thread(self._write_results)
 
     # ---- what a user does with it
 
     async def run(self) -> Summary:
         """Train to the end and return the summary, also of a run that failed."""
+        await self._run_to_end()
+        return self._summarize()
+
+    async def _run_to_end(self) -> None:
         with contextlib.suppress(ArmillaryError):  # it has ended already
             self.controller.resume()
-        await self.controller.until(lambda: False)
         await asyncio.wait({self._loop})
-        return self._summarize()
 
     async def step(self, count: int = 1) -> None:
         """Do so many steps, then pause. Raises RunStateError where the run has ended, or the error that ended it."""
@@ -396,7 +397,7 @@ async def run(
     training = Training(config, task=task, resume=resume, callbacks=callbacks, verbose=verbose)
     async with training:
         with _signals(training):
-            await training.run()
+            await training._run_to_end()  # leaving makes the summary, with what spheres say last
     return training.summary
 
 

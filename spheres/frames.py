@@ -15,7 +15,7 @@ from spheres.config import MAX_MESSAGE_BYTES
 from spheres.errors import DecodeError, MessageTooLargeError
 from spheres.v1 import work_pb2 as pb
 
-__all__ = ["block_from", "blocks_from", "blocks_to", "decode", "encode_with_chunk"]
+__all__ = ["block_from", "blocks_from", "blocks_to", "decode", "encode_with_chunk", "varint"]
 
 Message = TypeVar("Message", pb.WorkRequest, pb.WorkResponse, pb.HeartbeatRequest, pb.HeartbeatResponse)
 
@@ -41,13 +41,14 @@ def encode_with_chunk(message: pb.WorkRequest | pb.WorkResponse, chunk: pb.Chunk
     head = chunk.SerializeToString()
     size = len(data)
     if not size:
-        return b"".join((message.SerializeToString(), _KEY_15, _varint(len(head)), head))
-    length = _varint(size)
+        return b"".join((message.SerializeToString(), _KEY_15, varint(len(head)), head))
+    length = varint(size)
     inside = len(head) + 1 + len(length) + size
-    return b"".join((message.SerializeToString(), _KEY_15, _varint(inside), head, _KEY_15, length, data))
+    return b"".join((message.SerializeToString(), _KEY_15, varint(inside), head, _KEY_15, length, data))
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """Return a whole number from 0 as protobuf writes lengths and keys."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
