@@ -130,6 +130,26 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             spheres.append(sphere)
         return pb.ListSpheresResponse(spheres=spheres, next_page_token=token)
 
+    async def SpawnSphere(self, request: pb.SpawnSphereRequest, context: Any) -> pb.SpawnSphereResponse:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not yet")
+        raise AssertionError("abort raises")
+
+    async def DrainSphere(self, request: pb.DrainSphereRequest, context: Any) -> pb.DrainSphereResponse:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not yet")
+        raise AssertionError("abort raises")
+
+    async def TerminateSphere(self, request: pb.TerminateSphereRequest, context: Any) -> pb.TerminateSphereResponse:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not yet")
+        raise AssertionError("abort raises")
+
+    async def RebalanceTree(self, request: pb.RebalanceTreeRequest, context: Any) -> pb.RebalanceTreeResponse:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not yet")
+        raise AssertionError("abort raises")
+
+    async def GetSphereLog(self, request: pb.GetSphereLogRequest, context: Any) -> pb.GetSphereLogResponse:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not yet")
+        raise AssertionError("abort raises")
+
     async def CreateCheckpoint(self, request: pb.CreateCheckpointRequest, context: Any) -> pb.CreateCheckpointResponse:
         controller = await self._alive(context)
         info = await self._once(request.request_id, controller.save, context)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import monotonic
 
 from control.placement import Member, ancestors, place_newcomer
 from spheres.children import Children
@@ -191,7 +190,7 @@ class Tree:
     def report_of(self, sphere: str) -> tuple[float, common_pb2.SphereReport] | None:
         """Return the age in seconds of a sphere's newest report, and the report."""
         found = self.children.reports.get(sphere)
-        return None if found is None else (monotonic() - found[0], found[1])
+        return None if found is None else (asyncio.get_running_loop().time() - found[0], found[1])
 
     def names(self) -> list[str]:
         """Return the ids of all spheres, in the order in which people count."""
@@ -285,5 +284,5 @@ class Tree:
     def _reported(self, report: pb.StateReport) -> None:
         if report.request_id == self._request_id:
             self._states[report.report.sphere_id] = report
-            self.children.reports[report.report.sphere_id] = (monotonic(), report.report)
+            self.children.reports[report.report.sphere_id] = (asyncio.get_running_loop().time(), report.report)
             self._arrivals.set()

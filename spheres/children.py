@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from time import monotonic
 from typing import TypeVar
 
 from spheres.config import PROTOCOL_VERSION
@@ -211,7 +210,7 @@ class Children:
             raise StaleError(f"a heartbeat of {message.sphere_id}, session {message.session}, which has no link here")
         if len(message.reports) > MOST_REPORTS:
             raise ProtocolError(f"{child.id} sent {len(message.reports)} reports at once; the limit is {MOST_REPORTS}")
-        now = monotonic()
+        now = asyncio.get_running_loop().time()
         for report in message.reports:
             known = self.reports.get(report.sphere_id)
             if known is None or known[1].incarnation <= report.incarnation:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import monotonic, monotonic_ns, perf_counter
+from time import monotonic_ns, perf_counter
 
 from spheres.config import PROTOCOL_VERSION
 from spheres.errors import (
@@ -88,18 +88,19 @@ class Parent:
 
     async def run(self) -> None:
         """Keep a link until cancelled. Raises what cannot be cured: a refusal, or UnreachableError of an orphan."""
-        alone_since = monotonic()
+        now = asyncio.get_running_loop().time
+        alone_since = now()
         pause = _PAUSE
         while True:
             for ancestor in list(reversed(self._ancestors)):
-                began = monotonic()
+                began = now()
                 if await self._link(ancestor):
-                    alone_since = monotonic()
+                    alone_since = now()
                     # A parent that ends every link at once is not dialled at full speed.
                     if alone_since - began > _LONGEST_PAUSE:
                         pause = _PAUSE
                     break
-            left = alone_since + self._orphan_timeout - monotonic()
+            left = alone_since + self._orphan_timeout - now()
             if left <= 0:
                 raise UnreachableError(
                     f"no way to control for {self._orphan_timeout:g} s (--orphan-timeout); this sphere ends; "

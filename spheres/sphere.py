@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from spheres.children import Children
@@ -54,10 +55,21 @@ class SphereOptions:
 
 
 class Sphere:
-    """The life of one sphere. ``task`` is given by tests; otherwise it is loaded by the run's configuration."""
+    """The life of one sphere. ``task`` is given by tests; otherwise it is loaded by the run's configuration.
 
-    def __init__(self, options: SphereOptions, transport: Transport, *, task: Task | None = None) -> None:
+    ``make_worker`` makes what computes; the simulation's knows no thread.
+    """
+
+    def __init__(
+        self,
+        options: SphereOptions,
+        transport: Transport,
+        *,
+        task: Task | None = None,
+        make_worker: Callable[[NodeConfig, Task], Worker] = Worker,
+    ) -> None:
         self._options, self._transport, self._task = options, transport, task
+        self._make_worker = make_worker
         self._stop = asyncio.Event()
         #: set once it has its place and serves children
         self.ready = asyncio.Event()
@@ -83,7 +95,7 @@ class Sphere:
             granted = await self._enroll(address)
             config = NodeConfig.from_proto(granted.configuration)
             fingerprints = await asyncio.to_thread(self._prepare, config)
-            worker = None if options.relay or self._task is None else Worker(config, self._task)
+            worker = None if options.relay or self._task is None else self._make_worker(config, self._task)
             hub = self.hub = Hub(config, granted.sphere_id, incarnation=granted.incarnation, worker=worker)
             hub.address = address
             hub.hooks.directed = self._directed

@@ -168,6 +168,40 @@ class PhaseTime(_message.Message):
 Global___PhaseTime: _TypeAlias = PhaseTime  # noqa: Y015
 
 @_typing.final
+class Member(_message.Message):
+    """What control must know of a sphere to place it; unchanged for as long as its process lives."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    ZONE_FIELD_NUMBER: _builtins.int
+    RELAY_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    """Host name."""
+    zone: _builtins.str
+    """Zone; may be empty."""
+    relay: _builtins.bool
+    """Sums and passes on only."""
+    pid: _builtins.int
+    """Process id on that host."""
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        zone: _builtins.str = ...,
+        relay: _builtins.bool = ...,
+        pid: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "pid", b"pid", "relay", b"relay", "zone", b"zone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Member: _TypeAlias = Member  # noqa: Y015
+
+@_typing.final
 class SphereReport(_message.Message):
     """What one sphere says of itself; travels at heartbeat rate, hop by hop, to control."""
 

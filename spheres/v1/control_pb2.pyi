@@ -117,6 +117,7 @@ class SphereConfiguration(_message.Message):
     HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
     PATIENCE_FIELD_NUMBER: _builtins.int
     FAN_OUT_FIELD_NUMBER: _builtins.int
+    SKIPS_NONFINITE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
     task: _builtins.str
@@ -143,6 +144,8 @@ class SphereConfiguration(_message.Message):
     """Control's fingerprint of the data."""
     fan_out: _builtins.int
     """Most children of one sphere."""
+    skips_nonfinite: _builtins.bool
+    """Whether a microbatch whose gradient is not finite is left out and reported; else it is a task failure."""
     @_builtins.property
     def task_options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Options of the task."""
@@ -179,10 +182,11 @@ class SphereConfiguration(_message.Message):
         heartbeat_interval: _duration_pb2.Duration | None = ...,
         patience: _duration_pb2.Duration | None = ...,
         fan_out: _builtins.int = ...,
+        skips_nonfinite: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "manifest", b"manifest", "patience", b"patience"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "chunk_bytes", b"chunk_bytes", "data_fingerprint", b"data_fingerprint", "evaluation_microbatches_count", b"evaluation_microbatches_count", "fan_out", b"fan_out", "heartbeat_interval", b"heartbeat_interval", "manifest", b"manifest", "microbatches_count", b"microbatches_count", "patience", b"patience", "run_id", b"run_id", "seed", b"seed", "task", b"task", "task_fingerprint", b"task_fingerprint", "task_options", b"task_options", "test_size", b"test_size", "train_size", b"train_size", "window_chunks", b"window_chunks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "chunk_bytes", b"chunk_bytes", "data_fingerprint", b"data_fingerprint", "evaluation_microbatches_count", b"evaluation_microbatches_count", "fan_out", b"fan_out", "heartbeat_interval", b"heartbeat_interval", "manifest", b"manifest", "microbatches_count", b"microbatches_count", "patience", b"patience", "run_id", b"run_id", "seed", b"seed", "skips_nonfinite", b"skips_nonfinite", "task", b"task", "task_fingerprint", b"task_fingerprint", "task_options", b"task_options", "test_size", b"test_size", "train_size", b"train_size", "window_chunks", b"window_chunks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -769,14 +773,17 @@ class Sphere(_message.Message):
     PARENT_ID_FIELD_NUMBER: _builtins.int
     REPORT_AGE_FIELD_NUMBER: _builtins.int
     ZONE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     sphere_id: _builtins.str
     """Its id."""
     state: _builtins.str
-    """joining, active or lost."""
+    """joining, active, draining, lost or aside."""
     parent_id: _builtins.str
     """Its parent by control's placement."""
     zone: _builtins.str
     """Zone."""
+    reason: _builtins.str
+    """Why it is in that state, in words; may be empty."""
     @_builtins.property
     def report(self) -> _common_pb2.SphereReport:
         """Latest report."""
@@ -794,14 +801,248 @@ class Sphere(_message.Message):
         parent_id: _builtins.str = ...,
         report_age: _duration_pb2.Duration | None = ...,
         zone: _builtins.str = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report", "report_age", b"report_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent_id", b"parent_id", "report", b"report", "report_age", b"report_age", "sphere_id", b"sphere_id", "state", b"state", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent_id", b"parent_id", "reason", b"reason", "report", b"report", "report_age", b"report_age", "sphere_id", b"sphere_id", "state", b"state", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Sphere: _TypeAlias = Sphere  # noqa: Y015
+
+@_typing.final
+class SpawnSphereRequest(_message.Message):
+    """Asks for local spheres."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """How many."""
+    request_id: _builtins.str
+    """Chosen by the caller; the same for retries."""
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpawnSphereRequest: _TypeAlias = SpawnSphereRequest  # noqa: Y015
+
+@_typing.final
+class SpawnSphereResponse(_message.Message):
+    """What was started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Process ids on control's machine."""
+
+    def __init__(
+        self,
+        *,
+        pids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pids", b"pids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpawnSphereResponse: _TypeAlias = SpawnSphereResponse  # noqa: Y015
+
+@_typing.final
+class DrainSphereRequest(_message.Message):
+    """Asks a sphere to leave."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPHERE_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    sphere_id: _builtins.str
+    """The sphere."""
+    reason: _builtins.str
+    """Why, for the log."""
+    def __init__(
+        self,
+        *,
+        sphere_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "sphere_id", b"sphere_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainSphereRequest: _TypeAlias = DrainSphereRequest  # noqa: Y015
+
+@_typing.final
+class DrainSphereResponse(_message.Message):
+    """It is told."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainSphereResponse: _TypeAlias = DrainSphereResponse  # noqa: Y015
+
+@_typing.final
+class TerminateSphereRequest(_message.Message):
+    """Asks for a sphere's end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPHERE_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    sphere_id: _builtins.str
+    """The sphere."""
+    reason: _builtins.str
+    """Why, for the log."""
+    def __init__(
+        self,
+        *,
+        sphere_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "sphere_id", b"sphere_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TerminateSphereRequest: _TypeAlias = TerminateSphereRequest  # noqa: Y015
+
+@_typing.final
+class TerminateSphereResponse(_message.Message):
+    """It is told."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TerminateSphereResponse: _TypeAlias = TerminateSphereResponse  # noqa: Y015
+
+@_typing.final
+class RebalanceTreeRequest(_message.Message):
+    """Asks for another placement."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebalanceTreeRequest: _TypeAlias = RebalanceTreeRequest  # noqa: Y015
+
+@_typing.final
+class RebalanceTreeResponse(_message.Message):
+    """How it went."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVED_SPHERE_IDS_FIELD_NUMBER: _builtins.int
+    LATE_SPHERE_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def moved_sphere_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Spheres that have another parent now."""
+
+    @_builtins.property
+    def late_sphere_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Spheres that were told to move and have not arrived in time; they look for a place by themselves."""
+
+    def __init__(
+        self,
+        *,
+        moved_sphere_ids: _abc.Iterable[_builtins.str] | None = ...,
+        late_sphere_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["late_sphere_ids", b"late_sphere_ids", "moved_sphere_ids", b"moved_sphere_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebalanceTreeResponse: _TypeAlias = RebalanceTreeResponse  # noqa: Y015
+
+@_typing.final
+class GetSphereLogRequest(_message.Message):
+    """Asks for a log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPHERE_ID_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
+    sphere_id: _builtins.str
+    """The sphere."""
+    lines: _builtins.int
+    """Most lines; 0 for 100."""
+    def __init__(
+        self,
+        *,
+        sphere_id: _builtins.str = ...,
+        lines: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lines", b"lines", "sphere_id", b"sphere_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSphereLogRequest: _TypeAlias = GetSphereLogRequest  # noqa: Y015
+
+@_typing.final
+class GetSphereLogResponse(_message.Message):
+    """The end of a log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The lines, the latest last."""
+
+    def __init__(
+        self,
+        *,
+        lines: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lines", b"lines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSphereLogResponse: _TypeAlias = GetSphereLogResponse  # noqa: Y015
 
 @_typing.final
 class CreateCheckpointRequest(_message.Message):

@@ -70,6 +70,31 @@ class ControlServiceStub(object):
                 request_serializer=spheres_dot_v1_dot_control__pb2.ListSpheresRequest.SerializeToString,
                 response_deserializer=spheres_dot_v1_dot_control__pb2.ListSpheresResponse.FromString,
                 _registered_method=True)
+        self.SpawnSphere = channel.unary_unary(
+                '/spheres.v1.ControlService/SpawnSphere',
+                request_serializer=spheres_dot_v1_dot_control__pb2.SpawnSphereRequest.SerializeToString,
+                response_deserializer=spheres_dot_v1_dot_control__pb2.SpawnSphereResponse.FromString,
+                _registered_method=True)
+        self.DrainSphere = channel.unary_unary(
+                '/spheres.v1.ControlService/DrainSphere',
+                request_serializer=spheres_dot_v1_dot_control__pb2.DrainSphereRequest.SerializeToString,
+                response_deserializer=spheres_dot_v1_dot_control__pb2.DrainSphereResponse.FromString,
+                _registered_method=True)
+        self.TerminateSphere = channel.unary_unary(
+                '/spheres.v1.ControlService/TerminateSphere',
+                request_serializer=spheres_dot_v1_dot_control__pb2.TerminateSphereRequest.SerializeToString,
+                response_deserializer=spheres_dot_v1_dot_control__pb2.TerminateSphereResponse.FromString,
+                _registered_method=True)
+        self.RebalanceTree = channel.unary_unary(
+                '/spheres.v1.ControlService/RebalanceTree',
+                request_serializer=spheres_dot_v1_dot_control__pb2.RebalanceTreeRequest.SerializeToString,
+                response_deserializer=spheres_dot_v1_dot_control__pb2.RebalanceTreeResponse.FromString,
+                _registered_method=True)
+        self.GetSphereLog = channel.unary_unary(
+                '/spheres.v1.ControlService/GetSphereLog',
+                request_serializer=spheres_dot_v1_dot_control__pb2.GetSphereLogRequest.SerializeToString,
+                response_deserializer=spheres_dot_v1_dot_control__pb2.GetSphereLogResponse.FromString,
+                _registered_method=True)
         self.CreateCheckpoint = channel.unary_unary(
                 '/spheres.v1.ControlService/CreateCheckpoint',
                 request_serializer=spheres_dot_v1_dot_control__pb2.CreateCheckpointRequest.SerializeToString,
@@ -153,6 +178,54 @@ class ControlServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SpawnSphere(self, request, context):
+        """Start local spheres, as processes of control's machine. Answers when they are started, not when they have joined.
+        Idempotent by request_id.
+
+        FAILED_PRECONDITION: the run is over.
+        INVALID_ARGUMENT: no positive number.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainSphere(self, request, context):
+        """Let a sphere finish its step and leave; its children are placed elsewhere. Answers when it is told. Idempotent.
+
+        NOT_FOUND: no such sphere has a way to control.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TerminateSphere(self, request, context):
+        """End a sphere at once; what it was computing is computed elsewhere. Answers when it is told. Idempotent.
+
+        NOT_FOUND: no such sphere has a way to control.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RebalanceTree(self, request, context):
+        """Place all spheres anew, between two steps; answers when they have moved. Idempotent.
+
+        FAILED_PRECONDITION: the run is over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSphereLog(self, request, context):
+        """The last lines of a sphere's log, which the sphere itself sends up the tree. Idempotent.
+
+        NOT_FOUND: no such sphere has a way to control.
+        UNAVAILABLE: it did not answer in time. Retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateCheckpoint(self, request, context):
         """Checkpoint after the step in hand, and answer when it is on disk. Idempotent by request_id.
 
@@ -227,6 +300,31 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.ListSpheres,
                     request_deserializer=spheres_dot_v1_dot_control__pb2.ListSpheresRequest.FromString,
                     response_serializer=spheres_dot_v1_dot_control__pb2.ListSpheresResponse.SerializeToString,
+            ),
+            'SpawnSphere': grpc.unary_unary_rpc_method_handler(
+                    servicer.SpawnSphere,
+                    request_deserializer=spheres_dot_v1_dot_control__pb2.SpawnSphereRequest.FromString,
+                    response_serializer=spheres_dot_v1_dot_control__pb2.SpawnSphereResponse.SerializeToString,
+            ),
+            'DrainSphere': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainSphere,
+                    request_deserializer=spheres_dot_v1_dot_control__pb2.DrainSphereRequest.FromString,
+                    response_serializer=spheres_dot_v1_dot_control__pb2.DrainSphereResponse.SerializeToString,
+            ),
+            'TerminateSphere': grpc.unary_unary_rpc_method_handler(
+                    servicer.TerminateSphere,
+                    request_deserializer=spheres_dot_v1_dot_control__pb2.TerminateSphereRequest.FromString,
+                    response_serializer=spheres_dot_v1_dot_control__pb2.TerminateSphereResponse.SerializeToString,
+            ),
+            'RebalanceTree': grpc.unary_unary_rpc_method_handler(
+                    servicer.RebalanceTree,
+                    request_deserializer=spheres_dot_v1_dot_control__pb2.RebalanceTreeRequest.FromString,
+                    response_serializer=spheres_dot_v1_dot_control__pb2.RebalanceTreeResponse.SerializeToString,
+            ),
+            'GetSphereLog': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSphereLog,
+                    request_deserializer=spheres_dot_v1_dot_control__pb2.GetSphereLogRequest.FromString,
+                    response_serializer=spheres_dot_v1_dot_control__pb2.GetSphereLogResponse.SerializeToString,
             ),
             'CreateCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateCheckpoint,
@@ -439,6 +537,141 @@ class ControlService(object):
             '/spheres.v1.ControlService/ListSpheres',
             spheres_dot_v1_dot_control__pb2.ListSpheresRequest.SerializeToString,
             spheres_dot_v1_dot_control__pb2.ListSpheresResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SpawnSphere(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spheres.v1.ControlService/SpawnSphere',
+            spheres_dot_v1_dot_control__pb2.SpawnSphereRequest.SerializeToString,
+            spheres_dot_v1_dot_control__pb2.SpawnSphereResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainSphere(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spheres.v1.ControlService/DrainSphere',
+            spheres_dot_v1_dot_control__pb2.DrainSphereRequest.SerializeToString,
+            spheres_dot_v1_dot_control__pb2.DrainSphereResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TerminateSphere(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spheres.v1.ControlService/TerminateSphere',
+            spheres_dot_v1_dot_control__pb2.TerminateSphereRequest.SerializeToString,
+            spheres_dot_v1_dot_control__pb2.TerminateSphereResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RebalanceTree(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spheres.v1.ControlService/RebalanceTree',
+            spheres_dot_v1_dot_control__pb2.RebalanceTreeRequest.SerializeToString,
+            spheres_dot_v1_dot_control__pb2.RebalanceTreeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSphereLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spheres.v1.ControlService/GetSphereLog',
+            spheres_dot_v1_dot_control__pb2.GetSphereLogRequest.SerializeToString,
+            spheres_dot_v1_dot_control__pb2.GetSphereLogResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,6 +42,34 @@ class ControlServiceStub:
     """Finish the step, checkpoint, end. Idempotent."""
     ListSpheres: _aio.UnaryUnaryMultiCallable[_control_pb2.ListSpheresRequest, _control_pb2.ListSpheresResponse]
     """The spheres and their places. Idempotent."""
+    SpawnSphere: _aio.UnaryUnaryMultiCallable[_control_pb2.SpawnSphereRequest, _control_pb2.SpawnSphereResponse]
+    """Start local spheres, as processes of control's machine. Answers when they are started, not when they have joined.
+    Idempotent by request_id.
+
+    FAILED_PRECONDITION: the run is over.
+    INVALID_ARGUMENT: no positive number.
+    """
+    DrainSphere: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainSphereRequest, _control_pb2.DrainSphereResponse]
+    """Let a sphere finish its step and leave; its children are placed elsewhere. Answers when it is told. Idempotent.
+
+    NOT_FOUND: no such sphere has a way to control.
+    """
+    TerminateSphere: _aio.UnaryUnaryMultiCallable[_control_pb2.TerminateSphereRequest, _control_pb2.TerminateSphereResponse]
+    """End a sphere at once; what it was computing is computed elsewhere. Answers when it is told. Idempotent.
+
+    NOT_FOUND: no such sphere has a way to control.
+    """
+    RebalanceTree: _aio.UnaryUnaryMultiCallable[_control_pb2.RebalanceTreeRequest, _control_pb2.RebalanceTreeResponse]
+    """Place all spheres anew, between two steps; answers when they have moved. Idempotent.
+
+    FAILED_PRECONDITION: the run is over.
+    """
+    GetSphereLog: _aio.UnaryUnaryMultiCallable[_control_pb2.GetSphereLogRequest, _control_pb2.GetSphereLogResponse]
+    """The last lines of a sphere's log, which the sphere itself sends up the tree. Idempotent.
+
+    NOT_FOUND: no such sphere has a way to control.
+    UNAVAILABLE: it did not answer in time. Retry.
+    """
     CreateCheckpoint: _aio.UnaryUnaryMultiCallable[_control_pb2.CreateCheckpointRequest, _control_pb2.CreateCheckpointResponse]
     """Checkpoint after the step in hand, and answer when it is on disk. Idempotent by request_id.
 
@@ -133,6 +161,64 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_control_pb2.ListSpheresRequest, _abc.Awaitable[_control_pb2.ListSpheresResponse]],
     ) -> _abc.Awaitable[_control_pb2.ListSpheresResponse]:
         """The spheres and their places. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def SpawnSphere(
+        self,
+        request: _control_pb2.SpawnSphereRequest,
+        context: _aio.ServicerContext[_control_pb2.SpawnSphereRequest, _abc.Awaitable[_control_pb2.SpawnSphereResponse]],
+    ) -> _abc.Awaitable[_control_pb2.SpawnSphereResponse]:
+        """Start local spheres, as processes of control's machine. Answers when they are started, not when they have joined.
+        Idempotent by request_id.
+
+        FAILED_PRECONDITION: the run is over.
+        INVALID_ARGUMENT: no positive number.
+        """
+
+    @_abc_1.abstractmethod
+    def DrainSphere(
+        self,
+        request: _control_pb2.DrainSphereRequest,
+        context: _aio.ServicerContext[_control_pb2.DrainSphereRequest, _abc.Awaitable[_control_pb2.DrainSphereResponse]],
+    ) -> _abc.Awaitable[_control_pb2.DrainSphereResponse]:
+        """Let a sphere finish its step and leave; its children are placed elsewhere. Answers when it is told. Idempotent.
+
+        NOT_FOUND: no such sphere has a way to control.
+        """
+
+    @_abc_1.abstractmethod
+    def TerminateSphere(
+        self,
+        request: _control_pb2.TerminateSphereRequest,
+        context: _aio.ServicerContext[_control_pb2.TerminateSphereRequest, _abc.Awaitable[_control_pb2.TerminateSphereResponse]],
+    ) -> _abc.Awaitable[_control_pb2.TerminateSphereResponse]:
+        """End a sphere at once; what it was computing is computed elsewhere. Answers when it is told. Idempotent.
+
+        NOT_FOUND: no such sphere has a way to control.
+        """
+
+    @_abc_1.abstractmethod
+    def RebalanceTree(
+        self,
+        request: _control_pb2.RebalanceTreeRequest,
+        context: _aio.ServicerContext[_control_pb2.RebalanceTreeRequest, _abc.Awaitable[_control_pb2.RebalanceTreeResponse]],
+    ) -> _abc.Awaitable[_control_pb2.RebalanceTreeResponse]:
+        """Place all spheres anew, between two steps; answers when they have moved. Idempotent.
+
+        FAILED_PRECONDITION: the run is over.
+        """
+
+    @_abc_1.abstractmethod
+    def GetSphereLog(
+        self,
+        request: _control_pb2.GetSphereLogRequest,
+        context: _aio.ServicerContext[_control_pb2.GetSphereLogRequest, _abc.Awaitable[_control_pb2.GetSphereLogResponse]],
+    ) -> _abc.Awaitable[_control_pb2.GetSphereLogResponse]:
+        """The last lines of a sphere's log, which the sphere itself sends up the tree. Idempotent.
+
+        NOT_FOUND: no such sphere has a way to control.
+        UNAVAILABLE: it did not answer in time. Retry.
+        """
 
     @_abc_1.abstractmethod
     def CreateCheckpoint(

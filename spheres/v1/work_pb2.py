@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from spheres.v1 import common_pb2 as spheres_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15spheres/v1/work.proto\x12\nspheres.v1\x1a\x17spheres/v1/common.proto\"n\n\x03Tag\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\"\n\x04kind\x18\x04 \x01(\x0e\x32\x14.spheres.v1.WorkKind\x12\x17\n\x0fweights_version\x18\x05 \x01(\x03\"\x1f\n\x05\x42lock\x12\n\n\x02lo\x18\x01 \x01(\x05\x12\n\n\x02hi\x18\x02 \x01(\x05\"l\n\x05\x43hunk\x12 \n\x05\x62lock\x18\x01 \x01(\x0b\x32\x11.spheres.v1.Block\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x04 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"\x83\x04\n\x0bWorkRequest\x12\x1c\n\x03tag\x18\x01 \x01(\x0b\x32\x0f.spheres.v1.Tag\x12\x0f\n\x07session\x18\x02 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12 \n\x05hello\x18\x04 \x01(\x0b\x32\x11.spheres.v1.Hello\x12 \n\x05ready\x18\x05 \x01(\x0b\x32\x11.spheres.v1.Ready\x12\x33\n\x0fgradient_header\x18\x06 \x01(\x0b\x32\x1a.spheres.v1.GradientHeader\x12\x33\n\x0fgradient_footer\x18\x07 \x01(\x0b\x32\x1a.spheres.v1.GradientFooter\x12&\n\x08\x63\x61pacity\x18\x08 \x01(\x0b\x32\x14.spheres.v1.Capacity\x12-\n\x0cstate_report\x18\t \x01(\x0b\x32\x17.spheres.v1.StateReport\x12-\n\x0ctask_failure\x18\n \x01(\x0b\x32\x17.spheres.v1.TaskFailure\x12$\n\x07leaving\x18\x0b \x01(\x0b\x32\x13.spheres.v1.Leaving\x12/\n\rsphere_change\x18\x0c \x01(\x0b\x32\x18.spheres.v1.SphereChange\x12)\n\x0egradient_chunk\x18\x0f \x01(\x0b\x32\x11.spheres.v1.Chunk\"\xf6\x02\n\x0cWorkResponse\x12\x1c\n\x03tag\x18\x01 \x01(\x0b\x32\x0f.spheres.v1.Tag\x12$\n\x07welcome\x18\x02 \x01(\x0b\x32\x13.spheres.v1.Welcome\x12\x31\n\x0eweights_header\x18\x03 \x01(\x0b\x32\x19.spheres.v1.WeightsHeader\x12 \n\x05\x62\x65gin\x18\x04 \x01(\x0b\x32\x11.spheres.v1.Begin\x12\"\n\x06\x61ssign\x18\x05 \x01(\x0b\x32\x12.spheres.v1.Assign\x12\x31\n\x0eweights_footer\x18\x06 \x01(\x0b\x32\x19.spheres.v1.WeightsFooter\x12\"\n\x06\x63redit\x18\x07 \x01(\x0b\x32\x12.spheres.v1.Credit\x12(\n\tdirective\x18\x08 \x01(\x0b\x32\x15.spheres.v1.Directive\x12(\n\rweights_chunk\x18\x0f \x01(\x0b\x32\x11.spheres.v1.Chunk\"\xd9\x02\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x11\n\tsphere_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x03\x12\x11\n\tparent_id\x18\x04 \x01(\t\x12\x1a\n\x12parent_incarnation\x18\x05 \x01(\x03\x12\x18\n\x10task_fingerprint\x18\x06 \x01(\t\x12\x18\n\x10\x64\x61ta_fingerprint\x18\x07 \x01(\t\x12\x1f\n\x17\x65nvironment_fingerprint\x18\x08 \x01(\t\x12\x15\n\rholds_weights\x18\t \x01(\x08\x12\x17\n\x0fweights_version\x18\n \x01(\x03\x12\x16\n\x0eweights_digest\x18\x0b \x01(\x0c\x12\x1f\n\x04held\x18\x0c \x03(\x0b\x32\x11.spheres.v1.Block\x12\x10\n\x08\x63\x61pacity\x18\r \x01(\x01\x12\x0f\n\x07\x61\x64\x64ress\x18\x0e \x01(\t\"<\n\x08\x41ncestor\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"-\n\x07Welcome\x12\"\n\x04path\x18\x01 \x03(\x0b\x32\x14.spheres.v1.Ancestor\"j\n\rWeightsHeader\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12\x17\n\x0fprevious_digest\x18\x02 \x01(\x0c\x12\x12\n\nfrom_chunk\x18\x03 \x01(\x05\x12\x13\n\x0bheld_digest\x18\x04 \x01(\x0c\"\x1f\n\rWeightsFooter\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\",\n\x05\x42\x65gin\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x12\n\nfrom_chunk\x18\x02 \x01(\x05\"6\n\x05Ready\x12\x1f\n\x04held\x18\x01 \x03(\x0b\x32\x11.spheres.v1.Block\x12\x0c\n\x04idle\x18\x02 \x01(\x08\"P\n\x06\x41ssign\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x12\n\nfrom_chunk\x18\x02 \x01(\x05\x12!\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x11.spheres.v1.Block\"0\n\x06\x43redit\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x15\n\rthrough_chunk\x18\x02 \x01(\x05\"\xab\x01\n\x0eGradientHeader\x12 \n\x05\x62lock\x18\x01 \x01(\x0b\x32\x11.spheres.v1.Block\x12\x16\n\x0eweights_digest\x18\x02 \x01(\x0c\x12\x15\n\rsamples_count\x18\x03 \x01(\x03\x12\x10\n\x08loss_sum\x18\x04 \x01(\x01\x12&\n\x07metrics\x18\x05 \x03(\x0b\x32\x15.spheres.v1.MetricSum\x12\x0e\n\x06\x61\x62sent\x18\x06 \x01(\x08\"\x8a\x01\n\x0eGradientFooter\x12 \n\x05\x62lock\x18\x01 \x01(\x0b\x32\x11.spheres.v1.Block\x12%\n\x06phases\x18\x02 \x03(\x0b\x32\x15.spheres.v1.PhaseTime\x12/\n\rcontributions\x18\x03 \x03(\x0b\x32\x18.spheres.v1.Contribution\"C\n\x0c\x43ontribution\x12 \n\x05\x62lock\x18\x01 \x01(\x0b\x32\x11.spheres.v1.Block\x12\x11\n\tsphere_id\x18\x02 \x01(\t\"\x1c\n\x08\x43\x61pacity\x12\x10\n\x08\x63\x61pacity\x18\x01 \x01(\x01\"x\n\x0cSphereChange\x12\x11\n\tsphere_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x0f\n\x07session\x18\x03 \x01(\x03\x12\x11\n\tparent_id\x18\x04 \x01(\t\x12\x0c\n\x04lost\x18\x05 \x01(\x08\x12\x0e\n\x06reason\x18\x06 \x01(\t\"\x19\n\x07Leaving\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x84\x01\n\x0bTaskFailure\x12\x11\n\tsphere_id\x18\x01 \x01(\t\x12\x12\n\nmicrobatch\x18\x02 \x01(\x05\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x11\n\ttraceback\x18\x04 \x01(\t\x12\x12\n\nsample_ids\x18\x05 \x03(\x03\x12\x18\n\x10invalid_gradient\x18\x06 \x01(\x08\"\x98\x01\n\tDirective\x12\x18\n\x10target_sphere_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\x03\x12\'\n\x04kind\x18\x03 \x01(\x0e\x32\x19.spheres.v1.DirectiveKind\x12$\n\x06parent\x18\x04 \x01(\x0b\x32\x14.spheres.v1.Ancestor\x12\x0e\n\x06reason\x18\x05 \x01(\t\"_\n\x0bStateReport\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12(\n\x06report\x18\x02 \x01(\x0b\x32\x18.spheres.v1.SphereReport\x12\x12\n\ntask_state\x18\x03 \x01(\x0c\"\x9a\x01\n\x10HeartbeatRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tsphere_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x03\x12\x0f\n\x07session\x18\x04 \x01(\x03\x12)\n\x07reports\x18\x05 \x03(\x0b\x32\x18.spheres.v1.SphereReport\x12\x12\n\nsent_nanos\x18\x06 \x01(\x03\"\'\n\x11HeartbeatResponse\x12\x12\n\nsent_nanos\x18\x01 \x01(\x03*\x9c\x01\n\rDirectiveKind\x12\x1e\n\x1a\x44IRECTIVE_KIND_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x44IRECTIVE_KIND_REPORT_STATE\x10\x01\x12\x17\n\x13\x44IRECTIVE_KIND_STOP\x10\x02\x12\x18\n\x14\x44IRECTIVE_KIND_DRAIN\x10\x03\x12\x17\n\x13\x44IRECTIVE_KIND_MOVE\x10\x04\x32\x9c\x01\n\rSphereService\x12=\n\x04Work\x12\x17.spheres.v1.WorkRequest\x1a\x18.spheres.v1.WorkResponse(\x01\x30\x01\x12L\n\tHeartbeat\x12\x1c.spheres.v1.HeartbeatRequest\x1a\x1d.spheres.v1.HeartbeatResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15spheres/v1/work.proto\x12\nspheres.v1\x1a\x17spheres/v1/common.proto\"n\n\x03Tag\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\"\n\x04kind\x18\x04 \x01(\x0e\x32\x14.spheres.v1.WorkKind\x12\x17\n\x0fweights_version\x18\x05 \x01(\x03\"\x1f\n\x05\x42lock\x12\n\n\x02lo\x18\x01 \x01(\x05\x12\n\n\x02hi\x18\x02 \x01(\x05\"l\n\x05\x43hunk\x12 \n\x05\x62lock\x18\x01 \x01(\x0b\x32\x11.spheres.v1.Block\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x04 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"\xae\x04\n\x0bWorkRequest\x12\x1c\n\x03tag\x18\x01 \x01(\x0b\x32\x0f.spheres.v1.Tag\x12\x0f\n\x07session\x18\x02 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12 \n\x05hello\x18\x04 \x01(\x0b\x32\x11.spheres.v1.Hello\x12 \n\x05ready\x18\x05 \x01(\x0b\x32\x11.spheres.v1.Ready\x12\x33\n\x0fgradient_header\x18\x06 \x01(\x0b\x32\x1a.spheres.v1.GradientHeader\x12\x33\n\x0fgradient_footer\x18\x07 \x01(\x0b\x32\x1a.spheres.v1.GradientFooter\x12&\n\x08\x63\x61pacity\x18\x08 \x01(\x0b\x32\x14.spheres.v1.Capacity\x12-\n\x0cstate_report\x18\t \x01(\x0b\x32\x17.spheres.v1.StateReport\x12-\n\x0ctask_failure\x18\n \x01(\x0b\x32\x17.spheres.v1.TaskFailure\x12$\n\x07leaving\x18\x0b \x01(\x0b\x32\x13.spheres.v1.Leaving\x12/\n\rsphere_change\x18\x0c \x01(\x0b\x32\x18.spheres.v1.SphereChange\x12)\n\nlog_report\x18\r \x01(\x0b\x32\x15.spheres.v1.LogReport\x12)\n\x0egradient_chunk\x18\x0f \x01(\x0b\x32\x11.spheres.v1.Chunk\"\xf6\x02\n\x0cWorkResponse\x12\x1c\n\x03tag\x18\x01 \x01(\x0b\x32\x0f.spheres.v1.Tag\x12$\n\x07welcome\x18\x02 \x01(\x0b\x32\x13.spheres.v1.Welcome\x12\x31\n\x0eweights_header\x18\x03 \x01(\x0b\x32\x19.spheres.v1.WeightsHeader\x12 \n\x05\x62\x65gin\x18\x04 \x01(\x0b\x32\x11.spheres.v1.Begin\x12\"\n\x06\x61ssign\x18\x05 \x01(\x0b\x32\x12.spheres.v1.Assign\x12\x31\n\x0eweights_footer\x18\x06 \x01(\x0b\x32\x19.spheres.v1.WeightsFooter\x12\"\n\x06\x63redit\x18\x07 \x01(\x0b\x32\x12.spheres.v1.Credit\x12(\n\tdirective\x18\x08 \x01(\x0b\x32\x15.spheres.v1.Directive\x12(\n\rweights_chunk\x18\x0f \x01(\x0b\x32\x11.spheres.v1.Chunk\"\xc1\x03\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x11\n\tsphere_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x03\x12\x11\n\tparent_id\x18\x04 \x01(\t\x12\x1a\n\x12parent_incarnation\x18\x05 \x01(\x03\x12\x18\n\x10task_fingerprint\x18\x06 \x01(\t\x12\x18\n\x10\x64\x61ta_fingerprint\x18\x07 \x01(\t\x12\x1f\n\x17\x65nvironment_fingerprint\x18\x08 \x01(\t\x12\x15\n\rholds_weights\x18\t \x01(\x08\x12\x17\n\x0fweights_version\x18\n \x01(\x03\x12\x16\n\x0eweights_digest\x18\x0b \x01(\x0c\x12\x1f\n\x04held\x18\x0c \x03(\x0b\x32\x11.spheres.v1.Block\x12\x10\n\x08\x63\x61pacity\x18\r \x01(\x01\x12\x0f\n\x07\x61\x64\x64ress\x18\x0e \x01(\t\x12\"\n\x06member\x18\x0f \x01(\x0b\x32\x12.spheres.v1.Member\x12\x1b\n\x13weights_chunks_held\x18\x10 \x01(\x05\x12\x14\n\x0cweights_term\x18\x11 \x01(\x03\x12\x0f\n\x07leaving\x18\x12 \x01(\x08\"<\n\x08\x41ncestor\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"-\n\x07Welcome\x12\"\n\x04path\x18\x01 \x03(\x0b\x32\x14.spheres.v1.Ancestor\"j\n\rWeightsHeader\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12\x17\n\x0fprevious_digest\x18\x02 \x01(\x0c\x12\x12\n\nfrom_chunk\x18\x03 \x01(\x05\x12\x13\n\x0bheld_digest\x18\x04 \x01(\x0c\"\x1f\n\rWeightsFooter\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\",\n\x05\x42\x65gin\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x12\n\nfrom_chunk\x18\x02 \x01(\x05\"\\\n\x05Ready\x12\x1f\n\x04held\x18\x01 \x03(\x0b\x32\x11.spheres.v1.Block\x12\x0c\n\x04idle\x18\x02 \x01(\x08\x12$\n\tcomputing\x18\x03 \x03(\x0b\x32\x11.spheres.v1.Block\"P\n\x06\x41ssign\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x12\n\nfrom_chunk\x18\x02 \x01(\x05\x12!\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x11.spheres.v1.Block\"0\n\x06\x43redit\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x15\n\rthrough_chunk\x18\x02 \x01(\x05\"\xd3\x01\n\x0eGradientHeader\x12 \n\x05\x62lock\x18\x01 \x01(\x0b\x32\x11.spheres.v1.Block\x12\x16\n\x0eweights_digest\x18\x02 \x01(\x0c\x12\x15\n\rsamples_count\x18\x03 \x01(\x03\x12\x10\n\x08loss_sum\x18\x04 \x01(\x01\x12&\n\x07metrics\x18\x05 \x03(\x0b\x32\x15.spheres.v1.MetricSum\x12\x0e\n\x06\x61\x62sent\x18\x06 \x01(\x08\x12&\n\x07skipped\x18\x07 \x03(\x0b\x32\x15.spheres.v1.NonFinite\"W\n\tNonFinite\x12\x12\n\nmicrobatch\x18\x01 \x01(\x05\x12\x11\n\tsphere_id\x18\x02 \x01(\t\x12\x0f\n\x07tensors\x18\x03 \x03(\t\x12\x12\n\nsample_ids\x18\x04 \x03(\x03\"\x8a\x01\n\x0eGradientFooter\x12 \n\x05\x62lock\x18\x01 \x01(\x0b\x32\x11.spheres.v1.Block\x12%\n\x06phases\x18\x02 \x03(\x0b\x32\x15.spheres.v1.PhaseTime\x12/\n\rcontributions\x18\x03 \x03(\x0b\x32\x18.spheres.v1.Contribution\"C\n\x0c\x43ontribution\x12 \n\x05\x62lock\x18\x01 \x01(\x0b\x32\x11.spheres.v1.Block\x12\x11\n\tsphere_id\x18\x02 \x01(\t\"\x1c\n\x08\x43\x61pacity\x12\x10\n\x08\x63\x61pacity\x18\x01 \x01(\x01\"\xe1\x01\n\x0cSphereChange\x12\x11\n\tsphere_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x0f\n\x07session\x18\x03 \x01(\x03\x12\x11\n\tparent_id\x18\x04 \x01(\t\x12\x0c\n\x04lost\x18\x05 \x01(\x08\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\"\n\x06member\x18\x07 \x01(\x0b\x32\x12.spheres.v1.Member\x12\x0f\n\x07\x61\x64\x64ress\x18\x08 \x01(\t\x12$\n\tcomputing\x18\t \x01(\x0b\x32\x11.spheres.v1.Block\x12\x0c\n\x04step\x18\n \x01(\x03\"\x19\n\x07Leaving\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x84\x01\n\x0bTaskFailure\x12\x11\n\tsphere_id\x18\x01 \x01(\t\x12\x12\n\nmicrobatch\x18\x02 \x01(\x05\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x11\n\ttraceback\x18\x04 \x01(\t\x12\x12\n\nsample_ids\x18\x05 \x03(\x03\x12\x18\n\x10invalid_gradient\x18\x06 \x01(\x08\"\xa7\x01\n\tDirective\x12\x18\n\x10target_sphere_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\x03\x12\'\n\x04kind\x18\x03 \x01(\x0e\x32\x19.spheres.v1.DirectiveKind\x12$\n\x06parent\x18\x04 \x01(\x0b\x32\x14.spheres.v1.Ancestor\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\r\n\x05lines\x18\x06 \x01(\x05\"A\n\tLogReport\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12\x11\n\tsphere_id\x18\x02 \x01(\t\x12\r\n\x05lines\x18\x03 \x03(\t\"_\n\x0bStateReport\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12(\n\x06report\x18\x02 \x01(\x0b\x32\x18.spheres.v1.SphereReport\x12\x12\n\ntask_state\x18\x03 \x01(\x0c\"\x9a\x01\n\x10HeartbeatRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tsphere_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x03\x12\x0f\n\x07session\x18\x04 \x01(\x03\x12)\n\x07reports\x18\x05 \x03(\x0b\x32\x18.spheres.v1.SphereReport\x12\x12\n\nsent_nanos\x18\x06 \x01(\x03\"\'\n\x11HeartbeatResponse\x12\x12\n\nsent_nanos\x18\x01 \x01(\x03*\xbb\x01\n\rDirectiveKind\x12\x1e\n\x1a\x44IRECTIVE_KIND_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x44IRECTIVE_KIND_REPORT_STATE\x10\x01\x12\x17\n\x13\x44IRECTIVE_KIND_STOP\x10\x02\x12\x18\n\x14\x44IRECTIVE_KIND_DRAIN\x10\x03\x12\x17\n\x13\x44IRECTIVE_KIND_MOVE\x10\x04\x12\x1d\n\x19\x44IRECTIVE_KIND_REPORT_LOG\x10\x05\x32\x9c\x01\n\rSphereService\x12=\n\x04Work\x12\x17.spheres.v1.WorkRequest\x1a\x18.spheres.v1.WorkResponse(\x01\x30\x01\x12L\n\tHeartbeat\x12\x1c.spheres.v1.HeartbeatRequest\x1a\x1d.spheres.v1.HeartbeatResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'spheres.v1.work_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DIRECTIVEKIND']._serialized_start=3193
-  _globals['_DIRECTIVEKIND']._serialized_end=3349
+  _globals['_DIRECTIVEKIND']._serialized_start=3695
+  _globals['_DIRECTIVEKIND']._serialized_end=3882
   _globals['_TAG']._serialized_start=62
   _globals['_TAG']._serialized_end=172
   _globals['_BLOCK']._serialized_start=174
@@ -41,49 +41,53 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHUNK']._serialized_start=207
   _globals['_CHUNK']._serialized_end=315
   _globals['_WORKREQUEST']._serialized_start=318
-  _globals['_WORKREQUEST']._serialized_end=833
-  _globals['_WORKRESPONSE']._serialized_start=836
-  _globals['_WORKRESPONSE']._serialized_end=1210
-  _globals['_HELLO']._serialized_start=1213
-  _globals['_HELLO']._serialized_end=1558
-  _globals['_ANCESTOR']._serialized_start=1560
-  _globals['_ANCESTOR']._serialized_end=1620
-  _globals['_WELCOME']._serialized_start=1622
-  _globals['_WELCOME']._serialized_end=1667
-  _globals['_WEIGHTSHEADER']._serialized_start=1669
-  _globals['_WEIGHTSHEADER']._serialized_end=1775
-  _globals['_WEIGHTSFOOTER']._serialized_start=1777
-  _globals['_WEIGHTSFOOTER']._serialized_end=1808
-  _globals['_BEGIN']._serialized_start=1810
-  _globals['_BEGIN']._serialized_end=1854
-  _globals['_READY']._serialized_start=1856
-  _globals['_READY']._serialized_end=1910
-  _globals['_ASSIGN']._serialized_start=1912
-  _globals['_ASSIGN']._serialized_end=1992
-  _globals['_CREDIT']._serialized_start=1994
-  _globals['_CREDIT']._serialized_end=2042
-  _globals['_GRADIENTHEADER']._serialized_start=2045
-  _globals['_GRADIENTHEADER']._serialized_end=2216
-  _globals['_GRADIENTFOOTER']._serialized_start=2219
-  _globals['_GRADIENTFOOTER']._serialized_end=2357
-  _globals['_CONTRIBUTION']._serialized_start=2359
-  _globals['_CONTRIBUTION']._serialized_end=2426
-  _globals['_CAPACITY']._serialized_start=2428
-  _globals['_CAPACITY']._serialized_end=2456
-  _globals['_SPHERECHANGE']._serialized_start=2458
-  _globals['_SPHERECHANGE']._serialized_end=2578
-  _globals['_LEAVING']._serialized_start=2580
-  _globals['_LEAVING']._serialized_end=2605
-  _globals['_TASKFAILURE']._serialized_start=2608
-  _globals['_TASKFAILURE']._serialized_end=2740
-  _globals['_DIRECTIVE']._serialized_start=2743
-  _globals['_DIRECTIVE']._serialized_end=2895
-  _globals['_STATEREPORT']._serialized_start=2897
-  _globals['_STATEREPORT']._serialized_end=2992
-  _globals['_HEARTBEATREQUEST']._serialized_start=2995
-  _globals['_HEARTBEATREQUEST']._serialized_end=3149
-  _globals['_HEARTBEATRESPONSE']._serialized_start=3151
-  _globals['_HEARTBEATRESPONSE']._serialized_end=3190
-  _globals['_SPHERESERVICE']._serialized_start=3352
-  _globals['_SPHERESERVICE']._serialized_end=3508
+  _globals['_WORKREQUEST']._serialized_end=876
+  _globals['_WORKRESPONSE']._serialized_start=879
+  _globals['_WORKRESPONSE']._serialized_end=1253
+  _globals['_HELLO']._serialized_start=1256
+  _globals['_HELLO']._serialized_end=1705
+  _globals['_ANCESTOR']._serialized_start=1707
+  _globals['_ANCESTOR']._serialized_end=1767
+  _globals['_WELCOME']._serialized_start=1769
+  _globals['_WELCOME']._serialized_end=1814
+  _globals['_WEIGHTSHEADER']._serialized_start=1816
+  _globals['_WEIGHTSHEADER']._serialized_end=1922
+  _globals['_WEIGHTSFOOTER']._serialized_start=1924
+  _globals['_WEIGHTSFOOTER']._serialized_end=1955
+  _globals['_BEGIN']._serialized_start=1957
+  _globals['_BEGIN']._serialized_end=2001
+  _globals['_READY']._serialized_start=2003
+  _globals['_READY']._serialized_end=2095
+  _globals['_ASSIGN']._serialized_start=2097
+  _globals['_ASSIGN']._serialized_end=2177
+  _globals['_CREDIT']._serialized_start=2179
+  _globals['_CREDIT']._serialized_end=2227
+  _globals['_GRADIENTHEADER']._serialized_start=2230
+  _globals['_GRADIENTHEADER']._serialized_end=2441
+  _globals['_NONFINITE']._serialized_start=2443
+  _globals['_NONFINITE']._serialized_end=2530
+  _globals['_GRADIENTFOOTER']._serialized_start=2533
+  _globals['_GRADIENTFOOTER']._serialized_end=2671
+  _globals['_CONTRIBUTION']._serialized_start=2673
+  _globals['_CONTRIBUTION']._serialized_end=2740
+  _globals['_CAPACITY']._serialized_start=2742
+  _globals['_CAPACITY']._serialized_end=2770
+  _globals['_SPHERECHANGE']._serialized_start=2773
+  _globals['_SPHERECHANGE']._serialized_end=2998
+  _globals['_LEAVING']._serialized_start=3000
+  _globals['_LEAVING']._serialized_end=3025
+  _globals['_TASKFAILURE']._serialized_start=3028
+  _globals['_TASKFAILURE']._serialized_end=3160
+  _globals['_DIRECTIVE']._serialized_start=3163
+  _globals['_DIRECTIVE']._serialized_end=3330
+  _globals['_LOGREPORT']._serialized_start=3332
+  _globals['_LOGREPORT']._serialized_end=3397
+  _globals['_STATEREPORT']._serialized_start=3399
+  _globals['_STATEREPORT']._serialized_end=3494
+  _globals['_HEARTBEATREQUEST']._serialized_start=3497
+  _globals['_HEARTBEATREQUEST']._serialized_end=3651
+  _globals['_HEARTBEATRESPONSE']._serialized_start=3653
+  _globals['_HEARTBEATRESPONSE']._serialized_end=3692
+  _globals['_SPHERESERVICE']._serialized_start=3885
+  _globals['_SPHERESERVICE']._serialized_end=4041
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,8 @@ class _DirectiveKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Directi
     """Finish the step, then leave."""
     DIRECTIVE_KIND_MOVE: _DirectiveKind.ValueType  # 4
     """Open a link to another parent; only between steps (N11)."""
+    DIRECTIVE_KIND_REPORT_LOG: _DirectiveKind.ValueType  # 5
+    """Answer with a LogReport."""
 
 class DirectiveKind(_DirectiveKind, metaclass=_DirectiveKindEnumTypeWrapper):
     """What a directive asks for."""
@@ -53,6 +55,8 @@ DIRECTIVE_KIND_DRAIN: DirectiveKind.ValueType  # 3
 """Finish the step, then leave."""
 DIRECTIVE_KIND_MOVE: DirectiveKind.ValueType  # 4
 """Open a link to another parent; only between steps (N11)."""
+DIRECTIVE_KIND_REPORT_LOG: DirectiveKind.ValueType  # 5
+"""Answer with a LogReport."""
 Global___DirectiveKind: _TypeAlias = DirectiveKind  # noqa: Y015
 
 @_typing.final
@@ -179,6 +183,7 @@ class WorkRequest(_message.Message):
     TASK_FAILURE_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
     SPHERE_CHANGE_FIELD_NUMBER: _builtins.int
+    LOG_REPORT_FIELD_NUMBER: _builtins.int
     GRADIENT_CHUNK_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     """Counts this child's Work streams within its incarnation (N1)."""
@@ -225,6 +230,10 @@ class WorkRequest(_message.Message):
         """A link below opened or ended; on its way to control."""
 
     @_builtins.property
+    def log_report(self) -> Global___LogReport:
+        """Answer to a directive, on its way to control."""
+
+    @_builtins.property
     def gradient_chunk(self) -> Global___Chunk:
         """A chunk of the gradient."""
 
@@ -243,11 +252,12 @@ class WorkRequest(_message.Message):
         task_failure: Global___TaskFailure | None = ...,
         leaving: Global___Leaving | None = ...,
         sphere_change: Global___SphereChange | None = ...,
+        log_report: Global___LogReport | None = ...,
         gradient_chunk: Global___Chunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "gradient_chunk", b"gradient_chunk", "gradient_footer", b"gradient_footer", "gradient_header", b"gradient_header", "hello", b"hello", "leaving", b"leaving", "ready", b"ready", "sphere_change", b"sphere_change", "state_report", b"state_report", "tag", b"tag", "task_failure", b"task_failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "gradient_chunk", b"gradient_chunk", "gradient_footer", b"gradient_footer", "gradient_header", b"gradient_header", "hello", b"hello", "leaving", b"leaving", "log_report", b"log_report", "ready", b"ready", "sphere_change", b"sphere_change", "state_report", b"state_report", "tag", b"tag", "task_failure", b"task_failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "capacity", b"capacity", "gradient_chunk", b"gradient_chunk", "gradient_footer", b"gradient_footer", "gradient_header", b"gradient_header", "hello", b"hello", "leaving", b"leaving", "ready", b"ready", "session", b"session", "sphere_change", b"sphere_change", "state_report", b"state_report", "tag", b"tag", "task_failure", b"task_failure"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "capacity", b"capacity", "gradient_chunk", b"gradient_chunk", "gradient_footer", b"gradient_footer", "gradient_header", b"gradient_header", "hello", b"hello", "leaving", b"leaving", "log_report", b"log_report", "ready", b"ready", "session", b"session", "sphere_change", b"sphere_change", "state_report", b"state_report", "tag", b"tag", "task_failure", b"task_failure"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -347,6 +357,10 @@ class Hello(_message.Message):
     HELD_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
+    WEIGHTS_CHUNKS_HELD_FIELD_NUMBER: _builtins.int
+    WEIGHTS_TERM_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Protocol version that the child speaks."""
     sphere_id: _builtins.str
@@ -373,9 +387,21 @@ class Hello(_message.Message):
     """Microbatches that can be computed at once in this subtree, relative to one plain sphere."""
     address: _builtins.str
     """Address on which the child serves; empty where it takes no children."""
+    weights_chunks_held: _builtins.int
+    """Where holds_weights is false: chunks held of an interrupted version of the weights (N17), and below its term. The
+    version is weights_version.
+    """
+    weights_term: _builtins.int
+    """Term of the weights."""
+    leaving: _builtins.bool
+    """The child is leaving: it takes no more work."""
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___Block]:
         """Computed blocks of tag.step that are held or being computed."""
+
+    @_builtins.property
+    def member(self) -> _common_pb2.Member:
+        """Who it is, for a control that does not know it (one that came back after a crash)."""
 
     def __init__(
         self,
@@ -394,10 +420,14 @@ class Hello(_message.Message):
         held: _abc.Iterable[Global___Block] | None = ...,
         capacity: _builtins.float = ...,
         address: _builtins.str = ...,
+        member: _common_pb2.Member | None = ...,
+        weights_chunks_held: _builtins.int = ...,
+        weights_term: _builtins.int = ...,
+        leaving: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["member", b"member"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "data_fingerprint", b"data_fingerprint", "environment_fingerprint", b"environment_fingerprint", "held", b"held", "holds_weights", b"holds_weights", "incarnation", b"incarnation", "parent_id", b"parent_id", "parent_incarnation", b"parent_incarnation", "protocol_version", b"protocol_version", "sphere_id", b"sphere_id", "task_fingerprint", b"task_fingerprint", "weights_digest", b"weights_digest", "weights_version", b"weights_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "data_fingerprint", b"data_fingerprint", "environment_fingerprint", b"environment_fingerprint", "held", b"held", "holds_weights", b"holds_weights", "incarnation", b"incarnation", "leaving", b"leaving", "member", b"member", "parent_id", b"parent_id", "parent_incarnation", b"parent_incarnation", "protocol_version", b"protocol_version", "sphere_id", b"sphere_id", "task_fingerprint", b"task_fingerprint", "weights_chunks_held", b"weights_chunks_held", "weights_digest", b"weights_digest", "weights_term", b"weights_term", "weights_version", b"weights_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -547,21 +577,27 @@ class Ready(_message.Message):
 
     HELD_FIELD_NUMBER: _builtins.int
     IDLE_FIELD_NUMBER: _builtins.int
+    COMPUTING_FIELD_NUMBER: _builtins.int
     idle: _builtins.bool
     """Whether anyone in this subtree could compute more at once."""
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___Block]:
-        """Blocks held by the child or below it, and those being computed."""
+        """Blocks held by the child or below it."""
+
+    @_builtins.property
+    def computing(self) -> _containers.RepeatedCompositeFieldContainer[Global___Block]:
+        """Blocks being computed by the child or below it: theirs, unless they are late (N12)."""
 
     def __init__(
         self,
         *,
         held: _abc.Iterable[Global___Block] | None = ...,
         idle: _builtins.bool = ...,
+        computing: _abc.Iterable[Global___Block] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "idle", b"idle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["computing", b"computing", "held", b"held", "idle", b"idle"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -637,6 +673,7 @@ class GradientHeader(_message.Message):
     LOSS_SUM_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     ABSENT_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
     weights_digest: _builtins.bytes
     """Digest of the weights that it was computed on."""
     samples_count: _builtins.int
@@ -653,6 +690,10 @@ class GradientHeader(_message.Message):
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.MetricSum]:
         """Sums of the metrics over them, by name in ascending order."""
 
+    @_builtins.property
+    def skipped(self) -> _containers.RepeatedCompositeFieldContainer[Global___NonFinite]:
+        """Microbatches of the block whose gradient was not finite and was left out, in ascending order."""
+
     def __init__(
         self,
         *,
@@ -662,14 +703,53 @@ class GradientHeader(_message.Message):
         loss_sum: _builtins.float = ...,
         metrics: _abc.Iterable[_common_pb2.MetricSum] | None = ...,
         absent: _builtins.bool = ...,
+        skipped: _abc.Iterable[Global___NonFinite] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "block", b"block", "loss_sum", b"loss_sum", "metrics", b"metrics", "samples_count", b"samples_count", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "block", b"block", "loss_sum", b"loss_sum", "metrics", b"metrics", "samples_count", b"samples_count", "skipped", b"skipped", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GradientHeader: _TypeAlias = GradientHeader  # noqa: Y015
+
+@_typing.final
+class NonFinite(_message.Message):
+    """A microbatch whose gradient is not finite: found at the leaf before the block is offered (N16)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MICROBATCH_FIELD_NUMBER: _builtins.int
+    SPHERE_ID_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
+    SAMPLE_IDS_FIELD_NUMBER: _builtins.int
+    microbatch: _builtins.int
+    """The microbatch."""
+    sphere_id: _builtins.str
+    """Who computed it."""
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the tensors with elements that are not finite, at most 16."""
+
+    @_builtins.property
+    def sample_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The first sample ids of the microbatch, at most 64."""
+
+    def __init__(
+        self,
+        *,
+        microbatch: _builtins.int = ...,
+        sphere_id: _builtins.str = ...,
+        tensors: _abc.Iterable[_builtins.str] | None = ...,
+        sample_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["microbatch", b"microbatch", "sample_ids", b"sample_ids", "sphere_id", b"sphere_id", "tensors", b"tensors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NonFinite: _TypeAlias = NonFinite  # noqa: Y015
 
 @_typing.final
 class GradientFooter(_message.Message):
@@ -769,6 +849,10 @@ class SphereChange(_message.Message):
     PARENT_ID_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    COMPUTING_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     sphere_id: _builtins.str
     """The child of that link."""
     incarnation: _builtins.int
@@ -781,6 +865,18 @@ class SphereChange(_message.Message):
     """Whether the link ended; else it opened."""
     reason: _builtins.str
     """Why it ended, in words."""
+    address: _builtins.str
+    """Address on which the child serves. Only with member."""
+    step: _builtins.int
+    """Where the link ended: the step of computing."""
+    @_builtins.property
+    def member(self) -> _common_pb2.Member:
+        """Who the child is. Only where the link opened, or where control came back and hears of it for the first time."""
+
+    @_builtins.property
+    def computing(self) -> Global___Block:
+        """Where the link ended: the block that a child without children of its own was computing, as far as can be told."""
+
     def __init__(
         self,
         *,
@@ -790,10 +886,14 @@ class SphereChange(_message.Message):
         parent_id: _builtins.str = ...,
         lost: _builtins.bool = ...,
         reason: _builtins.str = ...,
+        member: _common_pb2.Member | None = ...,
+        address: _builtins.str = ...,
+        computing: Global___Block | None = ...,
+        step: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["computing", b"computing", "member", b"member"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "lost", b"lost", "parent_id", b"parent_id", "reason", b"reason", "session", b"session", "sphere_id", b"sphere_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "computing", b"computing", "incarnation", b"incarnation", "lost", b"lost", "member", b"member", "parent_id", b"parent_id", "reason", b"reason", "session", b"session", "sphere_id", b"sphere_id", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -876,6 +976,7 @@ class Directive(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     PARENT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
     target_sphere_id: _builtins.str
     """The sphere, or empty for all below."""
     request_id: _builtins.int
@@ -884,6 +985,8 @@ class Directive(_message.Message):
     """What to do."""
     reason: _builtins.str
     """Why, for the log."""
+    lines: _builtins.int
+    """For report log: most lines."""
     @_builtins.property
     def parent(self) -> Global___Ancestor:
         """For move: the new parent."""
@@ -896,14 +999,47 @@ class Directive(_message.Message):
         kind: Global___DirectiveKind.ValueType = ...,
         parent: Global___Ancestor | None = ...,
         reason: _builtins.str = ...,
+        lines: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "parent", b"parent", "reason", b"reason", "request_id", b"request_id", "target_sphere_id", b"target_sphere_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "lines", b"lines", "parent", b"parent", "reason", b"reason", "request_id", b"request_id", "target_sphere_id", b"target_sphere_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Directive: _TypeAlias = Directive  # noqa: Y015
+
+@_typing.final
+class LogReport(_message.Message):
+    """The last lines of a sphere's log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SPHERE_ID_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    """Of the directive."""
+    sphere_id: _builtins.str
+    """The sphere."""
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The lines, the latest last; at most 1,000 and 256 KiB."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        sphere_id: _builtins.str = ...,
+        lines: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lines", b"lines", "request_id", b"request_id", "sphere_id", b"sphere_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogReport: _TypeAlias = LogReport  # noqa: Y015
 
 @_typing.final
 class StateReport(_message.Message):
