@@ -7,12 +7,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from control.failures import Failures
 from control.placement import Member, ancestors, place_newcomer
 from spheres.children import Children
 from spheres.config import PROTOCOL_VERSION, NodeConfig
 from spheres.environment import environment_fingerprint
 from spheres.errors import DecodeError, GradientError, RefusedError, VersionMismatchError
 from spheres.hub import Array, Hub, Work
+from spheres.lease import Lease
 from spheres.transport import Handlers, Listener, Transport
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
@@ -22,6 +24,9 @@ __all__ = ["Sphere", "Tree"]
 log = logging.getLogger(__name__)
 
 CONTROL = "control"
+
+#: seconds that spheres on their way to another parent have, before nobody can compute what a task failed on
+_ELSEWHERE_SECONDS = 1.0
 
 
 @dataclass
@@ -60,17 +65,23 @@ class Tree:
         *,
         host: str,
         term: int,
+        speculate: bool = True,
     ) -> None:
         self.config, self._transport, self._host = config, transport, host
         #: raised at each start and restore: what spheres cached of the one before is dropped (N1)
         self.term = term
         self.hub = Hub(config, CONTROL, incarnation=term)
+        self.hub.watchdog.enabled = speculate
+        self.failures = Failures()
         self.hub.hooks.sealed = self._sealed
         self.hub.hooks.failed = self._failed
+        self.hub.hooks.stuck = self._stuck
         self.hub.hooks.reported = self._reported
         self.hub.hooks.changed = self._changed
         self.hub.hooks.resized = self._resized
-        self.children = Children(self.hub, environment=environment_fingerprint())
+        lease = Lease(config.patience_seconds)
+        self.children = Children(self.hub, environment=environment_fingerprint(), lease=lease)
+        self._keeping: asyncio.Task[None] | None = None
         self.spheres: dict[str, Sphere] = {}
         self.parents: dict[str, str] = {}
         # sphere -> incarnation and session of its open link, and its parent
@@ -83,6 +94,7 @@ class Tree:
         self._arrivals = asyncio.Event()
         self._listener: Listener | None = None
         self._states: dict[str, pb.StateReport] = {}
+        self._asked: set[str] = set()
         self._request_id = 0
         self.address = ""
 
@@ -90,6 +102,9 @@ class Tree:
 
     async def listen(self, address: str) -> None:
         """Take spheres. Raises ConfigError where the address cannot be bound."""
+        loop = asyncio.get_running_loop()
+        self.hub.hooks.clock, self.hub.hooks.call_later = loop.time, loop.call_later
+        self._keeping = loop.create_task(self.children.keep(fence=lambda _: None, look=self.hub.watch))
         handlers = Handlers(self.children.work, self.children.heartbeat, self.enroll)
         self._listener = await self._transport.listen(address, handlers)
         self.address = self.hub.address = self._listener.address
@@ -98,6 +113,8 @@ class Tree:
     async def aclose(self) -> None:
         """End every link; spheres that were not told to stop will look for control until they give up."""
         self._open = False
+        if self._keeping is not None:
+            self._keeping.cancel()
         self.children.drain(RefusedError("the run is over"))
         if self._listener is not None:
             await self._listener.aclose()
@@ -227,10 +244,13 @@ class Tree:
             if known is None or known[0] != order:
                 return
             del self._links[change.sphere_id]
+            self._asked.discard(change.sphere_id)  # what it was asked went with its link
+            self._halt(self.failures.lost(change))
         else:
             if known is not None and known[0] >= order:
                 return
             self._links[change.sphere_id] = (order, change.parent_id)
+            self.failures.back(change)
             self.parents[change.sphere_id] = change.parent_id
             if (sphere := self.spheres.get(change.sphere_id)) is not None:
                 sphere.joined = True
@@ -247,6 +267,7 @@ class Tree:
         as there is no sphere.
         """
         self._done = asyncio.get_running_loop().create_future()
+        self.failures.start(step)
         self.hub.start(Work(self.term, step, kind), gradient)
         return self._done
 
@@ -255,13 +276,23 @@ class Tree:
             self._done.set_result(None)
 
     def _failed(self, failure: pb.TaskFailure) -> None:
-        samples = ", ".join(map(str, failure.sample_ids[:8])) + (", ..." if len(failure.sample_ids) > 8 else "")
-        error = GradientError(
-            f"task failed on {failure.sphere_id} in step {self.hub.work.step}, microbatch {failure.microbatch} "
-            f"(samples {samples or 'of the test split'}): {failure.error}",
-            failure.traceback,
-        )
-        if self._done is not None and not self._done.done():
+        log.warning("task failed on %s, microbatch %d: %s", failure.sphere_id, failure.microbatch, failure.error)
+        self._halt(self.failures.raised(failure))
+        self._stuck()
+
+    def _stuck(self) -> None:
+        """Nobody can compute what is owed: where that lasts, and not for want of spheres, the run halts."""
+        step = self.hub.work.step
+
+        def look() -> None:
+            if self.hub.ledger.stuck and self.hub.work.step == step:
+                self._halt(self.failures.nobody())
+
+        if self.hub.ledger.stuck:
+            asyncio.get_running_loop().call_later(_ELSEWHERE_SECONDS, look)
+
+    def _halt(self, error: GradientError | None) -> None:
+        if error is not None and self._done is not None and not self._done.done():
             self._done.set_exception(error)
 
     # ---- states for a checkpoint
@@ -270,7 +301,7 @@ class Tree:
         """Ask every sphere for its state; those that do not answer in time are left out."""
         self._request_id += 1
         self._states = {}
-        wanted = {s for s in self.spheres if self.state_of(s) == "active"}
+        wanted = self._asked = {s for s in self.spheres if self.state_of(s) == "active"}
         self.hub.direct(pb.Directive(kind=pb.DIRECTIVE_KIND_REPORT_STATE, request_id=self._request_id))
         try:
             async with asyncio.timeout(timeout):
