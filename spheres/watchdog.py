@@ -24,12 +24,13 @@ class Watchdog:
     _durations: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _began: float = 0.0
     _moved: float = 0.0
-    _firings: int = 0
+    #: in this step
+    firings: int = 0
 
     def start(self, now: float) -> None:
         """A step begins."""
         self._began = self._moved = now
-        self._firings = 0
+        self.firings = 0
 
     def progress(self, now: float) -> None:
         """Something came, or was given out (N12)."""
@@ -43,11 +44,11 @@ class Watchdog:
     def deadline(self) -> float:
         """Seconds without progress after which it fires; doubled with each firing in a step."""
         first = max(_SHORTEST, _FACTOR * max(self._durations)) if self._durations else self.patience
-        return float(first * 2**self._firings)
+        return float(first * 2**self.firings)
 
     def due(self, now: float) -> bool:
         return self.enabled and now - self._moved > self.deadline
 
     def fire(self, now: float) -> None:
-        self._firings += 1
+        self.firings += 1
         self._moved = now

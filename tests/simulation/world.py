@@ -210,6 +210,7 @@ class World:
         for file in (control.journal, control.events):
             self._on_disk(file)
         controller, tree = control.controller, control.tree
+        tree.hub.watchdog.enabled = self.plan.speculate
         process.after = self._watch_control(control)
         with contextlib.suppress(CheckpointError):
             controller.load(controller.checkpoints.load(None))
@@ -286,6 +287,7 @@ class World:
             host=rng.choice((HOST, "host-a", "host-b")) if plan.hosts > 1 else HOST,
             relay=relay,
             orphan_timeout=plan.orphan_timeout,
+            speculate=plan.speculate,
         )
         task = RowTask(plan.elements, plan.batch * 3 + plan.tail, plan.test_size)
         slow = rng.choice((1.0, 1.0, 1.0, 1.0, 3.0, 20.0))
@@ -370,7 +372,7 @@ class World:
             assert hub.weights.version <= control.controller.step, "I8: weights of a step that is not committed"
         work, changes = self.changes_before
         if hub.work == work:
-            most = self.network.changes - changes + 1
+            most = self.network.changes - changes + 1 + hub.watchdog.firings
             assert hub.ledger.attempts <= most, f"I12: {hub.ledger.attempts} attempts after {most - 1} changes"
 
     def _watch_control(self, control: ControlNode) -> Callable[[], None]:
