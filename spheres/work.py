@@ -63,6 +63,8 @@ class Hooks:
     stuck: Callable[[], None] = lambda: None
     failed: Callable[[pb.TaskFailure], None] = lambda _: None
     reported: Callable[[pb.StateReport], None] = lambda _: None
+    #: the end of a sphere's log
+    logged: Callable[[pb.LogReport], None] = lambda _: None
     directed: Callable[[pb.Directive], None] = lambda _: None
     #: a link opened or ended, here or below
     changed: Callable[[pb.SphereChange], None] = lambda _: None
