@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
+from control.failures import Failures
 from control.membership import Membership, Sphere
 from control.placement import CONTROL, Member, natural
 from control.rebalance import batches, mending_moves
@@ -23,6 +24,7 @@ from spheres.errors import (
     VersionMismatchError,
 )
 from spheres.hub import Array, Hub, Work
+from spheres.lease import Lease
 from spheres.transport import Handlers, Listener, Transport
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
@@ -39,6 +41,8 @@ _SETTLE_SECONDS, _LOOK_SECONDS = 1.0, 5.0
 _REST_SECONDS = 30.0
 #: of a full rebalance: moves under way at a time, and seconds that they have
 _REBALANCE_MOVES, _REBALANCE_SECONDS = 256, 5.0
+#: seconds that spheres on their way to another parent have, before nobody can compute what a task failed on
+_ELSEWHERE_SECONDS = 1.0
 #: seconds that a sphere has to send the end of its log
 _LOG_SECONDS = 5.0
 
@@ -53,19 +57,25 @@ class Tree:
         *,
         host: str,
         term: int,
+        speculate: bool = True,
     ) -> None:
         self.config, self._transport = config, transport
         self.members = Membership(host, config.fan_out, forgotten=self._forgotten)
         #: raised at each start and restore: what spheres cached of the one before is dropped (N1)
         self.term = term
         self.hub = Hub(config, CONTROL, incarnation=term)
+        self.hub.watchdog.enabled = speculate
+        self.failures = Failures()
         self.hub.hooks.sealed = self._sealed
         self.hub.hooks.failed = self._failed
+        self.hub.hooks.stuck = self._stuck
         self.hub.hooks.reported = self._reported
         self.hub.hooks.changed = self._changed
         self.hub.hooks.resized = self._resized
         self.hub.hooks.logged = self._logged
-        self.children = Children(self.hub, environment=environment_fingerprint())
+        lease = Lease(config.patience_seconds)
+        self.children = Children(self.hub, environment=environment_fingerprint(), lease=lease)
+        self._keeping: asyncio.Task[None] | None = None
         #: told when a sphere joins or is lost, wherever in the tree: event, sphere, reason
         self.changed: Callable[[str, str, str], None] = lambda _event, _sphere, _reason: None
         #: told who is told to leave by command, and whether at once; whether it will see to that itself
@@ -75,6 +85,7 @@ class Tree:
         self._arrivals = asyncio.Event()
         self._listener: Listener | None = None
         self._states: dict[str, pb.StateReport] = {}
+        self._asked: set[str] = set()
         self._request_id = 0
         # request -> who waits for the end of a log
         self._logs: dict[int, asyncio.Future[list[str]]] = {}
@@ -86,6 +97,9 @@ class Tree:
 
     async def listen(self, address: str) -> None:
         """Take spheres. Raises ConfigError where the address cannot be bound."""
+        loop = asyncio.get_running_loop()
+        self.hub.hooks.clock, self.hub.hooks.call_later = loop.time, loop.call_later
+        self._keeping = loop.create_task(self.children.keep(fence=lambda _: None, look=self.hub.watch))
         handlers = Handlers(self.children.work, self.children.heartbeat, self.enroll)
         self._listener = await self._transport.listen(address, handlers)
         self.address = self.hub.address = self._listener.address
@@ -94,6 +108,8 @@ class Tree:
     async def aclose(self) -> None:
         """End every link; spheres that were not told to stop will look for control until they give up."""
         self._open = False
+        if self._keeping is not None:
+            self._keeping.cancel()
         self.children.drain(RefusedError("the run is over"))
         if self._listener is not None:
             await self._listener.aclose()
@@ -209,6 +225,11 @@ class Tree:
     def _changed(self, change: pb.SphereChange) -> None:
         if not self.members.change(change):
             return
+        if change.lost:
+            self._asked.discard(change.sphere_id)  # what it was asked went with its link
+            self._halt(self.failures.lost(change))
+        else:
+            self.failures.back(change)
         now = asyncio.get_running_loop().time()
         self._changed_at = (now if self._changed_at is None else self._changed_at[0], now)
         if not self._open:
@@ -352,6 +373,7 @@ class Tree:
         as there is no sphere.
         """
         self._done = asyncio.get_running_loop().create_future()
+        self.failures.start(step)
         self.hub.start(Work(self.term, step, kind), gradient)
         return self._done
 
@@ -360,13 +382,23 @@ class Tree:
             self._done.set_result(None)
 
     def _failed(self, failure: pb.TaskFailure) -> None:
-        samples = ", ".join(map(str, failure.sample_ids[:8])) + (", ..." if len(failure.sample_ids) > 8 else "")
-        error = GradientError(
-            f"task failed on {failure.sphere_id} in step {self.hub.work.step}, microbatch {failure.microbatch} "
-            f"(samples {samples or 'of the test split'}): {failure.error}",
-            failure.traceback,
-        )
-        if self._done is not None and not self._done.done():
+        log.warning("task failed on %s, microbatch %d: %s", failure.sphere_id, failure.microbatch, failure.error)
+        self._halt(self.failures.raised(failure))
+        self._stuck()
+
+    def _stuck(self) -> None:
+        """Nobody can compute what is owed: where that lasts, and not for want of spheres, the run halts."""
+        step = self.hub.work.step
+
+        def look() -> None:
+            if self.hub.ledger.stuck and self.hub.work.step == step:
+                self._halt(self.failures.nobody())
+
+        if self.hub.ledger.stuck:
+            asyncio.get_running_loop().call_later(_ELSEWHERE_SECONDS, look)
+
+    def _halt(self, error: GradientError | None) -> None:
+        if error is not None and self._done is not None and not self._done.done():
             self._done.set_exception(error)
 
     # ---- states for a checkpoint
@@ -375,7 +407,7 @@ class Tree:
         """Ask every sphere for its state; those that do not answer in time are left out."""
         self._request_id += 1
         self._states = {}
-        wanted = {sphere.id for sphere in self.spheres.values() if sphere.active}
+        wanted = self._asked = {sphere.id for sphere in self.spheres.values() if sphere.active}
         self.hub.direct(pb.Directive(kind=pb.DIRECTIVE_KIND_REPORT_STATE, request_id=self._request_id))
         try:
             async with asyncio.timeout(timeout):

@@ -219,7 +219,7 @@ class WorkRequest(_message.Message):
 
     @_builtins.property
     def task_failure(self) -> Global___TaskFailure:
-        """A task raised; the run will halt."""
+        """A task raised."""
 
     @_builtins.property
     def leaving(self) -> Global___Leaving:
@@ -368,7 +368,7 @@ class Hello(_message.Message):
     incarnation: _builtins.int
     """Incarnation given by control."""
     parent_id: _builtins.str
-    """The parent that the child means to reach (N11); a parent that is another answers ABORTED."""
+    """The parent that the child means to reach (N11); a parent that is another answers FAILED_PRECONDITION."""
     parent_incarnation: _builtins.int
     """Its incarnation; 0 where the child does not know it."""
     task_fingerprint: _builtins.str
@@ -923,7 +923,9 @@ Global___Leaving: _TypeAlias = Leaving  # noqa: Y015
 
 @_typing.final
 class TaskFailure(_message.Message):
-    """A task raised in gradient() or evaluate(). Goes up to control unchanged."""
+    """A task raised in gradient() or evaluate(). Goes up to control unchanged. What its sphere owed is computed elsewhere;
+    where it raises there too, the run halts.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -933,6 +935,7 @@ class TaskFailure(_message.Message):
     TRACEBACK_FIELD_NUMBER: _builtins.int
     SAMPLE_IDS_FIELD_NUMBER: _builtins.int
     INVALID_GRADIENT_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     sphere_id: _builtins.str
     """Where."""
     microbatch: _builtins.int
@@ -943,6 +946,8 @@ class TaskFailure(_message.Message):
     """The traceback, cut to 64 KiB."""
     invalid_gradient: _builtins.bool
     """A gradient that is not finite, or of a wrong shape or dtype, rather than an exception."""
+    step: _builtins.int
+    """The step."""
     @_builtins.property
     def sample_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The first sample ids of the microbatch, at most 64."""
@@ -956,10 +961,11 @@ class TaskFailure(_message.Message):
         traceback: _builtins.str = ...,
         sample_ids: _abc.Iterable[_builtins.int] | None = ...,
         invalid_gradient: _builtins.bool = ...,
+        step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "invalid_gradient", b"invalid_gradient", "microbatch", b"microbatch", "sample_ids", b"sample_ids", "sphere_id", b"sphere_id", "traceback", b"traceback"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "invalid_gradient", b"invalid_gradient", "microbatch", b"microbatch", "sample_ids", b"sample_ids", "sphere_id", b"sphere_id", "step", b"step", "traceback", b"traceback"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

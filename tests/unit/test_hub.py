@@ -93,7 +93,9 @@ def test_a_failure_is_told_again_to_a_new_parent() -> None:
     leaf.relinked(1, CONTROL)
     leaf.on_response(step(leaf, 0, Block(0, 4)))
     worker.done(worker.unit, Failure(2, "it broke", "", (), invalid=False))
-    assert [m.task_failure.microbatch for m in waiting(leaf)] == [2]
+    sent = waiting(leaf)
+    assert [m.task_failure.microbatch for m in sent if m.HasField("task_failure")] == [2]
+    assert [m.capacity.capacity for m in sent if m.HasField("capacity")] == [0]
     leaf.relinked(2, CONTROL)
     assert [m.task_failure.error for m in waiting(leaf)] == ["it broke"]
     leaf.on_response(step(leaf, 1))
