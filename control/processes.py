@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-__all__ = ["command_of", "is_sphere", "log_of", "spheres_of"]
+__all__ = ["command_of", "environment_of", "folder_of", "is_sphere", "log_of", "spheres_of"]
 
 _PROC = Path("/proc")
 
@@ -41,6 +41,24 @@ def log_of(pid: int) -> Path | None:
         return (_PROC / str(pid) / "fd" / "1").readlink()
     except OSError:
         return None
+
+
+def folder_of(pid: int) -> str:
+    """Return a process's working directory; "" where that is not known."""
+    try:
+        return str((_PROC / str(pid) / "cwd").readlink())
+    except OSError:
+        return ""
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """Return the environment that a process was started with; {} where that is not known."""
+    try:
+        text = (_PROC / str(pid) / "environ").read_bytes()
+    except OSError:
+        return {}
+    pairs = (pair.decode(errors="replace").partition("=") for pair in text.split(b"\0") if pair)
+    return {name: value for name, _, value in pairs}
 
 
 def spheres_of(control: str) -> list[int]:

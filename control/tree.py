@@ -317,7 +317,7 @@ class Tree:
         if not moves:
             return
         late = await self._move(moves, _MOVE_SECONDS, "the tree is out of shape")
-        log.info("%d spheres moved, %d did not arrive in time", len(moves) - len(late), len(late))
+        log.info("moved %d spheres to other parents; %d more did not arrive in time", len(moves) - len(late), len(late))
         if len(moves) == _MOST_MOVES:  # there may be more: at the next boundary
             self._changed_at = (-_LOOK_SECONDS, -_LOOK_SECONDS)
 
