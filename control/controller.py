@@ -125,7 +125,7 @@ class Controller:
 
     @property
     def living_spheres(self) -> int:
-        return sum(1 for name in self.tree.spheres if self.tree.state_of(name) == "active")
+        return self.tree.living
 
     @property
     def train_seconds(self) -> float:
@@ -288,6 +288,7 @@ class Controller:
             if not self._pause:
                 if self.state is RunState.PAUSED:
                     self._move(RunState.RUNNING)
+                await self.tree.tidy()
                 return True
             if self.state is RunState.RUNNING:
                 self._move(RunState.PAUSED)
