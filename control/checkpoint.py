@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,12 +109,12 @@ class Checkpoints:
         """
         return [info for _, info in self._entries() if info is not None]
 
-    def load(self, name: str | Path | None = None) -> Snapshot:
+    def load(self, name: str | Path | None = None, passed_over: Callable[[str], object] = lambda _: None) -> Snapshot:
         """Return a snapshot, every byte of it checked. Raises CheckpointError.
 
-        None is the newest that verifies and is finite; each one passed over is logged as a warning. One of a newer
-        format is not passed over: it is good, and going back behind it would be a loss. A string is the name of a
-        checkpoint of this run; a path may lead anywhere.
+        None is the newest that verifies and is finite; each one passed over is logged as a warning, and told to
+        ``passed_over``. One of a newer format is not passed over: it is good, and going back behind it would be a
+        loss. A string is the name of a checkpoint of this run; a path may lead anywhere.
         """
         if isinstance(name, Path):
             return read_snapshot(name)
@@ -128,11 +128,13 @@ class Checkpoints:
             except NewerFormatError:
                 raise
             except CheckpointError as error:
-                logger.warning("passed over: %s", error)
-                continue
-            if snapshot.finite:
-                return snapshot
-            logger.warning("passed over: checkpoint %s holds weights that are not finite", candidate)
+                problem = str(error)
+            else:
+                if snapshot.finite:
+                    return snapshot
+                problem = f"checkpoint {candidate} holds weights that are not finite"
+            logger.warning("passed over: %s", problem)
+            passed_over(problem)
         raise CheckpointError(f"no good checkpoint in {self._store.location('')}; {self._available()}")
 
     def _entries(self) -> Sequence[tuple[str, CheckpointInfo | None]]:

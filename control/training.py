@@ -194,7 +194,8 @@ class Training:
         node = node_config(task, config, manifest, run_id="")
         for callback in [*configured(config), *self._given]:
             self.callbacks.register(callback)
-        directory, snapshot = await self._open_directory()
+        passed_over: list[str] = []
+        directory, snapshot = await self._open_directory(passed_over)
         node = replace(node, run_id=directory.run_id)
         settings = config.model_dump(mode="json")
         servicer = ControlServicer()
@@ -220,6 +221,7 @@ class Training:
         )
         self.controller.start_from(flat)
         if snapshot is not None:
+            self.controller.tell_passed_over(passed_over)
             self.controller.load(snapshot)
             self._allow_another_total(snapshot, node.sampler.steps_per_epoch, journal)
         self._tree.changed = self._sphere_changed
@@ -250,7 +252,7 @@ class Training:
                 return
         await self._tree.listen(self.config.listen)
 
-    async def _open_directory(self) -> tuple[RunDirectory, Snapshot | None]:
+    async def _open_directory(self, passed_over: list[str]) -> tuple[RunDirectory, Snapshot | None]:
         config, resume = self.config, self._resume
         if resume is None:
             directory = RunDirectory.create(config.run_dir, config.task)
@@ -261,7 +263,7 @@ class Training:
         self._checkpoints = Checkpoints(directory.path / "checkpoints", keep=config.keep, keep_every=config.keep_every)
         if resume is None:
             return directory, None
-        snapshot = await asyncio.to_thread(self._checkpoints.load, Path(resume) if resume else None)
+        snapshot = await asyncio.to_thread(self._checkpoints.load, Path(resume) if resume else None, passed_over.append)
         compare_identity(identity(RunConfig.from_json(snapshot.run.config_json)), identity(config))
         if snapshot.run.run_id != directory.run_id:
             raise ConfigError(
