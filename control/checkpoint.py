@@ -26,6 +26,7 @@ from control.snapshot import (
     write_files,
 )
 from control.store import Fault, LocalStore, Store
+from control.store_fsspec import is_url, store_at
 from spheres.config import manifest_from_proto
 from spheres.errors import CheckpointError
 from spheres.numerics import global_norm, statistics
@@ -114,9 +115,9 @@ class Checkpoints:
 
         None is the newest that verifies and is finite; each one passed over is logged as a warning, and told to
         ``passed_over``. One of a newer format is not passed over: it is good, and going back behind it would be a
-        loss. A string is the name of a checkpoint of this run; a path may lead anywhere.
+        loss. A string is the name of a checkpoint of this run; a path or URL may lead anywhere.
         """
-        if isinstance(name, Path):
+        if isinstance(name, Path) or (name is not None and is_url(name)):
             return read_snapshot(name)
         if name is not None:
             if name not in self._names():
@@ -197,17 +198,23 @@ class Checkpoints:
         return info.finite and not find_problems(self._store, info.name)
 
 
-def verify(path: Path) -> list[Problem]:
+def verify(path: Path | str) -> list[Problem]:
     """Return the first problem of each file of a checkpoint, none for a good one. Changes nothing."""
     return find_problems(*_at(path))
 
 
-def read_snapshot(path: Path) -> Snapshot:
-    """Return the snapshot in a checkpoint directory, everything checked. Raises CheckpointError."""
-    return read_files(*_at(path))
+def read_snapshot(path: Path | str) -> Snapshot:
+    """Return the snapshot in a checkpoint directory, everything checked. Raises CheckpointError.
+
+    Of a URL that is not a checkpoint's but a run's, the newest good one.
+    """
+    store, name = _at(path)
+    if isinstance(path, str) and is_url(path) and not _NAME.fullmatch(name):
+        return Checkpoints(store_at(path), keep=1).load()
+    return read_files(store, name)
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path | str) -> dict[str, Any]:
     """Return what is in a checkpoint as JSON values, for people and scripts. Raises CheckpointError."""
     store, name = _at(path)
     manifest, size = read_manifest(store, name)
@@ -269,8 +276,11 @@ def inspect(path: Path) -> dict[str, Any]:
     }
 
 
-def _at(path: Path) -> tuple[Store, str]:
-    path = path.resolve()
+def _at(path: Path | str) -> tuple[Store, str]:
+    if isinstance(path, str) and is_url(path):
+        parent, _, name = path.rstrip("/").rpartition("/")
+        return store_at(parent), name
+    path = Path(path).resolve()
     return LocalStore(path.parent), path.name
 
 
