@@ -27,12 +27,24 @@ from control.snapshot import (
 )
 from control.store import Fault, LocalStore, Store
 from control.store_fsspec import is_url, store_at
+from control.weights_file import write_safetensors
 from spheres.config import manifest_from_proto
-from spheres.errors import CheckpointError
+from spheres.errors import CheckpointError, ConfigError
 from spheres.numerics import global_norm, statistics
 from spheres.v1.checkpoint_pb2 import CheckpointManifest
 
-__all__ = ["CheckpointInfo", "Checkpoints", "Problem", "Snapshot", "inspect", "read_snapshot", "verify"]
+__all__ = [
+    "CheckpointInfo",
+    "Checkpoints",
+    "Problem",
+    "Snapshot",
+    "as_json",
+    "export",
+    "inspect",
+    "number",
+    "read_snapshot",
+    "verify",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +237,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
     optimizer = {
         buffer.removeprefix("optimizer/"): {
             "elements": flat.size,
-            "norm": _number(global_norm(layout, flat)) if flat.size == layout.size else None,
+            "norm": number(global_norm(layout, flat)) if flat.size == layout.size else None,
         }
         for buffer, flat in snapshot.buffers.items()
         if buffer != "weights"
@@ -241,14 +253,14 @@ def inspect(path: Path | str) -> dict[str, Any]:
         "epoch": run.epoch,
         "samples": run.samples_count,
         "seed": run.seed,
-        "wall_seconds": _number(run.wall_seconds),
+        "wall_seconds": number(run.wall_seconds),
         "weights_version": run.weights_version,
         "weights_digest": run.weights_digest.hex(),
         "weights_sha256": run.weights_sha256,
         "finite": snapshot.finite,
         "best": snapshot.best,
-        "metrics": {key: _number(value) for key, value in sorted(run.metrics.items())},
-        "best_value": _number(run.best_value) if run.HasField("best_value") else None,
+        "metrics": {key: number(value) for key, value in sorted(run.metrics.items())},
+        "best_value": number(run.best_value) if run.HasField("best_value") else None,
         "best_step": run.best_step,
         "parameters": layout.parameters,
         "tensors": [
@@ -256,9 +268,9 @@ def inspect(path: Path | str) -> dict[str, Any]:
                 "name": spec.name,
                 "shape": list(spec.shape),
                 "dtype": spec.dtype,
-                "norm": _number(of_tensors[spec.name].norm),
-                "minimum": _number(of_tensors[spec.name].minimum),
-                "maximum": _number(of_tensors[spec.name].maximum),
+                "norm": number(of_tensors[spec.name].norm),
+                "minimum": number(of_tensors[spec.name].minimum),
+                "maximum": number(of_tensors[spec.name].maximum),
             }
             for spec in layout.tensors
         ],
@@ -269,10 +281,31 @@ def inspect(path: Path | str) -> dict[str, Any]:
         ],
         "tree": dict(sorted(snapshot.tree.items())),
         "callbacks": sorted(run.callback_states),
-        "config": _json(run.config_json),
+        "config": as_json(run.config_json),
         "files": [
             {"name": file.name, "size_bytes": file.size_bytes, "records": file.records_count} for file in manifest.files
         ],
+    }
+
+
+def export(path: Path | str, file: Path, *, force: bool = False) -> dict[str, Any]:
+    """Write a checkpoint's weights as a safetensors file, whole or not at all; return what was written.
+
+    Raises CheckpointError, and ConfigError where the file exists and not ``force``, or cannot be written.
+    """
+    if file.exists() and not force:
+        raise ConfigError(f"{file} exists already; give --force to overwrite it")
+    snapshot = read_snapshot(path)
+    run = snapshot.run
+    layout = manifest_from_proto(run.manifest)
+    about = {"step": str(run.step), "weights_sha256": run.weights_sha256, "run_id": run.run_id}
+    write_safetensors(file, layout, snapshot.buffers["weights"], about)
+    return {
+        "path": str(file),
+        "step": run.step,
+        "tensors": len(layout.tensors),
+        "parameters": layout.parameters,
+        "weights_sha256": run.weights_sha256,
     }
 
 
@@ -284,14 +317,16 @@ def _at(path: Path | str) -> tuple[Store, str]:
     return LocalStore(path.parent), path.name
 
 
-def _number(value: float) -> float | str:
+def number(value: float) -> float | str:
+    """Return a number as JSON can have it."""
     # JSON has no NaN and no infinity; as text they are what protobuf's own JSON has
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _json(text: str) -> Any:
+def as_json(text: str) -> Any:
+    """Return what a JSON text says, None for an empty one, or the text itself where it is no JSON."""
     try:
         return json.loads(text) if text else None
     except ValueError:

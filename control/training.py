@@ -272,6 +272,8 @@ class Training:
         store = store_at(url or directory.path / "checkpoints")
         self._checkpoints = Checkpoints(store, keep=config.keep, keep_every=config.keep_every)
         if resume is None:
+            if url:
+                await asyncio.to_thread(self._checkpoints.list)  # a URL that cannot be reached is found now
             return directory, None
         if snapshot is None:
             where = resume if is_url(resume) else Path(resume) if resume else None
