@@ -209,6 +209,8 @@ class RunConfig(_Model):
     """directory of the run; none: a new one below runs/"""
     checkpoint_every: Interval | None = Every(30, "seconds")
     """save every so many steps, epochs or minutes; one is always saved at the end"""
+    checkpoint_url: str | None = Field(None, pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://.")
+    """save below this fsspec URL, such as s3://bucket/prefix (needs the extra fsspec); none: in the run directory"""
     keep: int = Field(3, ge=1)
     """newest checkpoints to keep, besides the best"""
     keep_every: int | None = Field(None, ge=1)

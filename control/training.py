@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from control.callbacks import configured
-from control.checkpoint import CheckpointInfo, Checkpoints
+from control.checkpoint import CheckpointInfo, Checkpoints, read_snapshot
 from control.config import RunConfig, compare_identity, identity
 from control.controller import Controller
 from control.events import Callback, CallbackRegistry
@@ -34,6 +34,7 @@ from control.schedules import follows_total
 from control.server import add_services
 from control.servicers import ControlServicer
 from control.snapshot import Snapshot
+from control.store_fsspec import is_url, store_at
 from control.tree import Tree
 from control.weights_file import write_safetensors
 from spheres.environment import tune_malloc
@@ -221,7 +222,8 @@ class Training:
         node = node_config(task, config, manifest, run_id="")
         for callback in [*configured(config), *self._given]:
             self.callbacks.register(callback)
-        directory, snapshot = await self._open_directory()
+        passed_over: list[str] = []
+        directory, snapshot = await self._open_directory(passed_over)
         node = replace(node, run_id=directory.run_id)
         settings = config.model_dump(mode="json")
         servicer = ControlServicer()
@@ -247,6 +249,7 @@ class Training:
         )
         self.controller.start_from(flat)
         if snapshot is not None:
+            self.controller.tell_passed_over(passed_over)
             self.controller.load(snapshot)
             self._allow_another_total(snapshot, node.sampler.steps_per_epoch, journal)
         self._first_step = self.controller.step
@@ -302,18 +305,34 @@ class Training:
                 return
         await self._tree.listen(self.config.listen)
 
-    async def _open_directory(self) -> tuple[RunDirectory, Snapshot | None]:
+    async def _open_directory(self, passed_over: list[str]) -> tuple[RunDirectory, Snapshot | None]:
         config, resume = self.config, self._resume
+        snapshot: Snapshot | None = None
         if resume is None:
             directory = RunDirectory.create(config.run_dir, config.task)
+        elif is_url(resume) and not (config.run_dir and (config.run_dir / "run.json").exists()):
+            # The machine that had the run's directory may be gone: the checkpoint is enough to go on in a new one.
+            snapshot = await asyncio.to_thread(read_snapshot, resume)
+            directory = RunDirectory.create(config.run_dir, config.task)
+            directory.info |= {"run_id": snapshot.run.run_id, "term": snapshot.run.term}
         else:
             directory = RunDirectory.open(config.run_dir or _run_of(resume))
         self._directory = directory
         self._stack.callback(directory.close)
-        self._checkpoints = Checkpoints(directory.path / "checkpoints", keep=config.keep, keep_every=config.keep_every)
+        # a run's own place below the URL: retention of one must not remove what is another's
+        url = config.checkpoint_url and f"{config.checkpoint_url.rstrip('/')}/{directory.run_id}"
+        store = store_at(url or directory.path / "checkpoints")
+        self._checkpoints = Checkpoints(store, keep=config.keep, keep_every=config.keep_every)
         if resume is None:
+            if url:
+                await asyncio.to_thread(self._checkpoints.list)  # a URL that cannot be reached is found now
             return directory, None
-        snapshot = await asyncio.to_thread(self._checkpoints.load, Path(resume) if resume else None)
+        if snapshot is None:
+            where = resume if is_url(resume) else Path(resume) if resume else None
+            snapshot = await asyncio.to_thread(self._checkpoints.load, where, passed_over.append)
+        elif url:  # terms that were counted after the one that it was saved in (N1)
+            found = await asyncio.to_thread(self._checkpoints.list)
+            directory.info["term"] = max([snapshot.run.term, *(info.term for info in found)])
         compare_identity(identity(RunConfig.from_json(snapshot.run.config_json)), identity(config))
         if snapshot.run.run_id != directory.run_id:
             raise ConfigError(
