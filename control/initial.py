@@ -61,4 +61,5 @@ def node_config(task: Task, config: RunConfig, manifest: Manifest, *, run_id: st
         data_fingerprint=data_fingerprint(task),
         patience_seconds=config.patience,
         fan_out=config.fan_out,
+        skips_nonfinite=config.on_nonfinite != "halt",
     )
