@@ -132,6 +132,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
     """Yield the number of each line, from 1, and its record, or what is wrong with it. Raises OSError."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return  # a kill left it, or it is being written just now
             found = _CHECKSUM.fullmatch(line, max(0, len(line.rstrip(b"\n")) - _CHECKSUM_BYTES))
             # a line without a checksum was written before there were any
             if found is not None and crc32c(line[: found.start()]) != int(found[1], 16):
