@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 #: bytes read at a time while the end of the last whole line is searched
 _TAIL_BYTES = 1 << 16
 #: how a line ends: with the CRC-32C of all bytes before that member, so that whoever has the line can check it
-_CHECKSUM = re.compile(rb',"crc32c":"([0-9a-f]{8})"\}\n?')
-_CHECKSUM_BYTES = len(b',"crc32c":"00000000"}')
+_CHECKSUM = re.compile(rb',"crc32c":"(.{8})"\}\n', re.DOTALL)
+_CHECKSUM_BYTES = len(b',"crc32c":"00000000"}\n')
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +134,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return  # a kill left it, or it is being written just now
-            found = _CHECKSUM.fullmatch(line, max(0, len(line.rstrip(b"\n")) - _CHECKSUM_BYTES))
+            found = _CHECKSUM.fullmatch(line, max(0, len(line) - _CHECKSUM_BYTES))
             # a line without a checksum was written before there were any
-            if found is not None and crc32c(line[: found.start()]) != int(found[1], 16):
+            if found is not None and found[1] != b"%08x" % crc32c(line[: found.start()]):
                 yield number, Broken(number, "does not fit its checksum")
                 continue
             try:
