@@ -245,8 +245,8 @@ class Gradients:
         for slot, owner in self._ledger.slots.items():
             if not within.contains(slot):
                 continue
-            if owner == SELF:
-                held = self.reducer.cache.get(slot)
+            held = self.reducer.cache.get(slot)
+            if owner == SELF or held is not None:
                 parts.append(Contribution(slot, self._id, 0 if held is None else held.crc32c))
             else:
                 parts += self._contributions.get(slot, [])

@@ -1138,16 +1138,20 @@ class HeartbeatResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SENT_NANOS_FIELD_NUMBER: _builtins.int
+    ALONE_SECONDS_FIELD_NUMBER: _builtins.int
     sent_nanos: _builtins.int
     """HeartbeatRequest.sent_nanos."""
+    alone_seconds: _builtins.float
+    """Seconds for which the parent itself has had no way to control; 0 where it has one."""
     def __init__(
         self,
         *,
         sent_nanos: _builtins.int = ...,
+        alone_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sent_nanos", b"sent_nanos"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone_seconds", b"alone_seconds", "sent_nanos", b"sent_nanos"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
