@@ -169,8 +169,8 @@ class RunConfig(_Model):
     """highest global norm of the mean gradient"""
     clip_value: float | None = Field(None, gt=0)
     """highest magnitude of an element of the mean gradient, after clip_norm"""
-    on_nonfinite: Literal["halt"] = "halt"
-    """what a gradient that is not finite does to the run"""
+    on_nonfinite: Literal["halt", "skip-microbatch", "skip-step"] = "halt"
+    """what a gradient or loss that is not finite does: end the run, leave out its microbatch, or skip the step"""
 
     # evaluation
     eval_every: Interval | None = Every(1, "epochs")
@@ -209,6 +209,8 @@ class RunConfig(_Model):
     """directory of the run; none: a new one below runs/"""
     checkpoint_every: Interval | None = Every(30, "seconds")
     """save every so many steps, epochs or minutes; one is always saved at the end"""
+    checkpoint_url: str | None = Field(None, pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://.")
+    """save below this fsspec URL, such as s3://bucket/prefix (needs the extra fsspec); none: in the run directory"""
     keep: int = Field(3, ge=1)
     """newest checkpoints to keep, besides the best"""
     keep_every: int | None = Field(None, ge=1)
@@ -321,7 +323,10 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
 
 #: what the bits of the weights follow from, besides the totals; all else may differ on --resume
-_IDENTITY = ("task", "task_options", "seed", "batch_size", "microbatches", "learning_rate", "clip_norm", "clip_value")
+_IDENTITY = (
+    "task", "task_options", "seed", "batch_size", "microbatches", "learning_rate", "clip_norm", "clip_value",
+    "on_nonfinite",
+)  # fmt: skip
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -342,6 +347,8 @@ def compare_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     defaults = identity(RunConfig())
     for key in [*now, *(key for key in saved if key not in now)]:
         old, new = saved.get(key, defaults.get(key)), now.get(key, defaults.get(key))
+        if key == "on_nonfinite" and old == "halt":
+            continue  # a run that halts has committed no step with such a gradient: what it does again is the same
         if old != new:
             raise ConfigError(
                 f"cannot resume: {key} is {_shown(new)} now and was {_shown(old)} when the checkpoint was saved; "

@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
-from control.cli import checkpoints, remote, start
+from control.cli import chaos, checkpoints, membership, remote, start
 from control.cli.doctor import doctor as doctor_command
 from control.cli.output import Command, group, run
+from control.cli.replay import replay as replay_command
 
 __all__ = ["app", "main"]
 
@@ -38,11 +39,15 @@ def _top(
 
 app.command(cls=start.WithResume)(start.start)
 app.command(cls=Command)(doctor_command)
+app.command(cls=Command)(replay_command)
 configuration = group("The configuration of a run.")
 configuration.command("show", cls=Command)(start.show_config)
 app.add_typer(configuration, name="config")
 for command in (remote.status, remote.watch, remote.spheres, remote.pause, remote.resume, remote.stop):
     app.command(cls=Command)(command)
+for change in (membership.spawn, membership.drain, membership.terminate, membership.rebalance, membership.logs):
+    app.command(cls=Command)(change)
+app.command(cls=Command)(chaos.chaos)
 app.add_typer(checkpoints.app, name="checkpoint")
 
 
