@@ -493,7 +493,7 @@ class World:
             now = self.loop.time()
             if self.control is not None and self.control.controller.state is RunState.INITIALIZING:
                 # control counts them before it begins, and a launcher sees to it that they come
-                for _ in range(self.plan.min_spheres - len(self.living())):
+                for _ in range(self.plan.min_spheres - sum(not node.process.stopped for node in self.living())):
                     self.start_sphere()
             busy = (n.worker.busy_until for n in self.living() if n.worker is not None and not n.process.stopped)
             self.last_move = max(self.last_move, self.network.last_arrival, min(now, max(busy, default=0.0)))
@@ -520,6 +520,7 @@ class World:
             left += [f"{process.name} has left {task!r}" for task in process.left()]
         left += [f"{connection} is open" for connection in self.network.connections]
         left += [f"{listener.owner} still listens" for listener in self.network.listeners.values()]
+        left += [f"I13, N10: {text}" for text in self.network.published_after_fence]
         left += [f"reported to the loop: {report}" for report in self.loop.reports]
         assert not left, "; ".join(left[:10])
 
@@ -729,10 +730,13 @@ class World:
         self.say(f"FAULT stop of {self.called(node)} for {seconds:.3f} s")
         process.stop()
         self.network.silence(process.name, seconds)
-        self.loop.call_later(seconds, lambda: process.stopped and self._go_on(process))
+        before = self.network.streams_from(process.name)
+        self.loop.call_later(seconds, lambda: process.stopped and self._go_on(process, seconds, before))
 
-    def _go_on(self, process: Process) -> None:
+    def _go_on(self, process: Process, seconds: float, before: list[Pipe]) -> None:
         self.say(f"{process.name} goes on")
+        if seconds > self.plan.patience * 1.1:  # it has looked at the clock at most a tick before
+            self.network.fence(before)
         process.go_on()
 
     def _crash(self, fault: Fault) -> None:
