@@ -253,7 +253,7 @@ class Training:
             self.controller.load(snapshot)
             self._allow_another_total(snapshot, node.sampler.steps_per_epoch, journal)
         self._first_step = self.controller.step
-        self._tree.changed = self.controller.sphere_changed
+        self._tree.changed = self._sphere_changed
         self._tree.dismissed = self._sphere_dismissed
         directory.write_address(self._tree.address)
         self._local = LocalSpheres(
@@ -367,6 +367,11 @@ class Training:
         if (ended.code or 0) > 0 and not self._tree.hub.children and self._local.all_aside:
             error = kind or ArmillaryError
             controller.fail(error(f"no sphere can be started: after {ended.count} tries {ended}"))
+
+    def _sphere_changed(self, event: str, sphere: str, reason: str) -> None:
+        if event == "sphere_joined":
+            self._local.joined(self._tree.spheres[sphere].pid)
+        self.controller.sphere_changed(event, sphere, reason)
 
     def _sphere_dismissed(self, sphere: str, at_once: bool) -> bool:
         """A sphere was told to leave by command: where it is a local one, it is not started again."""
