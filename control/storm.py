@@ -54,6 +54,8 @@ class Storm:
         self._nanos: dict[int, int] = {}
         self._stopped: dict[int, int] = {}  # pid -> its descriptor
         self._refused: set[str] = set()
+        #: for faults while control is away
+        self._last_seen: list[Target] = []
         #: controls that were started here; they go on
         self._controls: list[subprocess.Popen[bytes]] = []
         self._began = 0.0
@@ -184,7 +186,9 @@ class Storm:
             async with ControlClient(self._address) as client:
                 spheres = await client.spheres()
         except ArmillaryError:
-            return []  # control is being killed itself
+            return [
+                target for target in self._last_seen if target.pid not in self._stopped
+            ]  # control is being killed itself
         found = []
         for sphere in spheres:
             said = sphere.report
@@ -196,6 +200,7 @@ class Storm:
             role = said.role or "leaf"
             if self._targets in ("any", role):
                 found.append(Target(sphere.sphere_id, said.pid, role))
+        self._last_seen = found
         return found
 
     def _held(self, target: Target) -> int | None:
