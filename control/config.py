@@ -169,8 +169,8 @@ class RunConfig(_Model):
     """highest global norm of the mean gradient"""
     clip_value: float | None = Field(None, gt=0)
     """highest magnitude of an element of the mean gradient, after clip_norm"""
-    on_nonfinite: Literal["halt"] = "halt"
-    """what a gradient that is not finite does to the run"""
+    on_nonfinite: Literal["halt", "skip-microbatch", "skip-step"] = "halt"
+    """what a gradient or loss that is not finite does: end the run, leave out its microbatch, or skip the step"""
 
     # evaluation
     eval_every: Interval | None = Every(1, "epochs")
@@ -323,7 +323,10 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
 
 #: what the bits of the weights follow from, besides the totals; all else may differ on --resume
-_IDENTITY = ("task", "task_options", "seed", "batch_size", "microbatches", "learning_rate", "clip_norm", "clip_value")
+_IDENTITY = (
+    "task", "task_options", "seed", "batch_size", "microbatches", "learning_rate", "clip_norm", "clip_value",
+    "on_nonfinite",
+)  # fmt: skip
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -344,6 +347,8 @@ def compare_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     defaults = identity(RunConfig())
     for key in [*now, *(key for key in saved if key not in now)]:
         old, new = saved.get(key, defaults.get(key)), now.get(key, defaults.get(key))
+        if key == "on_nonfinite" and old == "halt":
+            continue  # a run that halts has committed no step with such a gradient: what it does again is the same
         if old != new:
             raise ConfigError(
                 f"cannot resume: {key} is {_shown(new)} now and was {_shown(old)} when the checkpoint was saved; "

@@ -21,16 +21,18 @@ import numpy as np
 from control.checkpoint import CheckpointInfo, Checkpoints
 from control.config import RunConfig
 from control.events import CallbackRegistry, Event
+from control.gradients import MOST_SKIPPED_STEPS, Outcome
 from control.journal import EventLog, Journal
-from control.metrics import StepTimes, Totals, step_record
+from control.metrics import StepTimes, Totals, nonfinite_reason, origin, step_record
 from control.position import Position, put_back, take_snapshot
 from control.run_state import RunState, move
 from control.saver import Saver
 from control.snapshot import Snapshot
 from control.tree import Tree
 from control.update import Update, Updater
+from spheres.blocks import Block
 from spheres.config import NodeConfig
-from spheres.errors import ArmillaryError, CheckpointError, RunStateError
+from spheres.errors import ArmillaryError, CheckpointError, GradientError, RunStateError
 from spheres.hub import EVALUATE, TRAIN, Array
 from spheres.tensors import aligned_zeros
 from spheres.v1 import checkpoint_pb2
@@ -335,16 +337,19 @@ class Controller:
         if not await self._while_waiting(self.tree.compute(step, TRAIN, self._gradient)):
             return
         sealed = perf_counter()
-        attempts, contributions = hub.ledger.attempts, hub.contributors_of_all()
+        attempts = hub.ledger.attempts
+        sums, skipped = hub.sums, hub.gradients.skipped
+        contributions = hub.gradients.contributions(Block(0, self.node.microbatches))
         update = await self._update(step)
         times = StepTimes(began, sealed, perf_counter())
-        self._emit("gradient_sync", {"step": step, "norm": update.decision.norm})
-        assert hub.sums is not None
+        norm = None if update.decision is None else update.decision.norm
+        self._emit("gradient_sync", {"step": step, "norm": norm})
         record = step_record(
             step,
             term=self.tree.term,
             sampler=sampler,
-            sums=hub.sums,
+            sums=sums,
+            skipped=skipped,
             update=update,
             digest=hub.weights.digest,
             times=times,
@@ -358,39 +363,75 @@ class Controller:
         await self._commit(record)
 
     async def _update(self, step: int) -> Update:
-        sums = self._hub.sums
-        assert sums is not None  # every step has at least one sample
+        sums, skipped = self._hub.sums, len(self._hub.gradients.skipped)
         self._hub.seal()
 
         def apply() -> Update:
-            return self._updater.apply(self._hub.weights, self._gradient, sums, step=step, term=self.tree.term)
+            weights, term = self._hub.weights, self.tree.term
+            return self._updater.apply(weights, self._gradient, sums, step=step, term=term, skipped=skipped)
 
         return apply() if self.node.manifest.size <= _INLINE_ELEMENTS else await asyncio.to_thread(apply)
 
     async def _commit(self, record: dict[str, Any]) -> None:
-        """Journal the step, then show it (N18)."""
+        """Journal the step, then show it (N18). Raises what keeps it from being committed: the run ends with that."""
         step = record["step"]
-        recorded = self._journal.recorded_digest(step)
-        if recorded is not None:
-            record["replayed"] = True
-            if recorded != record["weights_digest"]:
-                raise CheckpointError(
-                    f"step {step} done again gave weights {record['weights_digest']}, the journal has {recorded}: "
-                    "the task is not deterministic, or this machine computes other bits; see control-cli doctor"
-                )
         record["seconds"] |= self._saver.take_stall()
-        # off the loop: on a slow disk heartbeats must not wait for it
-        await asyncio.to_thread(self._journal.append, record)
+        try:
+            await self._record(record)
+        except BaseException:
+            # These weights are ahead of the step that did not become one: no checkpoint may take them for its own.
+            self._hub.weights.withdraw()
+            raise
         self._position.step += 1
-        self.metrics["loss"] = record["loss"]
-        for name, value in record["metrics"].items():
-            self.metrics[f"train_{name}"] = value
+        shown = {"loss": record["loss"], **{f"train_{name}": value for name, value in record["metrics"].items()}}
+        self.metrics.update({name: value for name, value in shown.items() if value is not None})
         self.totals.add(record)
         self.publish(record)
+        if record["decision"] != Outcome.APPLIED:
+            self._tell_nonfinite(record)
         self._emit("weight_update", {"step": step, "weights_version": self.step})
         self._emit("batch_end", record, step=step)
         if self.step % self.node.sampler.steps_per_epoch == 0:
             self._emit("epoch_end", {"epoch": record["epoch"]}, step=step)
+        if self.totals.skipped_in_a_row >= MOST_SKIPPED_STEPS:
+            raise GradientError(
+                f"{MOST_SKIPPED_STEPS} steps in a row were skipped, up to step {step}: {nonfinite_reason(record)}; go "
+                "back to a checkpoint before them, and lower the learning rate or look at those samples"
+            )
+
+    async def _record(self, record: dict[str, Any]) -> None:
+        """Compare a step that is done again with its record, and append the new one."""
+        recorded = self._journal.recorded_digest(record["step"])
+        if recorded is not None:
+            record["replayed"] = True
+            if recorded != record["weights_digest"]:
+                raise CheckpointError(
+                    f"step {record['step']} done again gave weights {record['weights_digest']}, the journal has "
+                    f"{recorded}: the task is not deterministic, or this machine computes other bits; see control-cli "
+                    "doctor and control-cli replay"
+                )
+        if self._journal.term != record["term"]:
+            # what a replay needs to know of this process, once
+            record["origin"] = await asyncio.to_thread(origin, self.config, self.node)
+        # Off the loop: on a slow disk heartbeats must not wait for it. A record that cannot be written is not tried
+        # again: the disk is full or gone, and the last checkpoint is where it is safe to go on from.
+        await asyncio.to_thread(self._journal.append, record)
+
+    def _tell_nonfinite(self, record: Mapping[str, Any]) -> None:
+        """Say that a step was skipped, or was applied without some of its microbatches."""
+        step, decision = record["step"], record["decision"]
+        key = "skipped_steps" if decision == Outcome.SKIPPED_STEP else "skipped_microbatches"
+        before = int(self.metrics.get(key, 0))
+        count = before + (1 if key == "skipped_steps" else len(record["nonfinite"]))
+        self.metrics[key] = float(count)  # checkpoints keep it
+        reason = nonfinite_reason(record)
+        # a run that diverges must not fill the log: at the 1st, 2nd, 4th, 8th ...
+        loud = before.bit_length() != count.bit_length()
+        if loud:
+            log.warning("step %d: %s (%s; %d %s so far)", step, decision, reason, count, key.replace("_", " "))
+        told = {"step": step, "decision": decision, "nonfinite": record["nonfinite"], "reason": reason}
+        told |= {key: count, "loud": loud}
+        self._emit("nonfinite", self._note("nonfinite", told), step=step)
 
     # ---- evaluation
 

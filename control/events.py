@@ -34,6 +34,7 @@ EVENTS = (
     "batch_end",
     "gradient_sync",
     "weight_update",
+    "nonfinite",
     "evaluation",
     "checkpoint",
     "sphere_joined",
@@ -57,6 +58,7 @@ class Event:
             ...                             # the step is sealed; mean, clipping, optimizer
             gradient_sync                   # the record has the norm of the mean gradient
             ...                             # the step's record is written to the journal, and on disk
+            [nonfinite]                     # the step was skipped, or microbatches of it were left out
             weight_update                   # weights_version is one higher
             batch_end                       # record = the journal's record of the step
             [epoch_end]                     # after the last step of an epoch

@@ -1,12 +1,15 @@
-"""From the sum of all gradients to what the optimizer gets: finite check, mean, clipping.
+"""From the sum of all gradients to what the optimizer gets: whether a step is applied, mean, clipping.
 
-Decided once from the norm of the sum (RECOVERY N16), then applied in pieces or at once, with the same bits.
+Decided once, for all, from the verdicts of the leaves and the norm of the sum (RECOVERY N16), then applied in pieces or
+at once, with the same bits.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +17,41 @@ import numpy.typing as npt
 from spheres.numerics import clip_value, global_norm, mean, scale
 from spheres.tensors import Manifest
 
-__all__ = ["GradientDecision", "decide", "prepare"]
+__all__ = ["MOST_SKIPPED_STEPS", "GradientDecision", "Outcome", "Policy", "decide", "outcome", "prepare"]
 
 Array = npt.NDArray[np.float32]
+
+#: what is done about gradients that are not finite: ``RunConfig.on_nonfinite``
+Policy = Literal["halt", "skip-microbatch", "skip-step"]
+
+#: A run ends when so many steps in a row were skipped. Neither weights nor optimizer move then, so only other samples
+#: could help, and a hundred batches of them did not: it has diverged, and would compute for nothing till its total.
+MOST_SKIPPED_STEPS = 100
+
+
+class Outcome(StrEnum):
+    """What becomes of a step, one decision for the whole run; ``decision`` in the journal."""
+
+    APPLIED = "applied"
+    #: the mean is over the microbatches that are left
+    SKIPPED_MICROBATCHES = "skipped_microbatches"
+    #: weights and optimizer stay as they are, under the next version
+    SKIPPED_STEP = "skipped_step"
+
+
+def outcome(policy: Policy, *, skipped: int, count: int, finite: bool) -> Outcome | None:
+    """Decide from the number of microbatches left out, the samples left, and whether their sum is finite.
+
+    None is: the run halts. A sum can overflow though each microbatch is finite; no part of it is to blame then, so both
+    skipping policies skip the step.
+    """
+    if not skipped and finite:
+        return Outcome.APPLIED
+    if policy == "halt":
+        return None
+    if policy == "skip-microbatch" and count and finite:
+        return Outcome.SKIPPED_MICROBATCHES
+    return Outcome.SKIPPED_STEP
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,4 +63,5 @@ def node_config(task: Task, config: RunConfig, manifest: Manifest, *, run_id: st
         heartbeat_seconds=min(1.0, config.patience / 4),
         patience_seconds=config.patience,
         fan_out=config.fan_out,
+        skips_nonfinite=config.on_nonfinite != "halt",
     )

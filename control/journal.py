@@ -1,6 +1,6 @@
 """The journal: one durable JSON line per committed step, keyed by step; and the event log beside it.
 
-What a record holds is the controller's; ``control.report`` reads both files once more.
+What a record holds is the controller's (docs/journal.md); ``control.report`` and ``control.replay`` read it once more.
 """
 
 from __future__ import annotations
@@ -8,21 +8,48 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from control.store import fsync_directory
 from spheres.errors import ArmillaryError, ConfigError
+from spheres.numerics import crc32c
 
-__all__ = ["EventLog", "Journal"]
+__all__ = ["Broken", "EventLog", "Journal", "Records", "read_lines", "read_records"]
 
 log = logging.getLogger(__name__)
 
 #: bytes read at a time while the end of the last whole line is searched
 _TAIL_BYTES = 1 << 16
+#: how a line ends: with the CRC-32C of all bytes before that member, so that whoever has the line can check it
+_CHECKSUM = re.compile(rb',"crc32c":"(.{8})"\}\n', re.DOTALL)
+_CHECKSUM_BYTES = len(b',"crc32c":"00000000"}\n')
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A line that cannot be used; ``line`` counts from 1."""
+
+    line: int
+    what: str
+
+
+@dataclass
+class Records:
+    """The records of some steps, the latest term of each; and which steps there are at all."""
+
+    steps: dict[int, dict[str, Any]] = field(default_factory=dict)
+    #: the first and the last step of the whole journal; None where it has none
+    first: int | None = None
+    last: int | None = None
+    #: term -> what made its records
+    origins: dict[int, dict[str, Any]] = field(default_factory=dict)
+    broken: list[Broken] = field(default_factory=list)
 
 
 class Journal:
@@ -30,6 +57,8 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        #: highest term of a record; 0 where there is none
+        self.term = 0
         self._digests: dict[int, tuple[int, str]] = {}
         self._file = _open(path)
         try:
@@ -46,7 +75,7 @@ class Journal:
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record; on disk when this returns. Raises ArmillaryError, with the file as it was before."""
         try:
-            _append(self._file, record, sync=True)
+            _append(self._file, _checked_line(record), sync=True)
         except OSError as error:
             raise ArmillaryError(
                 f"cannot write {self.path}: {error.strerror}; make room, then go on with --resume"
@@ -71,12 +100,13 @@ class Journal:
 
     def _replay(self) -> None:
         broken: list[int] = []
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    self._take(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    broken.append(number)
+        for number, record in read_lines(self.path):
+            try:
+                if isinstance(record, Broken):
+                    raise ValueError(record.what)
+                self._take(record)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                broken.append(number)
         if broken:
             # Not an error: no weight depends on the journal, so a bad sector in it must not cost the run. Nor does a
             # difference stay hidden, as every step builds on the one before: the next one that is recorded tells.
@@ -93,8 +123,60 @@ class Journal:
             self._digests = {step: found for step, found in self._digests.items() if step < start}
             return
         step, term, digest = int(record["step"]), int(record.get("term", 0)), str(record["weights_digest"])
+        self.term = max(self.term, term)
         if term >= self._digests.get(step, (0, ""))[0]:
             self._digests[step] = (term, digest)
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+    """Yield the number of each line, from 1, and its record, or what is wrong with it. Raises OSError."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return  # a kill left it, or it is being written just now
+            found = _CHECKSUM.fullmatch(line, max(0, len(line) - _CHECKSUM_BYTES))
+            # a line without a checksum was written before there were any
+            if found is not None and found[1] != b"%08x" % crc32c(line[: found.start()]):
+                yield number, Broken(number, "does not fit its checksum")
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                yield number, Broken(number, "is no JSON object")
+                continue
+            record.pop("crc32c", None)
+            yield number, record
+
+
+def read_records(path: Path, steps: range) -> Records:
+    """Return the records of ``steps``. Holds those alone in memory. Raises OSError."""
+    found = Records()
+    known: dict[int, int] = {}  # step -> its latest term
+    for number, record in read_lines(path):
+        if isinstance(record, Broken):
+            found.broken.append(record)
+            continue
+        try:
+            if record.get("event") == "forget":
+                start = int(record["from_step"])
+                known = {step: term for step, term in known.items() if step < start}
+                found.steps = {step: each for step, each in found.steps.items() if step < start}
+                continue
+            step, term = int(record["step"]), int(record.get("term", 0))
+            str(record["weights_digest"])
+        except (ValueError, KeyError, TypeError):
+            found.broken.append(Broken(number, "is no record of a step"))
+            continue
+        if isinstance(origin := record.get("origin"), dict):
+            found.origins[term] = origin
+        if term >= known.get(step, 0):
+            known[step] = term
+            if step in steps:
+                found.steps[step] = record
+    found.first, found.last = min(known, default=None), max(known, default=None)
+    return found
 
 
 class EventLog:
@@ -107,7 +189,7 @@ class EventLog:
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record. A disk that takes no more is no reason to stop: the journal is what tells of that."""
         try:
-            _append(self._file, record)
+            _append(self._file, json.dumps(record, separators=(",", ":")).encode() + b"\n")
         except OSError as error:
             log.warning("cannot write %s: %s", self._path, error.strerror)
 
@@ -115,9 +197,14 @@ class EventLog:
         self._file.close()
 
 
-def _append(file: FileIO, record: Mapping[str, Any], *, sync: bool = False) -> None:
+def _checked_line(record: Mapping[str, Any]) -> bytes:
+    body = json.dumps(record, separators=(",", ":")).encode()[:-1]
+    return body + b',"crc32c":"%08x"}\n' % crc32c(body)
+
+
+def _append(file: FileIO, line: bytes, *, sync: bool = False) -> None:
     """Write a line whole or not at all. Raises OSError."""
-    rest = memoryview(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+    rest = memoryview(line)
     size = file.seek(0, os.SEEK_END)
     try:
         # unbuffered: a line that could not be written must not follow later, at the next one or at close

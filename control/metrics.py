@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from control.config import RunConfig
+from control.gradients import Outcome
 from control.update import Update
-from spheres.blocks import Block
+from spheres.config import NodeConfig
+from spheres.environment import describe
+from spheres.gradients import Contribution
 from spheres.phases import PhaseTimes
+from spheres.reducer import NonFinite
 from spheres.sampling import Sampler
 from spheres.task import Sums
 
-__all__ = ["StepTimes", "Totals", "step_record"]
+__all__ = ["StepTimes", "Totals", "nonfinite_reason", "origin", "step_record"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +36,22 @@ def step_record(
     *,
     term: int,
     sampler: Sampler,
-    sums: Sums,
+    sums: Sums | None,
+    skipped: Sequence[NonFinite],
     update: Update,
     digest: bytes,
     times: StepTimes,
     phases: PhaseTimes,
     spheres: int,
-    contributions: Sequence[tuple[Block, str]],
+    contributions: Sequence[Contribution],
     attempts: int,
     bytes_up: int,
     bytes_down: int,
 ) -> dict[str, Any]:
-    """Return the record of a committed step. Seconds, bytes, samples; phases are sums over the spheres."""
+    """Return the record of a committed step, which docs/journal.md explains. Phases are sums over the spheres.
+
+    ``sums`` None: no microbatch had a gradient.
+    """
     seconds = times.updated - times.began
     shown = {p: {"sum": total, "max": most, "slowest": who} for p, (total, most, who) in phases.below.items()}
     compute = float(phases.below.get("compute", (0.0, 0.0, ""))[1])
@@ -53,15 +63,19 @@ def step_record(
         "weights_version": step + 1,
         "samples": sampler.samples_before(step + 1),
         "batch_samples": sampler.batch_count(step),
-        "loss": sums.loss / sums.count,
-        "metrics": {name: value / sums.count for name, value in sums.metrics.items()},
+        "used_samples": 0 if sums is None else sums.count,
+        "decision": str(update.outcome),
+        "nonfinite": [_verdict(verdict, contributions) for verdict in skipped],
+        "loss": None if sums is None else _finite(sums.loss / sums.count),
+        "metrics": {} if sums is None else {name: _finite(v / sums.count) for name, v in sums.metrics.items()},
         "learning_rate": update.learning_rate,
         "gradient": {
             **(update.gradient or {}),
             # of the mean gradient before clipping; the other figures are of what the optimizer got
-            "norm": update.decision.norm,
-            "clipped": update.decision.clipped,
+            "norm": None if update.decision is None else update.decision.norm,
+            "clipped": update.decision is not None and update.decision.clipped,
         },
+        "gradient_crc32c": update.gradient_crc32c,
         "weights": update.weights or {},
         "weights_digest": digest.hex(),
         "seconds": {
@@ -73,12 +87,52 @@ def step_record(
         # the slowest sphere's compute is what a step would take without any exchange
         "sync_fraction": max(0.0, 1 - compute / seconds) if seconds else 0.0,
         "spheres": spheres,
-        "contributions": [[block.lo, block.hi, sphere] for block, sphere in contributions],
+        "contributions": [[part.block.lo, part.block.hi, part.sphere] for part in contributions],
+        "contributions_crc32c": [part.crc32c for part in contributions],
         "attempts": attempts,
         "bytes_up": bytes_up,
         "bytes_down": bytes_down,
         "replayed": False,
         "time": time.time(),
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no number for what is not finite; a sum of finite losses may overflow."""
+    return value if math.isfinite(value) else None
+
+
+def _verdict(verdict: NonFinite, contributions: Sequence[Contribution]) -> dict[str, Any]:
+    # where a step has so many that not all were told in full, who computed a block still says whose it was
+    index = verdict.microbatch
+    sphere = verdict.sphere or next((p.sphere for p in contributions if p.block.lo <= index < p.block.hi), "")
+    found: dict[str, Any] = {"microbatch": index, "sphere": sphere}
+    if verdict.tensors or verdict.sample_ids:
+        found |= {"tensors": list(verdict.tensors), "samples": list(verdict.sample_ids)}
+    return found
+
+
+def nonfinite_reason(record: Mapping[str, Any]) -> str:
+    """Return in one line why a step was not applied whole."""
+    verdicts = record["nonfinite"]
+    if not verdicts:
+        return "the sum of gradients and losses that are finite is not"
+    first = verdicts[0]
+    text = f"microbatch {first['microbatch']} of {first['sphere'] or 'a sphere'} is not finite"
+    if first.get("tensors"):
+        text += f" in {', '.join(first['tensors'])}"
+    if first.get("samples"):
+        text += f", samples {', '.join(map(str, first['samples'][:8]))}{', ...' if len(first['samples']) > 8 else ''}"
+    return text + (f"; and {len(verdicts) - 1} more" if len(verdicts) > 1 else "")
+
+
+def origin(config: RunConfig, node: NodeConfig) -> dict[str, Any]:
+    """Return what made the records of this process and term: ``origin`` of the first of them."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "task_fingerprint": node.task_fingerprint,
+        "data_fingerprint": node.data_fingerprint,
+        "environment": describe(),
     }
 
 
@@ -92,12 +146,18 @@ class Totals:
     compute: float = 0.0
     up_bytes: int = 0
     down_bytes: int = 0
+    #: steps that were skipped, and how many of them are the last ones in a row
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
     #: phase -> seconds, summed over the spheres; ``optimizer`` is control's own
     phase_seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Count one committed step."""
         self.steps += 1
+        skipped = record["decision"] == Outcome.SKIPPED_STEP
+        self.skipped_steps += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.samples += record["batch_samples"]
         self.seconds += record["seconds"]["step"]
         self.compute += record["seconds"]["step"] * (1 - record["sync_fraction"])

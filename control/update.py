@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from control.config import RunConfig
-from control.gradients import GradientDecision, prepare
+from control.gradients import GradientDecision, Outcome, decide, outcome
 from control.optimizers import make_optimizer
 from control.schedules import learning_rate
 from spheres.errors import GradientError
-from spheres.numerics import BLOCK_ELEMENTS, is_finite
+from spheres.numerics import BLOCK_ELEMENTS, crc32c, global_norm, is_finite
 from spheres.task import Sums
 from spheres.tensors import Manifest
 from spheres.weights import Weights
@@ -34,8 +34,12 @@ _STATISTICS_EVERY = 10
 class Update:
     """What one update did. The statistics are over all tensors together; None where they were left out."""
 
-    decision: GradientDecision
+    outcome: Outcome
+    #: None where the step was skipped
+    decision: GradientDecision | None
     learning_rate: float
+    #: of the sum of the gradients, before it became their mean; 0 where no microbatch had one
+    gradient_crc32c: int
     gradient: dict[str, float] | None
     weights: dict[str, float] | None
 
@@ -47,31 +51,61 @@ class Updater:
         self.optimizer = make_optimizer(config.optimizer, manifest)
         self._config, self._manifest, self._total_steps = config, manifest, total_steps
 
-    def apply(self, weights: Weights, gradient: Array, sums: Sums, *, step: int, term: int) -> Update:
+    def apply(
+        self,
+        weights: Weights,
+        gradient: Array,
+        sums: Sums | None,
+        *,
+        step: int,
+        term: int,
+        skipped: int = 0,
+        rate: float | None = None,
+    ) -> Update:
         """Turn the summed ``gradient`` into its clipped mean and the weights into version ``step + 1``, in place.
 
-        Raises GradientError, with nothing changed, where the sum is not finite (N16); and where the new weights are
-        not, which only a checkpoint can undo.
+        ``sums`` None: no microbatch has a gradient. ``skipped`` of them were left out. ``rate`` None: the schedule's.
+        Of a skipped step the next version is the same bytes, and the optimizer counts nothing. Raises GradientError,
+        with nothing changed, where the sum is not finite and the run halts for that (N16); and where the new weights
+        are not, which only a checkpoint can undo.
         """
         config, manifest = self._config, self._manifest
-        decision = prepare(manifest, gradient, sums.count, clip_norm=config.clip_norm, clip_value=config.clip_value)
-        if not decision.finite:
+        if rate is None:
+            rate = learning_rate(config.schedule, config.learning_rate, step, self._total_steps)
+        checksum, decision = 0, None
+        if sums is not None:
+            checksum = crc32c(gradient)
+            norm = global_norm(manifest, gradient)
+            decision = decide(norm, sums.count, clip_norm=config.clip_norm, clip_value=config.clip_value)
+        decided = outcome(
+            config.on_nonfinite,
+            skipped=skipped,
+            count=0 if sums is None else sums.count,
+            finite=decision is not None and sums is not None and decision.finite and math.isfinite(sums.loss),
+        )
+        if decided is None:
             weights.publish(term=term, version=step)  # as they were
             raise GradientError(
                 f"the summed gradient of step {step} is not finite, though each microbatch's is: "
                 "the loss has grown too large; lower the learning rate"
             )
-        rate = learning_rate(config.schedule, config.learning_rate, step, self._total_steps)
-        self.optimizer.begin()
-        self.optimizer.update(weights.flat, gradient, rate, 0, gradient.size)
-        if not is_finite(weights.flat):
-            raise GradientError(f"the weights are not finite after step {step}; lower the learning rate or clip")
+        if decided is Outcome.SKIPPED_STEP:
+            decision = None
+        else:
+            assert decision is not None
+            decision.apply(gradient, 0, gradient.size)
+            self.optimizer.begin()
+            self.optimizer.update(weights.flat, gradient, rate, 0, gradient.size)
+            if not is_finite(weights.flat):
+                raise GradientError(f"the weights are not finite after step {step}; lower the learning rate or clip")
         weights.publish(term=term, version=step + 1)
         wanted = manifest.size <= _STATISTICS_ELEMENTS or step % _STATISTICS_EVERY == 0
         return Update(
+            decided,
             decision,
             rate,
-            overall(manifest, gradient) if wanted else None,
+            checksum,
+            overall(manifest, gradient) if wanted and decision is not None else None,
             overall(manifest, weights.flat) if wanted else None,
         )
 

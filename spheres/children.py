@@ -56,6 +56,8 @@ class Children:
         self._environment, self._lease = environment, lease
         #: raises where a child's hello is to be refused; the owner's
         self.vet: Callable[[pb.Hello], None] = lambda _: None
+        #: seconds for which this node has had no way to control
+        self.alone: Callable[[], float] = lambda: 0.0
         #: sphere id -> (when, report)
         self.reports: dict[str, tuple[float, common_pb2.SphereReport]] = {}
         #: whose newest report has not gone up, in the order in which they came
@@ -243,7 +245,8 @@ class Children:
             while (data := await link.receive()) is not None:
                 message = decode(pb.HeartbeatRequest, data)
                 self._take(message)
-                await link.send(pb.HeartbeatResponse(sent_nanos=message.sent_nanos).SerializeToString())
+                answer = pb.HeartbeatResponse(sent_nanos=message.sent_nanos, alone_seconds=self.alone())
+                await link.send(answer.SerializeToString())
         except (ProtocolError, RefusedError) as error:
             self._count(error, link.peer)
             raise

@@ -58,6 +58,8 @@ class NodeConfig:
     patience_seconds: float = 5.0
     #: most children of one node
     fan_out: int = 12
+    #: a microbatch that is not finite is left out and told of; else it is a failure of the task (N16)
+    skips_nonfinite: bool = False
 
     @cached_property
     def chunk_elements(self) -> int:
@@ -88,6 +90,7 @@ class NodeConfig:
             task_fingerprint=self.task_fingerprint,
             data_fingerprint=self.data_fingerprint,
             fan_out=self.fan_out,
+            skips_nonfinite=self.skips_nonfinite,
         )
         message.heartbeat_interval.FromNanoseconds(round(self.heartbeat_seconds * 1e9))
         message.patience.FromNanoseconds(round(self.patience_seconds * 1e9))
@@ -113,6 +116,7 @@ class NodeConfig:
             heartbeat_seconds=message.heartbeat_interval.ToNanoseconds() / 1e9,
             patience_seconds=message.patience.ToNanoseconds() / 1e9,
             fan_out=message.fan_out,
+            skips_nonfinite=message.skips_nonfinite,
         )
 
 

@@ -7,26 +7,41 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from spheres.blocks import Block
-from spheres.config import NodeConfig
+from spheres.config import MAX_MESSAGE_BYTES, NodeConfig
 from spheres.errors import ChecksumError, ProtocolError
 from spheres.frames import block_from, encode_with_chunk
 from spheres.ledger import SELF, Action, Ledger
 from spheres.numerics import crc32c
 from spheres.phases import PhaseTimes
-from spheres.reducer import Reducer
+from spheres.reducer import NonFinite, Reducer
 from spheres.task import Sums
 from spheres.v1 import work_pb2 as pb
 from spheres.weights import Weights
 
-__all__ = ["Gradients", "Outgoing"]
+__all__ = ["Contribution", "Gradients", "Outgoing"]
 
 Array = npt.NDArray[np.float32]
+
+#: verdicts of one header that say more than which microbatch it is
+_MOST_DETAILED = 32
+#: bytes around a chunk's payload, at most
+_CHUNK_FRAME_BYTES = 64
+
+
+class Contribution(NamedTuple):
+    """Who computed a block, and the checksum of its gradient, 0 where that is not known."""
+
+    block: Block
+    sphere: str
+    crc32c: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +60,7 @@ class Gradients:
         self.reducer = Reducer(config.chunk_elements)
         self.phases = PhaseTimes()
         #: block of a child -> who computed which part of it, as its footer said
-        self._contributions: dict[Block, list[tuple[Block, str]]] = {}
+        self._contributions: dict[Block, list[Contribution]] = {}
         #: block of a child -> its last chunk that came in this attempt
         self._last: dict[Block, int] = {}
         self._train = False
@@ -53,12 +68,14 @@ class Gradients:
         #: the root's: where the sum of the gradients goes, and what came with it
         self._out: Array | None = None
         self.sums: Sums | None = None
+        #: the root's: the step's microbatches that were left out, as far as their verdicts were told in full
+        self.skipped: tuple[NonFinite, ...] = ()
         #: payload bytes that children have sent
         self.received_bytes = 0
 
     def start(self, *, train: bool, out: Array | None) -> None:
         """A new step; ``out`` takes the root's sum of a training step."""
-        self._train, self._out, self.sums = train, out, None
+        self._train, self._out, self.sums, self.skipped = train, out, None, ()
         self._started = perf_counter()
         self.phases.clear()
 
@@ -88,7 +105,9 @@ class Gradients:
             block = block_from(footer.block)
             self._ledger.accepts(child, attempt, block, -1)
             self.phases.merge(child, footer.phases)
-            self._contributions[block] = [(block_from(c.block), c.sphere_id) for c in footer.contributions]
+            self._contributions[block] = [
+                Contribution(block_from(c.block), c.sphere_id, c.crc32c) for c in footer.contributions
+            ]
 
     def _header(self, child: str, attempt: int, header: pb.GradientHeader) -> None:
         block = block_from(header.block)
@@ -100,10 +119,22 @@ class Gradients:
             )
         sums = None
         if not header.absent:
-            if header.samples_count < 1 or not math.isfinite(header.loss_sum):
+            # a sum of finite losses may overflow, and that is control's to judge
+            wrong = math.isnan(header.loss_sum) or (block.width == 1 and math.isinf(header.loss_sum))
+            if header.samples_count < 1 or wrong:
                 raise ProtocolError(f"{child}: {block} has {header.samples_count} samples and loss {header.loss_sum}")
             sums = Sums(header.loss_sum, header.samples_count, {m.name: m.value for m in header.metrics})
-        self.reducer.header(block, sums, absent=header.absent)
+        skipped = tuple(
+            NonFinite(v.microbatch, tuple(v.tensors), tuple(v.sample_ids), v.sphere_id) for v in header.skipped
+        )
+        self._check_skipped(child, block, [verdict.microbatch for verdict in skipped])
+        self.reducer.header(block, sums, absent=header.absent, skipped=skipped)
+
+    def _check_skipped(self, child: str, block: Block, indices: list[int]) -> None:
+        if indices and not (self._config.skips_nonfinite and self._train):
+            raise ProtocolError(f"{child}: microbatches of {block} were left out; this work leaves none out")
+        if any(not block.contains(Block(i, i + 1)) for i in indices) or any(a >= b for a, b in pairwise(indices)):
+            raise ProtocolError(f"{child}: microbatches {indices[:8]} of {block} are outside of it or not in order")
 
     def _chunk(self, child: str, attempt: int, chunk: pb.Chunk) -> None:
         block, index, data = block_from(chunk.block), chunk.index, chunk.data
@@ -138,7 +169,7 @@ class Gradients:
         while (item := ledger.sendable(reducer.has)) is not None:
             block, index = item
             if index == 0:
-                self.sums = reducer.sums(block)
+                self.sums, self.skipped = reducer.sums(block), reducer.skipped(block, self._id)
             started = perf_counter()
             last = reducer.absent(block)
             if not last and self._out is not None:
@@ -168,6 +199,7 @@ class Gradients:
         if last:
             self._write_footer(message.gradient_footer, block)
         if absent:
+            _fit(message, MAX_MESSAGE_BYTES)
             return Outgoing(message.SerializeToString(), 0), ledger.sent(block, index, last=True)
         started = perf_counter()
         array = reducer.take(block, index) if self._train else None
@@ -179,6 +211,7 @@ class Gradients:
             offset_bytes=index * self._config.chunk_bytes,
             crc32c=crc32c(payload),
         )
+        _fit(message, MAX_MESSAGE_BYTES - len(payload) - _CHUNK_FRAME_BYTES)
         data = encode_with_chunk(message, chunk, payload)
         return Outgoing(data, len(payload)), ledger.sent(block, index, last=last)
 
@@ -191,20 +224,51 @@ class Gradients:
             header.samples_count, header.loss_sum = sums.count, sums.loss
             for name in sorted(sums.metrics):
                 header.metrics.add(name=name, value=sums.metrics[name])
+        for number, verdict in enumerate(self.reducer.skipped(block, self._id)):
+            said = header.skipped.add(microbatch=verdict.microbatch)
+            if number < _MOST_DETAILED:
+                said.sphere_id = verdict.sphere
+                said.tensors[:], said.sample_ids[:] = verdict.tensors, verdict.sample_ids
 
     def _write_footer(self, footer: pb.GradientFooter, block: Block) -> None:
         footer.block.lo, footer.block.hi = block
-        for part, sphere in self.contributors(block):
-            footer.contributions.add(block=pb.Block(lo=part.lo, hi=part.hi), sphere_id=sphere)
+        for part, sphere, checksum in self.contributions(block):
+            footer.contributions.add(block=pb.Block(lo=part.lo, hi=part.hi), sphere_id=sphere, crc32c=checksum)
         # Times are the subtree's, not the block's: they go with the last block, so that they are counted once.
         if sum(1 for index in self._ledger.obligations.values() if index < self._ledger.chunks) == 1:
             self.phases.close(self.elapsed, computes=self._ledger.computes)
             self.phases.write(footer.phases, self._id)
 
-    def contributors(self, within: Block) -> list[tuple[Block, str]]:
-        """Return who computed which part of a block, as far as footers have come."""
-        parts: list[tuple[Block, str]] = []
+    def contributions(self, within: Block) -> list[Contribution]:
+        """Return who computed which part of a block, in order, as far as footers have come."""
+        parts: list[Contribution] = []
         for slot, owner in self._ledger.slots.items():
-            if within.contains(slot):
-                parts += [(slot, self._id)] if owner == SELF else self._contributions.get(slot, [])
+            if not within.contains(slot):
+                continue
+            held = self.reducer.cache.get(slot)
+            if owner == SELF or held is not None:
+                parts.append(Contribution(slot, self._id, 0 if held is None else held.crc32c))
+            else:
+                parts += self._contributions.get(slot, [])
         return sorted(parts)
+
+    def contributors(self, within: Block) -> list[tuple[Block, str]]:
+        """Return the same without checksums."""
+        return [(part.block, part.sphere) for part in self.contributions(within)]
+
+
+def _fit(message: pb.WorkRequest, room: int) -> None:
+    """Leave out what can be done without, where a step of very many parts would make a message too large.
+
+    First what verdicts say beyond which microbatch it is, then the checksums of contributions. What is left of 4,096
+    microbatches fits beside the largest chunk: 20 kB of verdicts and 78 kB of contributions.
+    """
+    skipped, contributions = message.gradient_header.skipped, message.gradient_footer.contributions
+    if len(skipped) + len(contributions) <= _MOST_DETAILED or message.ByteSize() <= room:
+        return
+    for verdict in skipped[:_MOST_DETAILED]:
+        for detail in ("sphere_id", "tensors", "sample_ids"):
+            verdict.ClearField(detail)
+    if message.ByteSize() > room:
+        for contribution in contributions:
+            contribution.ClearField("crc32c")

@@ -525,7 +525,8 @@ class Hub:
         self.hooks.call_later(seconds, self._rested)
 
     def _rested(self) -> None:
-        if self._aside_until <= self.hooks.clock() and self._failure is None:
+        if self._worker is not None and self._aside_until <= self.hooks.clock():
+            self._failure = None
             self._do(self.ledger.able())
             self._tell_capacity()
 

@@ -75,6 +75,8 @@ class Parent:
         # when something last came from the parent; the parent whose lease ran out, which is not dialled first
         self._heard = 0.0
         self._silent = ""
+        # since when there is no way to control: no link, or a parent that has none; None where there is one
+        self._alone_since: float | None = None
         self._orphan_timeout = orphan_timeout
         self._reports = reports
         self._session = 0
@@ -98,18 +100,19 @@ class Parent:
     async def run(self) -> None:
         """Keep a link until cancelled. Raises what cannot be cured: a refusal, or UnreachableError of an orphan."""
         now = asyncio.get_running_loop().time
-        alone_since = now()
+        self._alone_since = now()
         pause = _PAUSE
         while True:
             for ancestor in self._in_order():
                 began = now()
                 if await self._link(ancestor):
-                    alone_since = now()
                     # A parent that ends every link at once is not dialled at full speed.
-                    if alone_since - began > _LONGEST_PAUSE:
+                    if now() - began > _LONGEST_PAUSE:
                         pause = _PAUSE
                     break
-            left = alone_since + self._orphan_timeout - now()
+            if self._alone_since is None:
+                self._alone_since = now()
+            left = self._alone_since + self._orphan_timeout - now()
             if left <= 0:
                 raise UnreachableError(
                     f"no way to control for {self._orphan_timeout:g} s (--orphan-timeout); this sphere ends; "
@@ -162,6 +165,10 @@ class Parent:
         if self.linked and self._lease.silent(self._heard, now):
             self._silent = self.id
             self.cut(LinkClosedError(f"{self.id} gave no sign of life for {now - self._heard:.1f} s (--patience)"))
+
+    def alone(self) -> float:
+        """Return the seconds for which there has been no way to control; 0 where there is one."""
+        return 0.0 if self._alone_since is None else asyncio.get_running_loop().time() - self._alone_since
 
     def _hear(self) -> None:
         """Something came from the parent: it counts as alive. Raises LinkClosedError where this node was away."""
@@ -224,6 +231,7 @@ class Parent:
         self._hear()
         hub.relinked(self._session, self._ancestors)
         self._linked.set()
+        self._alone_since = None
         self.placed.set()
 
     def _path(self, welcome: pb.Welcome, ancestor: pb.Ancestor) -> list[pb.Ancestor]:
@@ -285,9 +293,12 @@ class Parent:
                         sent_nanos=monotonic_ns(),
                     )
                     await link.send(message.SerializeToString())
-                    if await link.receive() is None:
+                    data = await link.receive()
+                    if data is None:
                         break
                     self._hear()
+                    alone = decode(pb.HeartbeatResponse, data).alone_seconds
+                    self._alone_since = self._heard - alone if alone > 0 else None
                     await asyncio.sleep(self._hub.config.heartbeat_seconds)
             except ArmillaryError as error:
                 log.debug("%s: heartbeat to %s: %s", self._hub.id, ancestor.id, error)

@@ -6,7 +6,7 @@ It holds payload and adds it; which block is owed by whom is the ledger's, sendi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,22 @@ from spheres.numerics import add_sums
 from spheres.task import Sums
 from spheres.tensors import aligned_zeros
 
-__all__ = ["Held", "Reducer"]
+__all__ = ["Held", "NonFinite", "Reducer"]
 
 Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class NonFinite:
+    """The verdict on a microbatch that was left out, since its gradient or its sums are not finite (N16)."""
+
+    microbatch: int
+    #: names of the tensors, and ``(loss)`` or ``(metric NAME)``; a few of them
+    tensors: tuple[str, ...] = ()
+    #: the first of the microbatch
+    sample_ids: tuple[int, ...] = ()
+    #: who computed it; empty where that was not told
+    sphere: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +43,10 @@ class Held:
 
     array: Array | None
     sums: Sums | None
+    #: the microbatches of it that were left out, in order
+    skipped: tuple[NonFinite, ...] = ()
+    #: of the whole array; 0 where there is none
+    crc32c: int = 0
 
 
 @dataclass(slots=True)
@@ -38,6 +55,7 @@ class _Arrived:
 
     sums: Sums | None
     absent: bool
+    skipped: tuple[NonFinite, ...]
     chunks: dict[int, Array] = field(default_factory=dict)
 
 
@@ -62,10 +80,10 @@ class Reducer:
         self.arrived.clear()
         self.slots = slots
 
-    def header(self, block: Block, sums: Sums | None, *, absent: bool) -> None:
+    def header(self, block: Block, sums: Sums | None, *, absent: bool, skipped: tuple[NonFinite, ...] = ()) -> None:
         """A child starts a block."""
         if block not in self.arrived:
-            self.arrived[block] = _Arrived(sums, absent)
+            self.arrived[block] = _Arrived(sums, absent, skipped)
 
     def chunk(self, block: Block, index: int, array: Array) -> None:
         """A child sent a chunk of a block whose header came before."""
@@ -87,7 +105,7 @@ class Reducer:
         return self.has(left, index) and self.has(right, index)
 
     def absent(self, block: Block) -> bool:
-        """Whether ``block``, of which some chunk can be summed, has no sample at all."""
+        """Whether ``block``, of which some chunk can be summed, has no gradient: no sample, or none that is finite."""
         if block in self.slots:
             held = self.cache.get(block)
             return held.sums is None if held is not None else self.arrived[block].absent
@@ -104,6 +122,19 @@ class Reducer:
             return left if right is None else right
         return add_sums(left, right)
 
+    def skipped(self, block: Block, own_id: str) -> tuple[NonFinite, ...]:
+        """Microbatches of ``block``, of which some chunk can be summed, that were left out, in order.
+
+        What was computed here is said of ``own_id``.
+        """
+        if block in self.slots:
+            held = self.cache.get(block)
+            if held is None:
+                return self.arrived[block].skipped
+            return tuple(replace(verdict, sphere=own_id) for verdict in held.skipped)
+        left, right = (self.skipped(half, own_id) for half in halves(block))
+        return left + right
+
     def take(self, block: Block, index: int) -> Array | None:
         """Return chunk ``index`` of ``block``, left + right at every canonical node; None where it is absent.
 
@@ -119,6 +150,9 @@ class Reducer:
         if block in self.slots:
             held = self.cache.get(block)
             if held is not None:
+                # A child's too, where what was given to it has been finished here after all (N12).
+                if block in self.arrived:
+                    self.arrived[block].chunks.pop(index, None)
                 part = slice(index * self._chunk, (index + 1) * self._chunk)
                 return (None if held.array is None else held.array[part]), None
             arrived = self.arrived[block]
@@ -131,7 +165,9 @@ class Reducer:
         out = left_scratch
         if out is None:
             out = self._scratch.pop() if self._scratch else aligned_zeros(self._chunk)
-        total = np.add(left, right, out=out[: left.size])
+        # a sum that overflows is control's to judge, not a warning's
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = np.add(left, right, out=out[: left.size])
         if right_scratch is not None:
             self._scratch.append(right_scratch)
         return total, out

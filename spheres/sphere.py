@@ -146,6 +146,7 @@ class Sphere:
             orphan_timeout=options.orphan_timeout,
             reports=self._reports,
         )
+        children.alone = self.parent.alone
         self.ready.set()
         log.info("%s joins %s (incarnation %d)", hub.id, ancestors[-1].id, hub.incarnation)
         try:

@@ -10,7 +10,7 @@ import math
 import threading
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from time import perf_counter
 from typing import Any
@@ -21,8 +21,8 @@ import numpy.typing as npt
 from spheres.blocks import Block, halves
 from spheres.config import NodeConfig
 from spheres.errors import GradientError
-from spheres.numerics import add_sums, is_finite
-from spheres.reducer import Held
+from spheres.numerics import add_sums, crc32c, is_finite
+from spheres.reducer import Held, NonFinite
 from spheres.sampling import evaluation_slice
 from spheres.task import Sums, Task
 from spheres.tensors import aligned_zeros
@@ -30,6 +30,9 @@ from spheres.tensors import aligned_zeros
 __all__ = ["Computer", "Failure", "Unit", "Worker", "limit_threads"]
 
 Array = npt.NDArray[np.float32]
+
+#: in a verdict on a microbatch, or a failure: names of tensors, ids of samples
+_MOST_TENSORS, _MOST_SAMPLES = 16, 64
 
 _limiter: Any = None
 
@@ -77,6 +80,14 @@ Done = Callable[[Unit, Held | Failure | None], None]
 _Job = tuple[asyncio.AbstractEventLoop, Unit, Mapping[str, Array], Done]
 
 
+class _NotFiniteError(GradientError):
+    """A gradient, or sums with it, that are not finite; ``verdict`` is what is said of it where it is left out."""
+
+    def __init__(self, message: str, verdict: NonFinite) -> None:
+        super().__init__(message)
+        self.verdict = verdict
+
+
 class Computer:
     """Gradients of microbatches by calls of fixed shape on aligned buffers (DESIGN section 4)."""
 
@@ -108,11 +119,25 @@ class Computer:
             # A task that binds a new array instead of writing into the view is told so, not trained on zeros.
             if given.get(name) is not view:
                 raise GradientError(f"gradient() replaced out[{name!r}]; write into it: out[{name!r}][...] = value")
-        _check_sums(sums, "gradient", samples.size)
-        if not is_finite(out):
-            bad = [name for name, view in views.items() if not np.isfinite(view).all()]
-            raise GradientError(f"the gradient of {', '.join(bad)} is not finite")
+        _check_form(sums, "gradient", samples.size)
+        bad = [] if is_finite(out) else [name for name, view in views.items() if not np.isfinite(view).all()]
+        wrong = _not_finite(sums)
+        if wrong or bad:
+            verdict = NonFinite(index, tuple([*wrong, *bad][:_MOST_TENSORS]), tuple(samples[:_MOST_SAMPLES].tolist()))
+            said = [f"gradient() returned {text}" for text in list(wrong.values())[:_MOST_TENSORS]]
+            if bad:
+                said.append(f"the gradient of {', '.join(bad[:_MOST_TENSORS])} is not finite")
+            raise _NotFiniteError("; ".join(said), verdict)
         return sums
+
+    def microbatch(self, weights: Mapping[str, Array], step: int, index: int, out: Array) -> Sums | NonFinite | None:
+        """Do the same; one that is not finite gives its verdict where the run leaves those out (N16)."""
+        try:
+            return self.gradient(weights, step, index, out)
+        except _NotFiniteError as error:
+            if self._config.skips_nonfinite:
+                return error.verdict
+            raise
 
     def evaluate(self, weights: Mapping[str, Array], index: int) -> Sums | None:
         """Return the sums of one slice of the test split; None where it is empty."""
@@ -120,22 +145,28 @@ class Computer:
         if samples.size == 0:
             return None
         sums = self._task.evaluate(weights, samples)
-        _check_sums(sums, "evaluate", samples.size)
+        _check_form(sums, "evaluate", samples.size)
+        for said in _not_finite(sums).values():
+            raise GradientError(f"evaluate() returned {said}")
         return sums
 
 
-def _check_sums(sums: object, method: str, count: int) -> None:
+def _check_form(sums: object, method: str, count: int) -> None:
     if not isinstance(sums, Sums):
         raise GradientError(f"{method}() returned {type(sums).__name__}; return Sums(loss, count, metrics)")
     if sums.count != count:
         # a mean instead of a sum shows here, before it scales every gradient without a word
         given = f"{count:,} sample{'' if count == 1 else 's'}"
         raise GradientError(f"{method}() returned count {sums.count} for {given}: count what it was given")
-    if not math.isfinite(sums.loss):
-        raise GradientError(f"{method}() returned loss {sums.loss} over {sums.count} samples")
+
+
+def _not_finite(sums: Sums) -> dict[str, str]:
+    """Return what of the sums is not finite, by its name in a verdict, and in words."""
+    found = {} if math.isfinite(sums.loss) else {"(loss)": f"loss {sums.loss} over {sums.count} samples"}
     for name, value in sums.metrics.items():
         if not math.isfinite(value):
-            raise GradientError(f"{method}() returned {name} = {value}: metrics are finite sums")
+            found[f"(metric {name})"] = f"{name} = {value}: metrics are finite sums"
+    return found
 
 
 class Worker:
@@ -197,7 +228,10 @@ class Worker:
             return self._add(left, right)
 
         try:
-            return block(unit.block)
+            held = block(unit.block)
+            if held is None or held.array is None:
+                return held
+            return replace(held, crc32c=crc32c(held.array))
         except BaseException as error:  # noqa: BLE001 - the task's own code: anything can come out, SystemExit too
             if unit.cancelled:
                 return None  # it read weights that were being replaced (N14): what it says means nothing
@@ -211,31 +245,37 @@ class Worker:
             return Held(None, sums)
         out = self._pool.pop() if self._pool else aligned_zeros(self._config.manifest.size)
         try:
-            sums = self._computer.gradient(weights, unit.step, index, out)
+            found = self._computer.microbatch(weights, unit.step, index, out)
         except BaseException:
             self._pool.append(out)
             raise
-        if sums is None:
+        if found is None:
             self._pool.append(out)
             return Held(None, None)
         unit.samples += self._config.sampler.count(unit.step, index)
         unit.microbatches += 1
-        return Held(out, sums)
+        if isinstance(found, NonFinite):
+            self._pool.append(out)
+            return Held(None, None, (found,))
+        return Held(out, found)
 
     def _add(self, left: Held, right: Held) -> Held:
+        skipped = left.skipped + right.skipped
         if left.sums is None or right.sums is None:
-            return right if left.sums is None else left
+            return replace(right if left.sums is None else left, skipped=skipped)
         sums = add_sums(left.sums, right.sums)
         if left.array is None or right.array is None:
-            return Held(None, sums)
-        np.add(left.array, right.array, out=left.array)
+            return Held(None, sums, skipped)
+        # a sum that overflows is control's to judge, not a warning's
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.add(left.array, right.array, out=left.array)
         self._pool.append(right.array)
-        return Held(left.array, sums)
+        return Held(left.array, sums, skipped)
 
     def _failure(self, unit: Unit, index: int, error: BaseException) -> Failure:
         ids: tuple[int, ...] = ()
         if unit.train:
-            ids = tuple(int(i) for i in self._config.sampler.microbatch(unit.step, index)[:64])
+            ids = tuple(int(i) for i in self._config.sampler.microbatch(unit.step, index)[:_MOST_SAMPLES])
         invalid = isinstance(error, GradientError)
         text = str(error) if invalid else f"{type(error).__name__}: {error}"
         return Failure(index, text, "".join(traceback.format_exception(error))[-65_536:], ids, invalid)

@@ -111,6 +111,11 @@ class Progress:
         reason = event.record.get("reason") or "no reason given"
         self._say(event.record, f"step {event.step}  sphere {event.record.get('sphere')} lost: {reason}")
 
+    def on_nonfinite(self, event: Event, run: RunHandle) -> None:
+        # as often as the log: at the 1st, 2nd, 4th, 8th ...
+        if event.record["loud"]:
+            self._say(event.record, f"step {event.step}  {event.record['decision']}: {event.record['reason']}")
+
     def on_error(self, event: Event, run: RunHandle) -> None:
         self._say(event.record, f"error: {event.record.get('error') or event.record.get('reason')}")
 

@@ -13,6 +13,7 @@ import typer
 from control.cli import chaos, checkpoints, membership, remote, start
 from control.cli.doctor import doctor as doctor_command
 from control.cli.output import Command, group, run
+from control.cli.replay import replay as replay_command
 
 __all__ = ["app", "main"]
 
@@ -38,6 +39,7 @@ def _top(
 
 app.command(cls=start.WithResume)(start.start)
 app.command(cls=Command)(doctor_command)
+app.command(cls=Command)(replay_command)
 configuration = group("The configuration of a run.")
 configuration.command("show", cls=Command)(start.show_config)
 app.add_typer(configuration, name="config")

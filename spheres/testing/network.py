@@ -18,7 +18,7 @@ from spheres.errors import LinkClosedError, UnreachableError
 from spheres.testing.memory import Connection, MemoryListener, MemoryNetwork, Pipe
 from spheres.transport import GONE, Rpc
 
-__all__ = ["FaultyNetwork", "Tamper"]
+__all__ = ["TAMPERS", "FaultyNetwork", "Tamper"]
 
 #: seconds that a dialler waits for a connection
 _DIAL_SECONDS = 5.0

@@ -729,7 +729,9 @@ class NonFinite(_message.Message):
     """Who computed it."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of the tensors with elements that are not finite, at most 16."""
+        """Names of the tensors with elements that are not finite, at most 16; "(loss)" and "(metric NAME)" for sums. Only the
+        first of a header have this, sphere_id and sample_ids where there are so many that the message would be too large.
+        """
 
     @_builtins.property
     def sample_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -795,8 +797,13 @@ class Contribution(_message.Message):
 
     BLOCK_FIELD_NUMBER: _builtins.int
     SPHERE_ID_FIELD_NUMBER: _builtins.int
+    CRC32C_FIELD_NUMBER: _builtins.int
     sphere_id: _builtins.str
     """The sphere."""
+    crc32c: _builtins.int
+    """CRC-32C of the block's gradient as that sphere computed it: the whole flat buffer, little-endian. 0 where it is not
+    known, or the block is absent. For the journal: a replay finds the sphere that computed something else.
+    """
     @_builtins.property
     def block(self) -> Global___Block:
         """The block."""
@@ -806,10 +813,11 @@ class Contribution(_message.Message):
         *,
         block: Global___Block | None = ...,
         sphere_id: _builtins.str = ...,
+        crc32c: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "sphere_id", b"sphere_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "crc32c", b"crc32c", "sphere_id", b"sphere_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1130,16 +1138,20 @@ class HeartbeatResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SENT_NANOS_FIELD_NUMBER: _builtins.int
+    ALONE_SECONDS_FIELD_NUMBER: _builtins.int
     sent_nanos: _builtins.int
     """HeartbeatRequest.sent_nanos."""
+    alone_seconds: _builtins.float
+    """Seconds for which the parent itself has had no way to control; 0 where it has one."""
     def __init__(
         self,
         *,
         sent_nanos: _builtins.int = ...,
+        alone_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sent_nanos", b"sent_nanos"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone_seconds", b"alone_seconds", "sent_nanos", b"sent_nanos"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,23 +16,25 @@ from functools import partial
 from typing import Any
 
 from tests.simulation.plan import KINDS, WORKING, make_plan
+from tests.simulation.plants import PLANTS, planted
 from tests.simulation.world import SeedError, World
 
 
-def one(seed: int, kinds: tuple[str, ...], drop: tuple[int, ...] = ()) -> tuple[int, str, Any]:
+def one(seed: int, kinds: tuple[str, ...], drop: tuple[int, ...] = (), plant: str = "") -> tuple[int, str, Any]:
     """Run a seed; return it, what went wrong, and its counts."""
     try:
-        outcome = World(make_plan(seed, kinds, drop=drop)).run()
+        with planted(plant):
+            outcome = World(make_plan(seed, kinds, drop=drop)).run()
     except SeedError as error:
         return seed, str(error), None
     return seed, "", (outcome.fingerprint, outcome.seconds, outcome.counts)
 
 
-def shrink(seed: int, kinds: tuple[str, ...], drop: list[int]) -> list[int]:
+def shrink(seed: int, kinds: tuple[str, ...], drop: list[int], plant: str) -> list[int]:
     """Leave out faults, one at a time, while the seed still fails."""
     count = len(make_plan(seed, kinds).faults)
     for number in range(count):
-        if number not in drop and one(seed, kinds, (*drop, number))[1]:
+        if number not in drop and one(seed, kinds, (*drop, number), plant)[1]:
             drop.append(number)
     return drop
 
@@ -43,6 +45,8 @@ def command(seed: int, arguments: argparse.Namespace, drop: list[int]) -> str:
         text += f" --kinds {arguments.kinds}"
     if drop:
         text += f" --drop {','.join(map(str, sorted(drop)))}"
+    if arguments.plant:
+        text += f" --plant {arguments.plant}"
     return text
 
 
@@ -56,6 +60,7 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true", help="print what happens, with virtual times")
     parser.add_argument("--messages", action="store_true", help="print every message too")
     parser.add_argument("--shrink", action="store_true", help="leave out faults while the seed still fails")
+    parser.add_argument("--plant", default="", choices=PLANTS, metavar="BUG", help=f"break a rule: {', '.join(PLANTS)}")
     parser.add_argument("--most", type=int, default=5, help="failures after which to stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
@@ -75,12 +80,13 @@ def main() -> int:
 
 def single(arguments: argparse.Namespace, kinds: tuple[str, ...], drop: list[int]) -> int:
     if arguments.shrink:
-        drop = shrink(arguments.seed, kinds, drop)
+        drop = shrink(arguments.seed, kinds, drop, arguments.plant)
         print(command(arguments.seed, arguments, drop))
     log = print if arguments.trace or arguments.messages else None
     world = World(make_plan(arguments.seed, kinds, drop=drop), log=log, messages=arguments.messages)
     try:
-        outcome = world.run()
+        with planted(arguments.plant):
+            outcome = world.run()
     except SeedError as error:
         print(error)
         return 1
@@ -95,7 +101,7 @@ def many(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> int:
     seconds = 0.0
     seeds = range(arguments.start, arguments.start + arguments.seeds)
     with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool:
-        for seed, failure, found in pool.imap(partial(one, kinds=kinds), seeds, chunksize=8):
+        for seed, failure, found in pool.imap(partial(one, kinds=kinds, plant=arguments.plant), seeds, chunksize=8):
             done += 1
             if failure:
                 bad += 1

@@ -40,7 +40,7 @@ from spheres.task import Sums
 from spheres.testing.clock import Process, StalledError, VirtualLoop, abandon, virtual_time
 from spheres.testing.compute import VirtualWorker
 from spheres.testing.memory import Connection, MemoryTransport, Pipe
-from spheres.testing.network import FaultyNetwork
+from spheres.testing.network import TAMPERS, FaultyNetwork
 from spheres.transport import Rpc
 from spheres.v1 import work_pb2 as pb
 from spheres.worker import Computer, Unit, limit_threads
@@ -56,9 +56,11 @@ STILL_SECONDS = 45.0
 FAREWELL_SECONDS = 40.0
 #: seconds of the bound on a run, for each fault
 FAULT_SECONDS = 40.0
-MOST_EVENTS = 3_000_000
+MOST_EVENTS = 300_000
 #: factor on a sphere's compute time
 MOST_SLOW = 60.0
+#: what a correct node never gives a correct neighbour cause to raise
+BREACHES = ("ProtocolError", "CreditError", "ChecksumError", "DecodeError", "MessageTooLargeError")
 #: where journals lie
 _SHM = Path("/dev/shm")
 ROOT = str(_SHM) if _SHM.is_dir() and os.access(_SHM, os.W_OK) else None
@@ -121,6 +123,7 @@ class World:
         self.store = MemoryStore(self.disk)
         self.nodes: dict[str, Node] = {}
         self.control: ControlNode | None = None
+        self.controls: list[ControlNode] = []
         self.control_process: Process | None = None
         self.old_processes: list[Process] = []
         self.term = 0
@@ -185,7 +188,8 @@ class World:
         step = plan.compute * 1.5 * plan.microbatches * slowest
         step += (depth + plan.chunks) * 4 * (max(plan.latencies) * 3 + 4096 / plan.rate * plan.microbatches)
         crashes = sum(fault.kind in ("control", "disk") for fault in plan.faults)
-        return 20.0 + plan.steps * (2 * step + 1.0) * (1 + crashes) + FAULT_SECONDS * len(plan.faults)
+        crashes_cost = crashes * plan.orphan_timeout * 3  # without adoption all spheres have to give up first
+        return 20.0 + crashes_cost + plan.steps * (2 * step + 1.0) * (1 + crashes) + FAULT_SECONDS * len(plan.faults)
 
     # ---- control
 
@@ -209,8 +213,10 @@ class World:
         )
         for file in (control.journal, control.events):
             self._on_disk(file)
+        self.controls.append(control)
         controller, tree = control.controller, control.tree
         tree.hub.watchdog.enabled = self.plan.speculate
+        tree.failures.most_lost = 1_000_000  # killers here do not care whom they hit how often
         process.after = self._watch_control(control)
         with contextlib.suppress(CheckpointError):
             controller.load(controller.checkpoints.load(None))
@@ -372,7 +378,10 @@ class World:
             assert hub.weights.version <= control.controller.step, "I8: weights of a step that is not committed"
         work, changes = self.changes_before
         if hub.work == work:
-            most = self.network.changes - changes + 1 + hub.watchdog.firings
+            most = self.network.changes - changes + 1
+            if hub.ledger.attempts > most:  # a hurry of any node above begins one here too
+                hubs = (control.tree.hub, *(node.sphere.hub for node in self.nodes.values()))
+                most += sum(found.watchdog.firings for found in hubs if found is not None)
             assert hub.ledger.attempts <= most, f"I12: {hub.ledger.attempts} attempts after {most - 1} changes"
 
     def _watch_control(self, control: ControlNode) -> Callable[[], None]:
@@ -480,7 +489,9 @@ class World:
         for _ in range(5):  # news of ends that are on their way, and a callback's turn
             await asyncio.sleep(max(self.plan.latencies) * 2)
         left = [f"{self.called(node)} has not ended" for node in self.living()]
-        for process in [*self.old_processes, *(node.process for node in self.nodes.values() if not node.process.dead)]:
+        for process in (*self.old_processes, *(node.process for node in self.nodes.values())):
+            if process.dead:
+                continue
             left += [f"{process.name} has left {task!r}" for task in process.left()]
         left += [f"{connection} is open" for connection in self.network.connections]
         left += [f"{listener.owner} still listens" for listener in self.network.listeners.values()]
@@ -502,6 +513,7 @@ class World:
 
     def _check_end(self) -> None:
         try:
+            self._check_refusals()
             self._check_journal(reference(self.task, self.config))
         except AssertionError as error:
             raise SeedError(self._story(error)) from None
@@ -556,6 +568,16 @@ class World:
         found = total(Block(0, node.evaluation_microbatches))
         assert found is not None
         return found
+
+    def _check_refusals(self) -> None:
+        """Where nothing changed bytes, nobody may have broken the protocol; what is stale is another matter."""
+        if any(self.counts[kind] for kind in TAMPERS):
+            return
+        hubs = [(self.called(node), node.sphere.hub) for node in self.nodes.values() if node.sphere is not None]
+        hubs += [("control", control.tree.hub) for control in self.controls]
+        for name, hub in hubs:
+            broken = {} if hub is None else {k: n for k, n in hub.counts.refused.items() if k in BREACHES}
+            assert not broken, f"{name} refused {broken}"
 
     # ---- faults
 
@@ -678,6 +700,8 @@ class World:
         if node is None or node.process.stopped:
             return
         process, seconds = node.process, 12 * fault.strength
+        if fault.variant > 0.85 and self.plan.keepalive is None:
+            seconds = 200.0  # far longer than a run should need without it
         self.say(f"FAULT stop of {self.called(node)} for {seconds:.3f} s")
         process.stop()
         self.network.silence(process.name, seconds)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+import spheres.ledger
 from spheres.blocks import Block, checked
-from spheres.config import NodeConfig
+from spheres.config import MAX_MESSAGE_BYTES, NodeConfig
 from spheres.errors import ProtocolError
 from spheres.frames import decode
+from spheres.gradients import Contribution
 from spheres.hub import TRAIN, Child, Hub, Outgoing, Work
 from spheres.numerics import crc32c
 from spheres.outbox import Outbox
 from spheres.phases import PhaseTimes
-from spheres.reducer import Held
+from spheres.reducer import Held, NonFinite
 from spheres.task import Sums
 from spheres.tensors import Manifest
 from spheres.v1 import common_pb2
@@ -238,3 +241,110 @@ def test_a_relay_does_not_wait_and_says_its_times_once() -> None:
     times.write(again := pb.GradientFooter().phases, "r")
     assert [(p.phase, p.sum_seconds, p.slowest_sphere_id) for p in footer.phases] == [("sum", 1.0, "r")]
     assert list(again) == list(footer.phases)
+
+
+# ---- microbatches that are left out (N16), and how much is said of them
+
+
+def root_and_leaf(config: NodeConfig) -> tuple[Hub, Hub, Child, Patient]:
+    """Control and one sphere that owes it the whole step."""
+    control, worker = Hub(config, "control"), Patient()
+    leaf = Hub(config, "s-1", worker=worker)  # type: ignore[arg-type]
+    control.weights.publish(term=1, version=0)
+    leaf.weights.publish(term=1, version=0)
+    child, _ = join(control, "s-1")
+    control.start(Work(1, 0, TRAIN), np.zeros(config.manifest.size, np.float32))
+    leaf.relinked(1, CONTROL)
+    leaf.on_response(step(leaf, 0, Block(0, config.microbatches)))
+    leaf.on_response(
+        pb.WorkResponse(tag=leaf.tag, credit=pb.Credit(attempt=leaf.ledger.attempt, through_chunk=config.chunk_count))
+    )
+    return control, leaf, child, worker
+
+
+def nonfinite(config: NodeConfig, indices: list[int], *, long: bool) -> tuple[NonFinite, ...]:
+    names = tuple(f"encoder.layer{n}.{'very' * 60}.weight" for n in range(16)) if long else ("w",)
+    return tuple(NonFinite(index, names, tuple(range(1 << 40, (1 << 40) + 64))) for index in indices)
+
+
+@pytest.mark.parametrize("absent", [True, False])
+@pytest.mark.parametrize("long", [True, False])
+def test_4096_microbatches_left_out_fit_into_a_message_and_each_is_told(
+    absent: bool, long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the cut of so many takes minutes, and with one child there is but one
+    monkeypatch.setattr(spheres.ledger, "cut", lambda blocks, workers: [(workers[0][0], list(blocks))])
+    chunk = 1 << 20
+    manifest = Manifest.of({"w": np.zeros(chunk // 4, np.float32)})
+    total = 4096
+    node = NodeConfig(
+        run_id="run", manifest=manifest, microbatches=total, chunk_bytes=chunk, train_size=99, skips_nonfinite=True
+    )
+    control, leaf, child, worker = root_and_leaf(node)
+    indices = list(range(total)) if absent else [index for index in range(total) if index != 77]
+    skipped = nonfinite(node, indices, long=long)
+    array = None if absent else np.ones(chunk // 4, np.float32)
+    held = Held(array, None if absent else Sums(1.0, 1), skipped, 5)
+    # what a tree of as many spheres says of who computed what
+    parts = [Contribution(Block(n, n + 1), f"s-{n:05}", 1 << 31) for n in range(total)]
+    leaf.gradients.contributions = lambda within: parts  # type: ignore[method-assign, assignment]
+    worker.done(worker.unit, held)
+    items = []
+    while (item := leaf.next_up()) is not None:
+        items.append(item.data if isinstance(item, Outgoing) else item)
+    assert all(len(data) <= MAX_MESSAGE_BYTES for data in items)
+    for data in items:
+        control.on_request(child, decode(pb.WorkRequest, data))
+    assert control.ledger.finished
+    assert [verdict.microbatch for verdict in control.gradients.skipped] == indices
+    assert (control.sums is None) == absent
+    told = [verdict for verdict in control.gradients.skipped if verdict.sphere]
+    assert len(told) in ((0, 32) if long or not absent else (32,))
+    for verdict, said in zip(told, skipped, strict=False):
+        assert verdict == replace(said, sphere="s-1")
+    assert len(control.gradients._contributions[Block(0, total)]) == total
+
+
+def test_a_few_verdicts_are_told_in_full() -> None:
+    node = replace(config(), skips_nonfinite=True)
+    control, leaf, child, worker = root_and_leaf(node)
+    skipped = nonfinite(node, [1, 2], long=False)
+    worker.done(worker.unit, Held(np.ones(48, np.float32), Sums(1.0, 2), skipped, 99))
+    for message in waiting(leaf):
+        control.on_request(child, message)
+    assert control.gradients.skipped == tuple(replace(verdict, sphere="s-1") for verdict in skipped)
+    assert control.gradients.contributions(Block(0, 4)) == [(Block(0, 4), "s-1", 99)]
+
+
+@pytest.mark.parametrize(
+    ("skips", "indices", "said"),
+    [
+        (False, [1], r"microbatches of \[0,4\) were left out; this work leaves none out"),
+        (True, [4], r"microbatches \[4\] of \[0,4\) are outside of it or not in order"),
+        (True, [-1], "are outside of it"),
+        (True, [2, 1], "not in order"),
+        (True, [1, 1], "not in order"),
+    ],
+)
+def test_a_child_that_leaves_out_what_it_may_not_is_refused(skips: bool, indices: list[int], said: str) -> None:
+    node = replace(config(), skips_nonfinite=skips)
+    control, leaf, child, worker = root_and_leaf(node)
+    worker.done(worker.unit, Held(np.ones(48, np.float32), Sums(1.0, 2), nonfinite(node, indices, long=False)))
+    (first, *_) = [message for message in waiting(leaf) if message.HasField("gradient_header")]
+    with pytest.raises(ProtocolError, match=said):
+        control.on_request(child, first)
+    assert not control.gradients.reducer.arrived
+
+
+def test_a_loss_that_overflows_in_a_sum_is_passed_on_and_one_of_a_microbatch_is_refused() -> None:
+    for block, refused in ((Block(0, 4), False), (Block(0, 1), True)):
+        control, leaf, child, worker = root_and_leaf(replace(config(), microbatches=block.width))
+        worker.done(worker.unit, Held(np.ones(48, np.float32), Sums(float("inf"), 4)))
+        try:
+            for message in waiting(leaf):
+                control.on_request(child, message)
+        except ProtocolError:
+            assert refused
+        else:
+            assert not refused
+            assert control.sums == Sums(float("inf"), 4)

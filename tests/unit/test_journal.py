@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import control.journal
-from control.journal import EventLog, Journal
+from control.journal import EventLog, Journal, read_records
 from spheres.errors import ArmillaryError, ConfigError
 
 
@@ -39,7 +39,10 @@ def write_through(log: Journal | EventLog, path: Path, kind: type[FileIO]) -> No
 
 
 def lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    for each in found:
+        each.pop("crc32c", None)
+    return found
 
 
 def test_a_record_is_on_disk_when_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,3 +208,84 @@ def test_the_event_log_is_there_at_once_survives_a_cut_and_never_stops_a_run(
     log.close()
     assert "cannot write" in caplog.text
     assert len(lines(path)) == 2
+
+
+# ---- checksums, and reading the records of some steps
+
+
+def test_every_line_ends_with_the_checksum_of_what_comes_before_it(tmp_path: Path) -> None:
+    from spheres.numerics import crc32c
+
+    path = written(tmp_path / "journal.jsonl", record(0, "aa"), {"event": "forget", "from_step": 0}, record(0, "bb"))
+    for line in path.read_bytes().splitlines():
+        body, _, end = line.rpartition(b',"crc32c":')
+        assert json.loads(b"{" + b'"crc32c":' + end)["crc32c"] == f"{crc32c(body):08x}"
+        assert json.loads(body + b"}").keys() == json.loads(line).keys() - {"crc32c"}
+
+
+def test_no_flipped_bit_changes_what_is_read(tmp_path: Path) -> None:
+    """Each costs the step of its line and is named, or lies in the checksum's own name and costs nothing."""
+    path = written(tmp_path / "journal.jsonl", record(0, "aa"), record(1, "bb"), record(2, "cc"))
+    whole = path.read_bytes()
+    starts = [0, *(at + 1 for at, byte in enumerate(whole) if byte == ord("\n"))]
+    expected = {step: record(step, digest) for step, digest in enumerate(("aa", "bb", "cc"))}
+    unnoticed = 0
+    for at in range(len(whole) - 1):  # without the last line's end nothing says that it was ever whole
+        for bit in range(8):
+            flipped = bytearray(whole)
+            flipped[at] ^= 1 << bit
+            path.write_bytes(flipped)
+            found = read_records(path, range(3))
+            line = sum(1 for start in starts if start <= at)
+            if not found.broken:
+                unnoticed += 1
+                # only the name of the checksum is another
+                same = {step: {k: each[k] for k in expected[step]} for step, each in found.steps.items()}
+                assert same == expected
+                continue
+            assert found.broken[0].line == line, at
+            assert all(each == expected[step] for step, each in found.steps.items())
+            assert len(found.steps) >= 1
+    assert unnoticed <= 3 * 8 * len("crc32c")
+
+
+def test_a_line_without_a_checksum_counts(tmp_path: Path) -> None:
+    """Journals of earlier releases have none."""
+    path = tmp_path / "journal.jsonl"
+    path.write_text("".join(json.dumps(record(step, "aa")) + "\n" for step in range(2)))
+    assert digests(path)[:3] == ["aa", "aa", None]
+    assert read_records(path, range(2)).broken == []
+
+
+def test_a_changed_line_is_compared_with_nothing_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = written(tmp_path / "journal.jsonl", record(0, "aa"), record(1, "bb"))
+    path.write_bytes(path.read_bytes().replace(b'"bb"', b'"bc"'))
+    with caplog.at_level(logging.WARNING):
+        assert digests(path)[:2] == ["aa", None]
+    assert "1 broken lines are passed over, the first is line 2" in caplog.text
+
+
+def test_records_of_some_steps_are_those_of_their_latest_term(tmp_path: Path) -> None:
+    first = {**record(0, "aa"), "origin": {"config": {"steps": 3}}}
+    path = written(
+        tmp_path / "journal.jsonl",
+        first, record(1, "b1"), record(2, "c1"), record(3, "d1"),
+        {"event": "forget", "from_step": 2},
+        {**record(1, "b2", term=2), "origin": {"config": {"steps": 9}}}, record(2, "c2", term=2), record(1, "late"),
+    )  # fmt: skip
+    found = read_records(path, range(1, 9))
+    assert {step: each["weights_digest"] for step, each in found.steps.items()} == {1: "b2", 2: "c2"}
+    assert (found.first, found.last) == (0, 2)
+    assert found.origins == {1: {"config": {"steps": 3}}, 2: {"config": {"steps": 9}}}
+    path.write_bytes(path.read_bytes() + b'{"event":"st')  # being written just now
+    assert read_records(path, range(1, 9)) == found
+    assert read_records(tmp_path / "journal.jsonl", range(0)).steps == {}
+
+
+def test_the_journal_knows_its_highest_term(tmp_path: Path) -> None:
+    path = written(tmp_path / "journal.jsonl", record(0, "aa"), record(1, "bb", term=4), record(2, "cc", term=3))
+    journal = Journal(path)
+    assert journal.term == 4
+    journal.append(record(2, "cc", term=5))
+    assert journal.term == 5
+    journal.close()

@@ -1,0 +1,154 @@
+"""Blocks as the compute thread makes them: what is left out is absent, wherever it lies, and is told of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from control.config import RunConfig
+from control.gradients import Outcome, outcome
+from control.initial import initial_weights, node_config
+from control.reference import CanonicalSum
+from spheres.blocks import Block, decompose, halves
+from spheres.numerics import crc32c
+from spheres.reducer import Held
+from spheres.task import Sums
+from spheres.worker import Failure, Unit, Worker
+
+Array = npt.NDArray[np.float32]
+
+
+class Signed:
+    """Two parameters; the gradient of a sample is minus zero and a value of its own. Some samples give NaN."""
+
+    def __init__(self, bad: set[int], samples: int) -> None:
+        self.bad, self.samples = bad, samples
+
+    def init_weights(self, rng: Any) -> dict[str, Array]:
+        return {"zero": np.zeros(3, np.float32), "value": np.ones(2, np.float32)}
+
+    def size(self, split: str) -> int:
+        return self.samples if split == "train" else 0
+
+    def gradient(self, weights: Any, samples: Any, rng: Any, out: Any) -> Sums:
+        out["zero"][...] = -0.0
+        out["value"][...] = value(int(samples[0]))
+        if int(samples[0]) in self.bad:
+            out["zero"][1] = np.nan
+        return Sums(float(samples[0]), samples.size)
+
+    def evaluate(self, weights: Any, samples: Any) -> Sums:
+        raise NotImplementedError
+
+
+def value(sample: int) -> Array:
+    q = np.random.default_rng(sample)
+    return (q.standard_normal(2) * 10.0 ** q.integers(-6, 7, 2)).astype(np.float32)
+
+
+def made(total: int, bad_microbatches: set[int], *, skips: bool = True) -> tuple[Any, Any, dict[int, int]]:
+    """Return node and task for one sample per microbatch, and the sample of each."""
+    config = RunConfig(task="digits", steps=1, batch_size=total, microbatches=total)
+    task = Signed(set(), total)
+    node = node_config(task, config, initial_weights(task, config)[0], run_id="")
+    node = replace(node, skips_nonfinite=skips)
+    sample = {index: int(node.sampler.microbatch(0, index)[0]) for index in range(total)}
+    task.bad = {sample[index] for index in bad_microbatches}
+    return node, task, sample
+
+
+def canonical(block: Block, leaves: dict[int, Array | None]) -> Array | None:
+    if block.width == 1:
+        return leaves[block.lo]
+    left, right = (canonical(half, leaves) for half in halves(block))
+    if left is None or right is None:
+        return left if right is None else right
+    return left + right
+
+
+@given(st.integers(1, 24), st.data())
+def test_what_is_left_out_is_absent_in_every_position(total: int, data: st.DataObject) -> None:
+    """The worker's sum and the reference's, of the whole and of any block, against one written down once more."""
+    bad = data.draw(st.sets(st.integers(0, total - 1)))
+    node, task, sample = made(total, bad)
+    views = node.manifest.views(np.zeros(node.manifest.size, np.float32))
+    leaves: dict[int, Array | None] = {}
+    for index in range(total):
+        flat = np.zeros(node.manifest.size, np.float32)
+        of_leaf = node.manifest.views(flat)
+        of_leaf["zero"][...], of_leaf["value"][...] = -0.0, value(sample[index])
+        leaves[index] = None if index in bad else flat
+    indices = set(data.draw(st.sets(st.integers(0, total - 1), min_size=1)))
+    blocks = decompose(indices, Block(0, total))
+    worker, reference = Worker(node, task), CanonicalSum(node, task, views)
+    try:
+        for block in {*blocks, Block(0, total)}:
+            expected = canonical(block, leaves)
+            for held in (worker._compute(Unit(block, 0, True), views), reference(0, block)):
+                assert isinstance(held, Held)
+                assert (held.array is None) == (held.sums is None) == (expected is None)
+                assert held.array is None or held.array.tobytes() == expected.tobytes()  # type: ignore[union-attr]
+                assert [verdict.microbatch for verdict in held.skipped] == sorted(bad & set(range(*block)))
+                left = [sample[i] for i in range(*block) if i not in bad]
+                assert held.sums is None or (held.sums.count, held.sums.loss) == (len(left), float(sum(left)))
+            checked = worker._compute(Unit(block, 0, True), views)
+            assert isinstance(checked, Held)
+            assert checked.crc32c == (0 if expected is None else crc32c(expected))
+    finally:
+        worker.close()
+
+
+def test_a_verdict_names_tensors_and_samples_and_a_failure_does_where_nothing_is_left_out() -> None:
+    node, task, sample = made(8, {5})
+    views = node.manifest.views(np.zeros(node.manifest.size, np.float32))
+    worker = Worker(node, task)
+    held = worker._compute(Unit(Block(4, 8), 0, True), views)
+    worker.close()
+    assert isinstance(held, Held)
+    (verdict,) = held.skipped
+    assert (verdict.microbatch, verdict.tensors, verdict.sample_ids) == (5, ("zero",), (sample[5],))
+
+    node, task, _ = made(8, {5}, skips=False)
+    worker = Worker(node, task)
+    failure = worker._compute(Unit(Block(4, 8), 0, True), views)
+    worker.close()
+    assert isinstance(failure, Failure)
+    assert (failure.microbatch, failure.error, failure.invalid) == (5, "the gradient of zero is not finite", True)
+    assert failure.sample_ids == (sample[5],)
+
+
+def test_buffers_of_what_is_left_out_are_used_again() -> None:
+    node, task, _ = made(16, set(range(0, 16, 2)))
+    views = node.manifest.views(np.zeros(node.manifest.size, np.float32))
+    worker = Worker(node, task)
+    for _ in range(3):
+        held = worker._compute(Unit(Block(0, 16), 0, True), views)
+        assert isinstance(held, Held)
+        worker.release(held)
+    worker.close()
+    assert len(worker._pool) <= 5  # log2(16) + 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "skipped", "count", "finite", "expected"),
+    [
+        ("halt", 0, 9, True, Outcome.APPLIED),
+        ("halt", 0, 9, False, None),
+        ("skip-microbatch", 0, 9, True, Outcome.APPLIED),
+        ("skip-microbatch", 2, 9, True, Outcome.SKIPPED_MICROBATCHES),
+        ("skip-microbatch", 2, 9, False, Outcome.SKIPPED_STEP),
+        ("skip-microbatch", 0, 9, False, Outcome.SKIPPED_STEP),
+        ("skip-microbatch", 9, 0, False, Outcome.SKIPPED_STEP),
+        ("skip-step", 0, 9, True, Outcome.APPLIED),
+        ("skip-step", 1, 9, True, Outcome.SKIPPED_STEP),
+        ("skip-step", 0, 9, False, Outcome.SKIPPED_STEP),
+    ],
+)
+def test_one_decision_for_all(policy: Any, skipped: int, count: int, finite: bool, expected: Outcome | None) -> None:
+    assert outcome(policy, skipped=skipped, count=count, finite=finite) == expected
