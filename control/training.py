@@ -386,7 +386,7 @@ class Training:
 
     def _write_results(self) -> None:
         directory, controller, summary = self._directory, self.controller, self._summary
-        if controller.step:
+        if controller.step and self._tree.hub.weights.complete:
             write_safetensors(
                 directory.path / "weights.safetensors",
                 controller.node.manifest,
@@ -399,7 +399,7 @@ class Training:
 
     def _summarize(self) -> Summary:
         controller = self.controller
-        totals, rates = controller.totals, controller.totals.rates()
+        totals, rates, weights = controller.totals, controller.totals.rates(), self._tree.hub.weights
         spheres = [_sphere_summary(self._tree, name) for name in self._tree.names()]
         return Summary(
             state=str(controller.state),
@@ -408,7 +408,8 @@ class Training:
             samples=controller.samples,
             loss=controller.metrics.get("loss"),
             metrics=dict(controller.metrics),
-            weights_sha256=controller.node.manifest.sha256(self._tree.hub.weights.flat),
+            # not complete: an update that was not committed, which are the weights of no step
+            weights_sha256=controller.node.manifest.sha256(weights.flat) if weights.complete else "",
             wall_seconds=time.monotonic() - self._began,
             train_seconds=controller.train_seconds,
             samples_per_second=rates.get("samples_per_second", 0.0),
