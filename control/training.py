@@ -291,19 +291,20 @@ class Training:
 
     async def _listen(self, last_address: str) -> None:
         """Listen where a control that was killed had listened: its spheres may still dial there (DESIGN section 5)."""
-        if last_address and self.config.listen.endswith(":0"):
-            try:
-                await self._tree.listen(last_address)
-            except ConfigError:
-                log.warning(
-                    "%s, where this run's control had listened, is taken: spheres that it left behind will not find "
-                    "this one, and end after --orphan-timeout",
-                    last_address,
-                )
-            else:
-                self._came_back = True
-                return
-        await self._tree.listen(self.config.listen)
+        any_port = self.config.listen.endswith(":0")
+        try:
+            await self._tree.listen(last_address if last_address and any_port else self.config.listen)
+        except ConfigError:
+            if not (last_address and any_port):
+                raise
+            log.warning(
+                "%s, where this run's control had listened, is taken: spheres that it left behind will not find this "
+                "one, and end after --orphan-timeout",
+                last_address,
+            )
+            await self._tree.listen(self.config.listen)
+        port = self._tree.address.rpartition(":")[2]
+        self._came_back = bool(last_address) and last_address.rpartition(":")[2] == port
 
     async def _open_directory(self, passed_over: list[str]) -> tuple[RunDirectory, Snapshot | None]:
         config, resume = self.config, self._resume

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 
 from control.failures import Failures
 from control.membership import Membership, Sphere
-from control.placement import CONTROL, Member, natural
+from control.placement import CONTROL, Member
 from control.rebalance import batches, mending_moves
 from spheres.children import Children
 from spheres.config import PROTOCOL_VERSION, NodeConfig
@@ -208,7 +208,7 @@ class Tree:
 
     def names(self) -> list[str]:
         """Return the ids of all spheres, in the order in which people count."""
-        return sorted(self.spheres, key=natural)
+        return sorted(self.spheres, key=lambda name: self.spheres[name].rank[-1])
 
     def parent_of(self, sphere: str) -> str:
         """Return the parent that a sphere is linked to, or else where control has placed it."""
