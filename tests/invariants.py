@@ -19,6 +19,7 @@ class HubWatch:
         self.below = 0
         self.path: Any = None
         self.order: tuple[Any, ...] = ()
+        self.mark: Any = None
         #: child -> its link, work and attempt
         self.edges: dict[str, tuple[Any, ...]] = {}
 
@@ -56,6 +57,10 @@ class HubWatch:
             order = (hub.session, hub.work, ledger.attempt)
             assert order >= self.order, f"I6: {order} after {self.order}"
             self.order = order
+        mark = (hub.session, hub.work, ledger.attempts, ledger.attempt, [c.order for c in hub.children.values()])
+        if mark == self.mark:
+            return
+        self.mark = mark
         for name, edge in ledger.edges.items():
             child = hub.children.get(name)
             if child is not None:

@@ -40,6 +40,8 @@ class Pipe:
         self.on_the_way = 0
         #: when the last of them arrives, where that is later than now
         self.due = 0.0
+        #: when its sender came with the latest message; it may have waited for room since
+        self.asked = 0.0
         self._ended = False
         self._error: ArmillaryError | None = None
         self._refusal: ArmillaryError | None = None
@@ -47,6 +49,7 @@ class Pipe:
         self._writer: asyncio.Future[None] | None = None
 
     async def put(self, message: bytes) -> None:
+        self.asked = asyncio.get_running_loop().time()
         while self._refusal is None and len(self.messages) + self.on_the_way >= DEPTH:
             self._writer = asyncio.get_running_loop().create_future()
             await self._writer

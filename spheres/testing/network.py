@@ -66,6 +66,10 @@ class FaultyNetwork(MemoryNetwork):
         self._overtaken: dict[Pipe, bytes] = {}
         self._broken: set[Connection] = set()
         self._gone: set[str] = set()
+        # pipes whose sender has been away for longer than its lease, and when it came back
+        self._fenced: dict[Pipe, float] = {}
+        #: who sent on one of them all the same (N10)
+        self.published_after_fence: list[str] = []
         self._ends: dict[MemoryListener, asyncio.Future[None]] = {}
         # what the network does belongs to nobody's process
         self._context = copy_context()
@@ -122,6 +126,8 @@ class FaultyNetwork(MemoryNetwork):
     # ---- what a network does
 
     def carry(self, pipe: Pipe, message: bytes) -> None:
+        if self._fenced and pipe.asked >= self._fenced.get(pipe, float("inf")):
+            self.published_after_fence.append(f"{_ends(pipe)[0]} on {pipe.connection} at {pipe.asked:.6f} s")
         if pipe.connection in self._broken:
             return
         if pipe in self._overtaken:
@@ -175,15 +181,20 @@ class FaultyNetwork(MemoryNetwork):
             self._at(self._due(pipe, 0), news)
 
     def changed(self, connection: Connection) -> None:
-        if connection.dialler_knows and connection.listener_knows:
-            self.connections.pop(connection, None)
-            self._broken.discard(connection)
-            for pipe in (connection.up, connection.down):
-                self._tampers.pop(pipe, None)
-                self._overtaken.pop(pipe, None)
-        else:
+        if not self._forget_if_over(connection):
             self.connections.setdefault(connection)
         self.changes += connection.rpc is Rpc.WORK
+
+    def _forget_if_over(self, connection: Connection) -> bool:
+        if not (connection.dialler_knows and connection.listener_knows):
+            return False
+        self.connections.pop(connection, None)
+        self._broken.discard(connection)
+        for pipe in (connection.up, connection.down):
+            self._tampers.pop(pipe, None)
+            self._overtaken.pop(pipe, None)
+            self._fenced.pop(pipe, None)
+        return True
 
     async def reach(self, source: str, address: str) -> MemoryListener | None:
         listener = self.listeners.get(address)
@@ -227,6 +238,7 @@ class FaultyNetwork(MemoryNetwork):
         for connection in list(self.connections):
             if name in (connection.dialler, connection.listener):
                 self._leave(connection, name, silent=silent)
+                self._forget_if_over(connection)
 
     def _leave(self, connection: Connection, name: str, *, silent: bool) -> None:
         after = self.keepalive if silent else None
@@ -269,6 +281,17 @@ class FaultyNetwork(MemoryNetwork):
         for connection in self.connections:
             if name in (connection.dialler, connection.listener):
                 self.break_off(connection, self.keepalive, self.keepalive)
+
+    def streams_from(self, name: str) -> list[Pipe]:
+        """Return the directions of Work streams in which this process sends."""
+        pipes = [pipe for c in self.connections if c.rpc is Rpc.WORK for pipe in (c.up, c.down)]
+        return [pipe for pipe in pipes if _ends(pipe)[0] == name]
+
+    def fence(self, pipes: Iterable[Pipe]) -> None:
+        """Their sender was away for longer than its lease: it must send nothing more on them (N10)."""
+        for pipe in pipes:
+            if pipe.connection in self.connections:
+                self._fenced[pipe] = self._now()
 
     def slow_down(self, source: str, target: str, seconds: float, *, lasting: float) -> None:
         """Let everything from one to the other take so many seconds more, for a while."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from tests.simulation.plan import KINDS, WORKING, make_plan
 from tests.simulation.plants import PLANTS, planted
+from tests.simulation.scale import scale, table
 from tests.simulation.world import SeedError, World
 
 
@@ -61,6 +62,7 @@ def main() -> int:
     parser.add_argument("--messages", action="store_true", help="print every message too")
     parser.add_argument("--shrink", action="store_true", help="leave out faults while the seed still fails")
     parser.add_argument("--plant", default="", choices=PLANTS, metavar="BUG", help=f"break a rule: {', '.join(PLANTS)}")
+    parser.add_argument("--spheres", default="", help="instead: large trees of so many, such as 100,1000")
     parser.add_argument("--most", type=int, default=5, help="failures after which to stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
@@ -73,6 +75,9 @@ def main() -> int:
     if unknown:
         parser.error(f"no faults are called {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     drop = [int(number) for number in arguments.drop.split(",") if number]
+    if arguments.spheres:
+        print(table([scale(int(count)) for count in arguments.spheres.split(",")]))
+        return 0
     if arguments.seed is not None:
         return single(arguments, kinds, drop)
     return many(arguments, kinds)

@@ -61,6 +61,8 @@ class Plan:
     #: speculation and the watchdog: off in most seeds, they hide deadlocks
     speculate: bool
     faults: tuple[Fault, ...] = field(default=())
+    #: how many times as slow as the others a sphere may be
+    speeds: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 3.0, 20.0)
 
     @property
     def elements(self) -> int:

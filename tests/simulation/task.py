@@ -10,7 +10,7 @@ import numpy as np
 from spheres.sampling import mix64
 from spheres.task import Sums
 
-#: elements per row: the first of each is -0.0, the last 2 ** microbatch
+#: elements per row: the first of each is -0.0, the last what ``share`` gives
 ROW = 16
 #: seed-free noise of mixed magnitude, long enough that no two microbatches start at the same place
 _NOISE = 1 << 15
@@ -22,11 +22,16 @@ def _noise() -> np.ndarray:
     return (rng.standard_normal(_NOISE) * 10.0 ** rng.integers(-3, 4, _NOISE)).astype(np.float32)
 
 
+def share(index: int, microbatches: int) -> float:
+    """What microbatch ``index`` adds to the last of each row: a bit of its own, where float32 has room for all."""
+    return float(1 << index) if microbatches <= 20 else 1.0
+
+
 class RowTask:
     """``elements`` weights. ``trouble`` is asked before each gradient: "", "raise", "nan"."""
 
-    def __init__(self, elements: int, train: int, test: int) -> None:
-        self._elements, self._sizes = elements, {"train": train, "test": test}
+    def __init__(self, elements: int, train: int, test: int, microbatches: int) -> None:
+        self._elements, self._sizes, self._microbatches = elements, {"train": train, "test": test}, microbatches
         self.trouble = lambda: ""
 
     def init_weights(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -52,7 +57,7 @@ class RowTask:
             done, start = done + piece.size, 0
         grad += w * np.float32(1 + index % 3)
         grad[::ROW] = -0.0
-        grad[ROW - 1 :: ROW] = float(1 << index)
+        grad[ROW - 1 :: ROW] = share(index, self._microbatches)
         if trouble == "nan":
             grad[0] = np.nan
         loss = ((word >> 11) / 2**53 - 0.5) * 1e3 + float(w[0])

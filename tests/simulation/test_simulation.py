@@ -1,4 +1,4 @@
-"""A slice of the simulation's seeds; ``make simulate SEEDS=10000`` runs more. What fails says how to see it again."""
+"""A slice of the seeds; ``make simulate SEEDS=10000`` runs more. What fails names the command to see it again."""
 
 import pytest
 

@@ -47,7 +47,7 @@ from spheres.worker import Computer, Unit, limit_threads
 from tests.invariants import HubWatch
 from tests.simulation.plan import Fault, Plan
 from tests.simulation.store import Disk, DiskFile, MemoryStore
-from tests.simulation.task import ROW, RowTask
+from tests.simulation.task import ROW, RowTask, share
 
 ADDRESS = "127.0.0.1:40000"
 #: a tree in which nothing but heartbeats moves for so long will not move again: longer than any pause or patience
@@ -110,14 +110,21 @@ class Outcome:
 class World:
     """Mutable state: all of it. One instance for one run of one seed."""
 
-    def __init__(self, plan: Plan, *, log: Callable[[str], None] | None = None, messages: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        log: Callable[[str], None] | None = None,
+        messages: bool = False,
+        most_events: int = MOST_EVENTS,
+    ) -> None:
         self.plan = plan
         self.rng = random.Random(f"world {plan.seed}")
         self.node_rng = random.Random(f"nodes {plan.seed}")
         self.ids = random.Random(f"ids {plan.seed}")
-        self.loop = VirtualLoop(most_seconds=1e9, most_events=MOST_EVENTS, pause=self._pause)
+        self.loop = VirtualLoop(most_seconds=1e9, most_events=most_events, pause=self._pause)
         self.config = self._config()
-        self.task = RowTask(plan.elements, plan.batch * 3 + plan.tail, plan.test_size)
+        self.task = self._task()
         self.directory = Path(tempfile.mkdtemp(prefix="simulation-", dir=ROOT))
         self.disk = Disk()
         self.store = MemoryStore(self.disk)
@@ -131,6 +138,11 @@ class World:
         self.finished: asyncio.Future[None]
         self.network: FaultyNetwork
         self.over = False
+        #: for each commit: when, and control's messages and turns of the loop so far
+        self.steps: list[tuple[float, int, int]] = []
+        self.control_turns = 0
+        #: sphere -> parent at the first commit
+        self.first_shape: dict[str, str] | None = None
         self.counts: Counter[str] = Counter()
         #: (term, step, microbatch) -> times computed
         self.computed: Counter[tuple[int, int, int]] = Counter()
@@ -155,6 +167,10 @@ class World:
 
     def _pause(self) -> float:
         return self.plan.pause * self.rng.random()
+
+    def _task(self) -> RowTask:
+        plan = self.plan
+        return RowTask(plan.elements, plan.batch * 3 + plan.tail, plan.test_size, plan.microbatches)
 
     def _config(self) -> RunConfig:
         plan = self.plan
@@ -271,12 +287,19 @@ class World:
     def _published(self, record: Any) -> None:
         if record["event"] == "step":
             now = self.loop.time()
+            if self.first_shape is None and self.control is not None:
+                self.first_shape = self.control.tree.shape()
+            self.steps.append((now, self.network.messages[self.control_name], self.control_turns))
             self.say(f"step {record['step']} committed{' again' if record['replayed'] else ''}")
             self.step_seconds = max(0.001, now - self.step_began)
             self.step_began = self.last_move = now
             self.step_reached.set()
         elif record["event"] == "evaluation":
             self.evaluations[record["step"]] = dict(record)
+
+    @property
+    def control_name(self) -> str:
+        return "" if self.control_process is None else self.control_process.name
 
     @property
     def step(self) -> int:
@@ -295,8 +318,8 @@ class World:
             orphan_timeout=plan.orphan_timeout,
             speculate=plan.speculate,
         )
-        task = RowTask(plan.elements, plan.batch * 3 + plan.tail, plan.test_size)
-        slow = rng.choice((1.0, 1.0, 1.0, 1.0, 3.0, 20.0))
+        task = self._task()
+        slow = rng.choice(plan.speeds)
         speed = random.Random(f"speed {plan.seed} {self.started}")
 
         def seconds(unit: Unit) -> float:
@@ -391,6 +414,7 @@ class World:
         def check() -> None:
             if hub.work != self.changes_before[0]:
                 self.changes_before = (hub.work, self.network.changes)
+            self.control_turns += 1
             watch.check()
 
         return check
@@ -404,7 +428,8 @@ class World:
         if out is None:
             return
         used = out[: self.plan.elements]
-        mask = float(sum(1 << m for m in range(self.plan.microbatches) if sampler.count(hub.work.step, m)))
+        total = self.plan.microbatches
+        mask = sum(share(m, total) for m in range(total) if sampler.count(hub.work.step, m))
         assert (used[ROW - 1 :: ROW] == mask).all(), f"I1: microbatches lost or counted twice in {hub.work}"
 
     # ---- the run
@@ -468,7 +493,7 @@ class World:
             now = self.loop.time()
             if self.control is not None and self.control.controller.state is RunState.INITIALIZING:
                 # control counts them before it begins, and a launcher sees to it that they come
-                for _ in range(self.plan.min_spheres - len(self.living())):
+                for _ in range(self.plan.min_spheres - sum(not node.process.stopped for node in self.living())):
                     self.start_sphere()
             busy = (n.worker.busy_until for n in self.living() if n.worker is not None and not n.process.stopped)
             self.last_move = max(self.last_move, self.network.last_arrival, min(now, max(busy, default=0.0)))
@@ -495,6 +520,7 @@ class World:
             left += [f"{process.name} has left {task!r}" for task in process.left()]
         left += [f"{connection} is open" for connection in self.network.connections]
         left += [f"{listener.owner} still listens" for listener in self.network.listeners.values()]
+        left += [f"I13, N10: {text}" for text in self.network.published_after_fence]
         left += [f"reported to the loop: {report}" for report in self.loop.reports]
         assert not left, "; ".join(left[:10])
 
@@ -554,10 +580,9 @@ class World:
         if not plan.faults and not plan.relays and plan.min_spheres == plan.spheres:
             assert self.counts["recomputed"] == 0, "I11: computed twice without a fault"
 
-    @staticmethod
-    def _evaluated(node: NodeConfig, plain: ReferenceResult) -> Sums:
+    def _evaluated(self, node: NodeConfig, plain: ReferenceResult) -> Sums:
         """Return the sums over the test split on the last weights, in canonical order."""
-        computer = Computer(node, RowTask(node.manifest.parameters, node.train_size, node.test_size))
+        computer = Computer(node, self._task())
 
         def total(block: Block) -> Sums | None:
             if block.width == 1:
@@ -705,10 +730,13 @@ class World:
         self.say(f"FAULT stop of {self.called(node)} for {seconds:.3f} s")
         process.stop()
         self.network.silence(process.name, seconds)
-        self.loop.call_later(seconds, lambda: process.stopped and self._go_on(process))
+        before = self.network.streams_from(process.name)
+        self.loop.call_later(seconds, lambda: process.stopped and self._go_on(process, seconds, before))
 
-    def _go_on(self, process: Process) -> None:
+    def _go_on(self, process: Process, seconds: float, before: list[Pipe]) -> None:
         self.say(f"{process.name} goes on")
+        if seconds > self.plan.patience * 1.1:  # it has looked at the clock at most a tick before
+            self.network.fence(before)
         process.go_on()
 
     def _crash(self, fault: Fault) -> None:
