@@ -17,6 +17,7 @@ STUBS_BIN := $(STUBS_VENV)/bin
 PROTOS := $(sort $(wildcard protos/spheres/v1/*.proto))
 SERVICE_PROTOS := $(if $(PROTOS),$(shell grep -lE '^service ' $(PROTOS)))
 ARGS ?=
+SEEDS ?= 1000
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
@@ -47,7 +48,7 @@ help: ## List the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 # ---------------------------------------------------------------------------------------------------------------------
-.PHONY: setup run test clean
+.PHONY: setup run test simulate clean
 
 setup: $(VENV)/.dev ## Make .venv with both commands and the tools of development
 
@@ -56,6 +57,9 @@ run: $(VENV)/.runtime ## Train digits on a tree of six spheres (ARGS="..." adds 
 
 test: $(VENV)/.dev ## Run the tests (ARGS="-k name" narrows them)
 	$(BIN)/python -m pytest $(ARGS)
+
+simulate: $(VENV)/.dev ## Run SEEDS=1000 seeded runs with faults on virtual time (ARGS="--kinds ..." chooses faults)
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS) $(ARGS)
 
 clean: ## Remove environments, caches and build output; runs/ stays
 	@echo 'clean: removing environments, caches and build output'

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,12 +26,25 @@ from control.snapshot import (
     write_files,
 )
 from control.store import Fault, LocalStore, Store
+from control.store_fsspec import is_url, store_at
+from control.weights_file import write_safetensors
 from spheres.config import manifest_from_proto
-from spheres.errors import CheckpointError
+from spheres.errors import CheckpointError, ConfigError
 from spheres.numerics import global_norm, statistics
 from spheres.v1.checkpoint_pb2 import CheckpointManifest
 
-__all__ = ["CheckpointInfo", "Checkpoints", "Problem", "Snapshot", "inspect", "read_snapshot", "verify"]
+__all__ = [
+    "CheckpointInfo",
+    "Checkpoints",
+    "Problem",
+    "Snapshot",
+    "as_json",
+    "export",
+    "inspect",
+    "number",
+    "read_snapshot",
+    "verify",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -109,14 +122,14 @@ class Checkpoints:
         """
         return [info for _, info in self._entries() if info is not None]
 
-    def load(self, name: str | Path | None = None) -> Snapshot:
+    def load(self, name: str | Path | None = None, passed_over: Callable[[str], object] = lambda _: None) -> Snapshot:
         """Return a snapshot, every byte of it checked. Raises CheckpointError.
 
-        None is the newest that verifies and is finite; each one passed over is logged as a warning. One of a newer
-        format is not passed over: it is good, and going back behind it would be a loss. A string is the name of a
-        checkpoint of this run; a path may lead anywhere.
+        None is the newest that verifies and is finite; each one passed over is logged as a warning, and told to
+        ``passed_over``. One of a newer format is not passed over: it is good, and going back behind it would be a
+        loss. A string is the name of a checkpoint of this run; a path or URL may lead anywhere.
         """
-        if isinstance(name, Path):
+        if isinstance(name, Path) or (name is not None and is_url(name)):
             return read_snapshot(name)
         if name is not None:
             if name not in self._names():
@@ -128,11 +141,13 @@ class Checkpoints:
             except NewerFormatError:
                 raise
             except CheckpointError as error:
-                logger.warning("passed over: %s", error)
-                continue
-            if snapshot.finite:
-                return snapshot
-            logger.warning("passed over: checkpoint %s holds weights that are not finite", candidate)
+                problem = str(error)
+            else:
+                if snapshot.finite:
+                    return snapshot
+                problem = f"checkpoint {candidate} holds weights that are not finite"
+            logger.warning("passed over: %s", problem)
+            passed_over(problem)
         raise CheckpointError(f"no good checkpoint in {self._store.location('')}; {self._available()}")
 
     def _entries(self) -> Sequence[tuple[str, CheckpointInfo | None]]:
@@ -195,17 +210,23 @@ class Checkpoints:
         return info.finite and not find_problems(self._store, info.name)
 
 
-def verify(path: Path) -> list[Problem]:
+def verify(path: Path | str) -> list[Problem]:
     """Return the first problem of each file of a checkpoint, none for a good one. Changes nothing."""
     return find_problems(*_at(path))
 
 
-def read_snapshot(path: Path) -> Snapshot:
-    """Return the snapshot in a checkpoint directory, everything checked. Raises CheckpointError."""
-    return read_files(*_at(path))
+def read_snapshot(path: Path | str) -> Snapshot:
+    """Return the snapshot in a checkpoint directory, everything checked. Raises CheckpointError.
+
+    Of a URL that is not a checkpoint's but a run's, the newest good one.
+    """
+    store, name = _at(path)
+    if isinstance(path, str) and is_url(path) and not _NAME.fullmatch(name):
+        return Checkpoints(store_at(path), keep=1).load()
+    return read_files(store, name)
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path | str) -> dict[str, Any]:
     """Return what is in a checkpoint as JSON values, for people and scripts. Raises CheckpointError."""
     store, name = _at(path)
     manifest, size = read_manifest(store, name)
@@ -216,7 +237,7 @@ def inspect(path: Path) -> dict[str, Any]:
     optimizer = {
         buffer.removeprefix("optimizer/"): {
             "elements": flat.size,
-            "norm": _number(global_norm(layout, flat)) if flat.size == layout.size else None,
+            "norm": number(global_norm(layout, flat)) if flat.size == layout.size else None,
         }
         for buffer, flat in snapshot.buffers.items()
         if buffer != "weights"
@@ -232,14 +253,14 @@ def inspect(path: Path) -> dict[str, Any]:
         "epoch": run.epoch,
         "samples": run.samples_count,
         "seed": run.seed,
-        "wall_seconds": _number(run.wall_seconds),
+        "wall_seconds": number(run.wall_seconds),
         "weights_version": run.weights_version,
         "weights_digest": run.weights_digest.hex(),
         "weights_sha256": run.weights_sha256,
         "finite": snapshot.finite,
         "best": snapshot.best,
-        "metrics": {key: _number(value) for key, value in sorted(run.metrics.items())},
-        "best_value": _number(run.best_value) if run.HasField("best_value") else None,
+        "metrics": {key: number(value) for key, value in sorted(run.metrics.items())},
+        "best_value": number(run.best_value) if run.HasField("best_value") else None,
         "best_step": run.best_step,
         "parameters": layout.parameters,
         "tensors": [
@@ -247,9 +268,9 @@ def inspect(path: Path) -> dict[str, Any]:
                 "name": spec.name,
                 "shape": list(spec.shape),
                 "dtype": spec.dtype,
-                "norm": _number(of_tensors[spec.name].norm),
-                "minimum": _number(of_tensors[spec.name].minimum),
-                "maximum": _number(of_tensors[spec.name].maximum),
+                "norm": number(of_tensors[spec.name].norm),
+                "minimum": number(of_tensors[spec.name].minimum),
+                "maximum": number(of_tensors[spec.name].maximum),
             }
             for spec in layout.tensors
         ],
@@ -260,26 +281,52 @@ def inspect(path: Path) -> dict[str, Any]:
         ],
         "tree": dict(sorted(snapshot.tree.items())),
         "callbacks": sorted(run.callback_states),
-        "config": _json(run.config_json),
+        "config": as_json(run.config_json),
         "files": [
             {"name": file.name, "size_bytes": file.size_bytes, "records": file.records_count} for file in manifest.files
         ],
     }
 
 
-def _at(path: Path) -> tuple[Store, str]:
-    path = path.resolve()
+def export(path: Path | str, file: Path, *, force: bool = False) -> dict[str, Any]:
+    """Write a checkpoint's weights as a safetensors file, whole or not at all; return what was written.
+
+    Raises CheckpointError, and ConfigError where the file exists and not ``force``, or cannot be written.
+    """
+    if file.exists() and not force:
+        raise ConfigError(f"{file} exists already; give --force to overwrite it")
+    snapshot = read_snapshot(path)
+    run = snapshot.run
+    layout = manifest_from_proto(run.manifest)
+    about = {"step": str(run.step), "weights_sha256": run.weights_sha256, "run_id": run.run_id}
+    write_safetensors(file, layout, snapshot.buffers["weights"], about)
+    return {
+        "path": str(file),
+        "step": run.step,
+        "tensors": len(layout.tensors),
+        "parameters": layout.parameters,
+        "weights_sha256": run.weights_sha256,
+    }
+
+
+def _at(path: Path | str) -> tuple[Store, str]:
+    if isinstance(path, str) and is_url(path):
+        parent, _, name = path.rstrip("/").rpartition("/")
+        return store_at(parent), name
+    path = Path(path).resolve()
     return LocalStore(path.parent), path.name
 
 
-def _number(value: float) -> float | str:
+def number(value: float) -> float | str:
+    """Return a number as JSON can have it."""
     # JSON has no NaN and no infinity; as text they are what protobuf's own JSON has
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _json(text: str) -> Any:
+def as_json(text: str) -> Any:
+    """Return what a JSON text says, None for an empty one, or the text itself where it is no JSON."""
     try:
         return json.loads(text) if text else None
     except ValueError:

@@ -29,6 +29,8 @@ T = TypeVar("T")
 #: seconds; what saves or reads a checkpoint has longer
 DEADLINE = 10.0
 CHECKPOINT_DEADLINE = 600.0
+#: seconds for what waits for the end of a step, or for many processes
+MEMBERS_DEADLINE = 120.0
 #: seconds for which a cut watch tries to come back, and between two tries
 WATCH_PATIENCE = 30.0
 WATCH_RETRY = 0.25
@@ -136,6 +138,31 @@ class ControlClient:
             token = page.next_page_token
             if not token:
                 return spheres
+
+    async def spawn(self, count: int = 1, request_id: str = "") -> list[int]:
+        """Start so many local spheres on control's machine; return their process ids. They join when they are ready."""
+        request = pb.SpawnSphereRequest(count=count, request_id=request_id or uuid.uuid4().hex)
+        return list((await self._call(self._stub.SpawnSphere(request, timeout=MEMBERS_DEADLINE))).pids)
+
+    async def drain(self, sphere: str, reason: str = "") -> None:
+        """Let a sphere finish its step and leave. Returns when it is told. Raises ConfigError where there is none."""
+        request = pb.DrainSphereRequest(sphere_id=sphere, reason=reason)
+        await self._call(self._stub.DrainSphere(request, timeout=self._deadline))
+
+    async def terminate(self, sphere: str, reason: str = "") -> None:
+        """End a sphere at once. Returns when it is told. Raises ConfigError where there is none."""
+        request = pb.TerminateSphereRequest(sphere_id=sphere, reason=reason)
+        await self._call(self._stub.TerminateSphere(request, timeout=self._deadline))
+
+    async def rebalance(self) -> tuple[list[str], list[str]]:
+        """Place all spheres anew, between two steps. Returns who has moved, and who has not arrived in time."""
+        answer = await self._call(self._stub.RebalanceTree(pb.RebalanceTreeRequest(), timeout=MEMBERS_DEADLINE))
+        return list(answer.moved_sphere_ids), list(answer.late_sphere_ids)
+
+    async def logs(self, sphere: str, lines: int = 100) -> list[str]:
+        """Return the last lines of a sphere's log. Raises ConfigError where no such sphere can be asked."""
+        request = pb.GetSphereLogRequest(sphere_id=sphere, lines=lines)
+        return list((await self._call(self._stub.GetSphereLog(request, timeout=self._deadline))).lines)
 
     # --- checkpoints and weights
 

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from control.journal import EventLog, Journal
 from control.metrics import StepTimes, Totals, nonfinite_reason, origin, step_record
 from control.position import Position, put_back, take_snapshot
 from control.run_state import RunState, move
+from control.saver import Saver
 from control.snapshot import Snapshot
 from control.tree import Tree
 from control.update import Update, Updater
@@ -72,8 +73,7 @@ class Controller:
         self.error: ArmillaryError | None = None
         self.totals = Totals()
         self.start_time = time.time()
-        self.latest_checkpoint: CheckpointInfo | None = None
-        self.checkpoints, self.callbacks = checkpoints, callbacks
+        self.callbacks = callbacks
         callbacks.on_failure = self._callback_failed
         #: hears every record: steps and events, for WatchRun
         self.publish: Callable[[Mapping[str, Any]], None] = lambda _: None
@@ -93,8 +93,10 @@ class Controller:
         self._pause = False
         self._pause_at: int | None = None
         self._requests: deque[tuple[Callable[[], Awaitable[Any]], asyncio.Future[Any]]] = deque()
-        self._save = False
-        # step and time of the last save; step of the last evaluation
+        self._saver = Saver(checkpoints, self._told_of_save)
+        if config.checkpoint_every is not None:
+            self._saver.copies.reserve(self._hub.weights.flat, self._updater.optimizer)
+        # step and time of the last save begun; step of the last evaluation
         self._saved_at = (-1, time.monotonic())
         self._evaluated = -1
         self._started = time.monotonic()
@@ -108,6 +110,15 @@ class Controller:
     def step(self) -> int:
         """Steps committed."""
         return self._position.step
+
+    @property
+    def latest_checkpoint(self) -> CheckpointInfo | None:
+        """The newest that was saved by this process."""
+        return self._saver.latest
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return self._saver.checkpoints
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -127,7 +138,7 @@ class Controller:
 
     @property
     def living_spheres(self) -> int:
-        return sum(1 for name in self.tree.spheres if self.tree.state_of(name) == "active")
+        return self.tree.living
 
     @property
     def train_seconds(self) -> float:
@@ -141,7 +152,7 @@ class Controller:
 
     def request_checkpoint(self) -> None:
         """Save after the step in hand."""
-        self._save = True
+        self._saver.wanted = True
         self._look_now()
 
     def fail(self, error: ArmillaryError) -> None:
@@ -183,8 +194,14 @@ class Controller:
         return await answer
 
     async def save(self) -> CheckpointInfo:
-        """Checkpoint after the step in hand. Raises CheckpointError; the run goes on."""
-        return await self.between_steps(self._checkpoint)
+        """Checkpoint after the step in hand, and after a save under way; return when it is on disk.
+
+        Raises CheckpointError; the run goes on. RunStateError where the run ends first.
+        """
+        self._not_ended()
+        answer = self._saver.ask()
+        self._look_now()
+        return await answer
 
     async def restore(self, name: str | None) -> None:
         """Go to a checkpoint of this run between two steps. Raises CheckpointError; then the run goes on as it was."""
@@ -226,6 +243,8 @@ class Controller:
             log.exception("the step loop failed")
             await self._fail(ArmillaryError(f"{type(error).__name__}: {error} (not expected)"), save=False)
         finally:
+            await self._saver.done()  # also where the loop is cancelled: a thread that writes cannot be
+            self._saver.close()
             while self._requests:
                 _, answer = self._requests.popleft()
                 if not answer.done():
@@ -279,8 +298,8 @@ class Controller:
             if self._evaluation_due():
                 await self._evaluate()
                 continue
-            if self._save or self._checkpoint_due():
-                await self._checkpoint_or_go_on()
+            if self._checkpoint_due():
+                await self._checkpoint()
                 continue
             self._look_at_clock()
             if self._stop_reason is not None or self.step >= self.total_steps:
@@ -290,6 +309,7 @@ class Controller:
             if not self._pause:
                 if self.state is RunState.PAUSED:
                     self._move(RunState.RUNNING)
+                await self.tree.tidy()
                 return True
             if self.state is RunState.RUNNING:
                 self._move(RunState.PAUSED)
@@ -355,6 +375,7 @@ class Controller:
     async def _commit(self, record: dict[str, Any]) -> None:
         """Journal the step, then show it (N18). Raises what keeps it from being committed: the run ends with that."""
         step = record["step"]
+        record["seconds"] |= self._saver.take_stall()
         try:
             await self._record(record)
         except BaseException:
@@ -442,44 +463,48 @@ class Controller:
     # ---- checkpoints
 
     def _checkpoint_due(self) -> bool:
+        """Whether one is to begin now. One that is due while another is still being saved is left out."""
         every = self.config.checkpoint_every
-        if every is None or self.step == 0 or self._saved_at[0] == self.step:
-            return False
-        return every.due(
-            step=self.step,
-            steps_per_epoch=self.node.sampler.steps_per_epoch,
-            seconds=time.monotonic() - self._saved_at[1],
-        )
+        due = self._saver.wanted
+        if every is not None and self.step and self._saved_at[0] != self.step:
+            seconds = time.monotonic() - self._saved_at[1]
+            due |= every.due(step=self.step, steps_per_epoch=self.node.sampler.steps_per_epoch, seconds=seconds)
+        return due and not self._saver.busy
 
-    async def _checkpoint_or_go_on(self) -> None:
-        """Save now. A failure is loud, and the run goes on: the checkpoint before stands."""
-        try:
-            await self._checkpoint()
-        except CheckpointError as error:
-            log.error("%s", error)
+    async def _checkpoint(self, *, copied: bool = True) -> None:
+        """Take a copy and begin to save it beside the steps that follow; without a copy where none follows.
 
-    async def _checkpoint(self) -> CheckpointInfo:
-        """Save now. Raises CheckpointError."""
-        self._save = False
-        before, began = self.state, perf_counter()
+        A failure is loud, and the run goes on: the checkpoint before stands.
+        """
+        before = self.state
         self._move(RunState.CHECKPOINTING)
         self._saved_at = (self.step, time.monotonic())
-        record: dict[str, Any] = {"step": self.step}
         try:
-            states = await self.tree.states(timeout=self.config.patience)
-            spheres = [checkpoint_pb2.SphereRecord(report=s.report, task_state=s.task_state) for s in states]
-            info = await asyncio.to_thread(lambda: self.checkpoints.save(self._snapshot(spheres)))
-            self.latest_checkpoint = info
-            record |= {"ok": True, "path": info.path, "size_bytes": info.size_bytes}
-        except CheckpointError as error:
-            record |= {"ok": False, "error": str(error)}
-            raise
+            # asked before the next step is given out, so that a task's state is that between the two
+            await self._saver.begin(self._snapshot, self._sphere_records(), copied=copied)
         finally:
             self._move(before)
-            self._tell("checkpoint", {**record, "seconds": perf_counter() - began})
-        return info
 
-    def _snapshot(self, spheres: list[checkpoint_pb2.SphereRecord]) -> Snapshot:
+    async def _sphere_records(self) -> list[checkpoint_pb2.SphereRecord]:
+        states = await self.tree.states(timeout=self.config.patience)
+        return [checkpoint_pb2.SphereRecord(report=s.report, task_state=s.task_state) for s in states]
+
+    def _told_of_save(self, step: int, record: dict[str, Any]) -> None:
+        try:
+            self._emit("checkpoint", self._note("checkpoint", {"step": step, **record}), step=step)
+        except ArmillaryError as error:  # a callback that may end the run
+            self.fail(error)
+        finally:
+            self._look_now()  # one that was asked for meanwhile may begin
+
+    async def _save_at_end(self) -> None:
+        """Save the last state, unless it is saved already. Returns when it is on disk, or that has failed."""
+        await self._saver.done()
+        if self.step and (self._saved_at[0] != self.step or self._saver.wanted or self._saver.failed):
+            await self._checkpoint(copied=False)
+            await self._saver.done()
+
+    def _snapshot(self) -> Snapshot:
         return take_snapshot(
             self._position,
             config=self.config,
@@ -489,7 +514,6 @@ class Controller:
             optimizer=self._updater.optimizer,
             seconds=self.train_seconds,
             tree=self.tree.shape(),
-            spheres=spheres,
             callback_states=self.callbacks.states(),
         )
 
@@ -510,7 +534,11 @@ class Controller:
         before = self.state
         self._move(RunState.RESTORING)
         try:
-            snapshot = await asyncio.to_thread(self.checkpoints.load, name or None)
+            # it may be the one that is wanted, and its retention must not remove what is being read
+            await self._saver.done()
+            passed_over: list[str] = []
+            snapshot = await asyncio.to_thread(self.checkpoints.load, name or None, passed_over.append)
+            self.tell_passed_over(passed_over)
             self.load(snapshot)
             self._started = time.monotonic()
             self.tree.term = await asyncio.to_thread(self._raise_term)
@@ -518,11 +546,15 @@ class Controller:
             self._hub.weights.publish(term=self.tree.term, version=self.step)
             self._move(before)
 
+    def tell_passed_over(self, problems: Sequence[str]) -> None:
+        """Write to the event log which checkpoints were newer than the one restored, and why they were not taken."""
+        for problem in problems:
+            self._note("checkpoint_passed_over", {"ok": False, "error": problem})
+
     # ---- the end
 
     async def _finish(self) -> None:
-        if self.step and (self._saved_at[0] != self.step or self._save):
-            await self._checkpoint_or_go_on()
+        await self._save_at_end()
         ended = RunState.COMPLETED if self.step >= self.total_steps else RunState.STOPPED
         self._move(ended, self._stop_reason or "")
 
@@ -531,8 +563,10 @@ class Controller:
         self.error = error
         try:
             self._tell("error", {"error": str(error)})
-            if save and self.step and self._hub.weights.complete and self._saved_at[0] != self.step:
-                await self._checkpoint_or_go_on()
+            await self._saver.done()
+            # where a step was not committed, its weights are already the next ones: done again it would count twice
+            if save and self._hub.weights.complete and self._hub.weights.version == self.step:
+                await self._save_at_end()
         except ArmillaryError as another:  # events that cannot be written, a callback that raises
             log.error("%s", another)
         finally:

@@ -59,6 +59,8 @@ def node_config(task: Task, config: RunConfig, manifest: Manifest, *, run_id: st
         window=config.window,
         task_fingerprint=task_fingerprint(task, config.task, config.task_options),
         data_fingerprint=data_fingerprint(task),
+        # several fit into one patience: a lost one is no sign of death
+        heartbeat_seconds=min(1.0, config.patience / 4),
         patience_seconds=config.patience,
         fan_out=config.fan_out,
         skips_nonfinite=config.on_nonfinite != "halt",

@@ -1,6 +1,7 @@
 """Who is whose parent: spheres and fan-out in, tree out (DESIGN section 2).
 
-A pure function of its arguments, whatever their order. Who is alive, and when spheres move, is decided elsewhere.
+A pure function of its arguments, whatever their order: the goal of a full rebalance. Who is alive, where a newcomer
+goes, and when spheres move, is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["CONTROL", "Member", "Tree", "ancestors", "levels", "place", "place_newcomer"]
+__all__ = ["CONTROL", "Member", "Tree", "levels", "lowest_depth", "natural", "order", "place"]
 
 #: the id of the root
 CONTROL = "control"
@@ -53,7 +54,7 @@ def place(
     one edge per host and last, where there are no places at all, the fan-out, of control alone. Raises ValueError for
     ids that are not unique.
     """
-    members = sorted(spheres, key=_order)
+    members = sorted(spheres, key=order)
     ids = {member.id for member in members}
     if len(ids) < len(members) or CONTROL in ids:
         raise ValueError(f"ids of spheres must be unique, and {CONTROL!r} is the root's")
@@ -68,7 +69,7 @@ def place(
     # without a limit nothing is urgent, so this one places whatever can be placed
     best = fill(len(members) + 1)
     if not best.left:
-        for depth in range(_lowest_depth(len(members), fan_out), best.depth):
+        for depth in range(lowest_depth(len(members), fan_out), best.depth):
             found = fill(depth)
             if not found.left:
                 best = found
@@ -79,34 +80,6 @@ def place(
         best = _Filling(control_host, fan_out, None)
         best.fill([replace(member, host=control_host) for member in members], [], len(members))
     return best.tree
-
-
-def place_newcomer(
-    control_host: str,
-    tree: Mapping[str, str],
-    spheres: Sequence[Member],
-    newcomer: Member,
-    fan_out: int,
-) -> str:
-    """Return the id of the parent for a sphere that joins ``tree`` while nobody moves.
-
-    The shallowest free place on its own host; where that has none, the shallowest anywhere, in its own zone first;
-    where nobody has a free place, control.
-    """
-    children: dict[str, int] = {}
-    for parent in tree.values():
-        children[parent] = children.get(parent, 0) + 1
-    known = {member.id: member for member in spheres if member.id in tree and member.id != newcomer.id}
-    level = {CONTROL: 0, **levels(tree)}
-    at_home = newcomer.host == control_host
-    free: list[tuple[bool, int, bool, int, str]] = []
-    for rank, member in enumerate([None, *sorted(known.values(), key=_order)]):
-        parent = CONTROL if member is None else member.id
-        if (member is None or member.address) and children.get(parent, 0) < fan_out:
-            own = at_home if member is None else member.host == newcomer.host
-            own_zone = member is not None and member.zone == newcomer.zone
-            free.append((not own, level[parent], not own_zone, rank, parent))
-    return min(free)[-1] if free else CONTROL
 
 
 def levels(tree: Mapping[str, str]) -> dict[str, int]:
@@ -126,25 +99,20 @@ def levels(tree: Mapping[str, str]) -> dict[str, int]:
     return found
 
 
-def ancestors(tree: Mapping[str, str], id: str) -> tuple[str, ...]:
-    """Return the parent, its parent, and so on to control: the order in which a sphere dials when one is lost."""
-    above: list[str] = []
-    while id != CONTROL:
-        if id not in tree or len(above) > len(tree):
-            raise ValueError(f"{id} does not reach {CONTROL}")
-        id = tree[id]
-        above.append(id)
-    return tuple(above)
+def order(member: Member) -> tuple[bool, bool, float, list[tuple[int, str]]]:
+    """Who comes first is nearer to the root."""
+    return (not member.address, not member.relay, -member.capacity, natural(member.id))
 
 
-def _order(member: Member) -> tuple[bool, bool, float, list[tuple[int, str]]]:
-    """Who comes first is nearer to the root; ids in the order people count: s-2 before s-10."""
+def natural(id: str) -> list[tuple[int, str]]:
+    """Return a key by which ids are in the order in which people count: s-2 before s-10."""
     # (0, text) and (number, ""): parts of ids are compared with their like
-    parts = [(int(part) + 1, "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", member.id)]
-    return (not member.address, not member.relay, -member.capacity, [*parts, (0, member.id)])
+    parts = [(int(part) + 1, "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", id)]
+    return [*parts, (0, id)]
 
 
-def _lowest_depth(count: int, fan_out: int) -> int:
+def lowest_depth(count: int, fan_out: int) -> int:
+    """Return the levels of the complete tree of so many spheres."""
     depth, places, width = 0, 0, 1
     while places < count:
         depth, width = depth + 1, width * fan_out
@@ -172,7 +140,7 @@ def _groups(members: list[Member], fan_out: int) -> list[_Group]:
         groups += [_Group((member,), 1) for member in group[room:]]
         groups.append(_Group(tuple(group[:room]), _height(addressable, len(group[:room]), fan_out)))
     # the tallest are hardest to place; those that bring no places come last
-    groups.sort(key=lambda group: (-group.height, _order(group.members[0])))
+    groups.sort(key=lambda group: (-group.height, order(group.members[0])))
     return groups
 
 
@@ -243,7 +211,7 @@ class _Filling:
         for parent in self.tree.values():
             children[parent] = children.get(parent, 0) + 1
         open_parents = deque([CONTROL, *self.tree])
-        for member in sorted(self.left, key=_order):
+        for member in sorted(self.left, key=order):
             while open_parents and children.get(open_parents[0], 0) >= self._room(open_parents[0]):
                 open_parents.popleft()
             parent = open_parents[0] if open_parents else CONTROL

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from control.config import RunConfig
 from control.optimizers import Optimizer
 from control.snapshot import Snapshot
 from spheres.config import NodeConfig, manifest_to_proto
 from spheres.errors import CheckpointError
-from spheres.numerics import is_finite
+from spheres.tensors import aligned_zeros
 from spheres.v1 import checkpoint_pb2
 from spheres.weights import Weights
 
-__all__ = ["Position", "put_back", "take_snapshot"]
+__all__ = ["Copies", "Position", "put_back", "take_snapshot"]
+
+Array = npt.NDArray[np.float32]
 
 
 @dataclass(slots=True)
@@ -61,10 +64,9 @@ def take_snapshot(
     optimizer: Optimizer,
     seconds: float,
     tree: Mapping[str, str],
-    spheres: Sequence[checkpoint_pb2.SphereRecord],
     callback_states: Mapping[str, object],
 ) -> Snapshot:
-    """Return the snapshot; its buffers are references. It reads every byte of the weights: for a thread."""
+    """Return the snapshot, without what takes time: the SHA-256, spheres' records. Its buffers are references."""
     sampler = node.sampler
     run = checkpoint_pb2.RunRecord(
         run_id=node.run_id,
@@ -72,7 +74,6 @@ def take_snapshot(
         step=position.step,
         weights_version=weights.version,
         weights_digest=weights.digest,
-        weights_sha256=node.manifest.sha256(weights.flat),
         manifest=manifest_to_proto(node.manifest),
         config_json=config.to_json(),
         optimizer_count=optimizer.count,
@@ -89,12 +90,50 @@ def take_snapshot(
     )
     return Snapshot(
         run=run,
-        buffers={"weights": weights.flat, **{f"optimizer/{n}": buffer for n, buffer in optimizer.state().items()}},
-        spheres=spheres,
+        buffers=_buffers(weights.flat, optimizer),
         tree=tree,
-        finite=is_finite(weights.flat),
         best=position.best_value is not None and position.best_step == position.step,
     )
+
+
+def _buffers(weights: Array, optimizer: Optimizer) -> dict[str, Array]:
+    return {"weights": weights, **{f"optimizer/{name}": buffer for name, buffer in optimizer.state().items()}}
+
+
+class Copies:
+    """Buffers that snapshots are copied into, one after another: the memory of weights and optimizer once more.
+
+    Mutable state: the buffers, each made when first needed.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Array] = {}
+
+    def __repr__(self) -> str:
+        return f"<Copies { ({name: flat.nbytes for name, flat in self._buffers.items()}) }>"
+
+    def of(self, snapshot: Snapshot) -> Snapshot:
+        """Return the snapshot with its buffers copied, which stay as they are until the next call. For a thread.
+
+        Raises CheckpointError where there is no memory for them.
+        """
+        for name, flat in snapshot.buffers.items():
+            np.copyto(self._buffer(name, flat.size), flat)
+        return replace(snapshot, buffers={name: self._buffers[name] for name in snapshot.buffers})
+
+    def reserve(self, weights: Array, optimizer: Optimizer) -> None:
+        """Make them now, each page touched, so that the first copy waits for no memory. Raises CheckpointError."""
+        for name, flat in _buffers(weights, optimizer).items():
+            self._buffer(name, flat.size)
+
+    def _buffer(self, name: str, size: int) -> Array:
+        own = self._buffers.get(name)
+        if own is None or own.size != size:
+            try:
+                own = self._buffers[name] = aligned_zeros(size)
+            except MemoryError:
+                raise CheckpointError(f"no memory to copy the {4 * size} bytes of {name}; older ones stand") from None
+        return own
 
 
 def put_back(snapshot: Snapshot, *, node: NodeConfig, weights: Weights, optimizer: Optimizer) -> Position:

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -18,11 +19,14 @@ from typing import Any, Self
 from control.store import atomic_file, fsync_directory
 from spheres.errors import ConfigError, UnreachableError
 
-__all__ = ["RunDirectory", "find"]
+__all__ = ["RunDirectory", "find", "log_lines", "process_of"]
 
 logger = logging.getLogger(__name__)
 
 BASE = Path("runs")
+#: of each log, the end that is searched; and what a sphere says first
+_MOST_LOG_BYTES = 4 << 20
+_BEGINS = "looking for control at"
 #: what flock says where a file system (NFS) has no locks on directories
 _NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -173,6 +177,42 @@ def find(address: str | None, run_dir: Path | None) -> str:
     if not found:
         raise UnreachableError(f"the run in {path} is only starting (process {pid}); try again in a moment")
     return found
+
+
+def process_of(path: Path) -> int | None:
+    """Return the process of the control that has a run directory; None where nobody has it."""
+    _, pid = _read_address(path)
+    return pid if pid is not None and _lives(path, pid) else None
+
+
+def log_lines(path: Path, sphere: str, count: int) -> list[str]:
+    """Return the last lines that a local sphere wrote in its latest life; [] where none of the logs knows it.
+
+    ``sphere`` is its id, or ``local-N`` for all that ``logs/sphere-N.log`` has.
+    """
+    slot = re.fullmatch(r"local-(\d+)", sphere)
+    if slot is not None:
+        return _tail(path / "logs" / f"sphere-{slot[1]}.log")[-count:]
+    for file in sorted((path / "logs").glob("sphere-*.log")):
+        lives: list[list[str]] = [[]]
+        for line in _tail(file):
+            if _BEGINS in line:
+                lives.append([])
+            lives[-1].append(line)
+        for life in reversed(lives):
+            if any(f" {sphere} joins " in line for line in life):
+                return life[-count:]
+    return []
+
+
+def _tail(file: Path) -> list[str]:
+    try:
+        with file.open("rb") as opened:
+            opened.seek(0, os.SEEK_END)
+            opened.seek(max(0, opened.tell() - _MOST_LOG_BYTES))
+            return opened.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def _new_below(base: Path, task: str) -> Path:

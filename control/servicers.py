@@ -14,8 +14,9 @@ import grpc.aio
 
 from control.checkpoint import CheckpointInfo
 from control.controller import Controller
+from control.tree import Tree
 from spheres.config import manifest_to_proto
-from spheres.errors import ArmillaryError, RunStateError
+from spheres.errors import ArmillaryError, ConfigError, RunStateError
 from spheres.numerics import crc32c
 from spheres.status import code_of
 from spheres.v1 import control_pb2 as pb
@@ -27,6 +28,8 @@ __all__ = ["ControlServicer"]
 _KEPT = 10_000
 #: answers that a retry can have again
 _ANSWERS = 100
+#: lines of a sphere's log in one answer
+_MOST_LINES = 1_000
 
 
 class ControlServicer(control_pb2_grpc.ControlServiceServicer):
@@ -40,9 +43,15 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         self._answers: dict[str, asyncio.Task[Any]] = {}
         self._over = False
 
-    def attach(self, controller: Controller) -> None:
-        """Serve this run."""
-        self._controller = controller
+    def attach(
+        self,
+        controller: Controller,
+        *,
+        spawn: Callable[[int], Coroutine[Any, Any, list[int]]],
+        aside: Callable[[], list[tuple[str, str]]],
+    ) -> None:
+        """Serve this run. ``spawn`` starts local spheres; ``aside`` names those that keep failing, and says why."""
+        self._controller, self._spawn, self._aside = controller, spawn, aside
         controller.publish = self.add
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -110,45 +119,45 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         return pb.StopRunResponse(run=self._run(controller))
 
     async def ListSpheres(self, request: pb.ListSpheresRequest, context: Any) -> pb.ListSpheresResponse:
-        tree = (await self._ready(context)).tree
+        tree, aside = (await self._ready(context)).tree, self._aside()
         names = tree.names()
-        start, stop, token = await _page(request, len(names), context)
-        spheres = []
-        for name in names[start:stop]:
-            sphere = pb.Sphere(
-                sphere_id=name,
-                state=tree.state_of(name),
-                parent_id=tree.parent_of(name),
-                zone=tree.spheres[name].member.zone,
-            )
-            found = tree.report_of(name)
-            if found is not None:
-                sphere.report.CopyFrom(found[1])
-                sphere.report_age.FromNanoseconds(int(found[0] * 1e9))
-            else:  # its first report is under way: what it said when it enrolled
-                sphere.report.CopyFrom(tree.spheres[name].enrolled_report())
-            spheres.append(sphere)
+        start, stop, token = await _page(request, len(names) + len(aside), context)
+        spheres = [_sphere(tree, name) for name in names[start:stop]]
+        for name, reason in aside[max(0, start - len(names)) : max(0, stop - len(names))]:
+            spheres.append(pb.Sphere(sphere_id=name, state="aside", reason=reason))
         return pb.ListSpheresResponse(spheres=spheres, next_page_token=token)
 
     async def SpawnSphere(self, request: pb.SpawnSphereRequest, context: Any) -> pb.SpawnSphereResponse:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not yet")
-        raise AssertionError("abort raises")
+        await self._alive(context)
+        pids = await self._once(request.request_id, lambda: self._spawn(request.count), context)
+        return pb.SpawnSphereResponse(pids=pids)
 
     async def DrainSphere(self, request: pb.DrainSphereRequest, context: Any) -> pb.DrainSphereResponse:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not yet")
-        raise AssertionError("abort raises")
+        tree = (await self._alive(context)).tree
+        await _found(lambda: tree.drain(request.sphere_id, request.reason), context)
+        return pb.DrainSphereResponse()
 
     async def TerminateSphere(self, request: pb.TerminateSphereRequest, context: Any) -> pb.TerminateSphereResponse:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not yet")
-        raise AssertionError("abort raises")
+        tree = (await self._alive(context)).tree
+        await _found(lambda: tree.terminate(request.sphere_id, request.reason), context)
+        return pb.TerminateSphereResponse()
 
     async def RebalanceTree(self, request: pb.RebalanceTreeRequest, context: Any) -> pb.RebalanceTreeResponse:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not yet")
-        raise AssertionError("abort raises")
+        controller = await self._alive(context)
+        moved, late = await _or_abort(controller.between_steps(controller.tree.rebalance), context)
+        return pb.RebalanceTreeResponse(moved_sphere_ids=moved, late_sphere_ids=late)
 
     async def GetSphereLog(self, request: pb.GetSphereLogRequest, context: Any) -> pb.GetSphereLogResponse:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not yet")
-        raise AssertionError("abort raises")
+        tree = (await self._ready(context)).tree
+        question = tree.log_of(request.sphere_id, min(max(request.lines, 0) or 100, _MOST_LINES))
+        try:
+            return pb.GetSphereLogResponse(lines=await question)
+        except ConfigError as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, code_of(error)[1])
+            raise
+        except ArmillaryError as error:
+            await context.abort(*code_of(error))
+            raise
 
     async def CreateCheckpoint(self, request: pb.CreateCheckpointRequest, context: Any) -> pb.CreateCheckpointResponse:
         controller = await self._alive(context)
@@ -207,12 +216,16 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             await context.abort(*code_of(RunStateError(f"the run is {controller.state}")))
         return controller
 
+    def _aside_in_words(self) -> str:
+        found = [f"{name} is set aside: {reason}" for name, reason in self._aside()]
+        return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
     def _run(self, c: Controller) -> pb.Run:
         run = pb.Run(
             run_id=c.run_id,
             term=c.tree.term,
             state=pb.RunState.Value(f"RUN_STATE_{c.state.value.upper()}"),
-            reason=c.reason,
+            reason=c.reason or self._aside_in_words(),
             step=c.step,
             total_steps=c.total_steps,
             epoch=c.epoch,
@@ -234,6 +247,31 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         )
         run.start_time.FromNanoseconds(int(c.start_time * 1e9))
         return run
+
+
+async def _found(work: Callable[[], None], context: Any) -> None:
+    """Do what is asked of a sphere; one that cannot be reached is NOT_FOUND."""
+    try:
+        work()
+    except ConfigError as error:
+        await context.abort(grpc.StatusCode.NOT_FOUND, code_of(error)[1])
+
+
+def _sphere(tree: Tree, name: str) -> pb.Sphere:
+    sphere = pb.Sphere(
+        sphere_id=name,
+        state=tree.state_of(name),
+        parent_id=tree.parent_of(name),
+        zone=tree.spheres[name].member.zone,
+        reason=tree.members.reason_of(name),
+    )
+    found = tree.report_of(name)
+    if found is not None:
+        sphere.report.CopyFrom(found[1])
+        sphere.report_age.FromNanoseconds(int(found[0] * 1e9))
+    else:  # its first report is under way: what it said when it enrolled
+        sphere.report.CopyFrom(tree.spheres[name].enrolled_report())
+    return sphere
 
 
 async def _or_abort(work: Awaitable[Any], context: Any) -> Any:

@@ -18,14 +18,65 @@ from control.events import Callback, CallbackRegistry
 from control.initial import initial_weights, node_config
 from control.journal import EventLog, Journal
 from control.snapshot import Snapshot
+from control.store import Store
 from control.tree import Tree
 from spheres.sphere import Sphere, SphereOptions
 from spheres.task import Task
 from spheres.transport import Transport
 
-__all__ = ["LocalTree", "local_tree"]
+__all__ = ["ControlNode", "LocalTree", "control_node", "local_tree"]
 
 HOST = "localhost"
+
+
+@dataclass
+class ControlNode:
+    """One life of control: what ``control.training`` makes, without the run directory's life and the servicers."""
+
+    controller: Controller
+    tree: Tree
+    journal: Journal
+    events: EventLog
+
+    def close(self) -> None:
+        self.journal.close()
+        self.events.close()
+
+
+def control_node(
+    config: RunConfig,
+    task: Task,
+    transport: Transport,
+    *,
+    directory: Path,
+    term: int = 1,
+    store: Store | None = None,
+    callbacks: Sequence[Callback] = (),
+    raise_term: Callable[[], int] | None = None,
+) -> ControlNode:
+    """Make control, with the first weights and nobody listening yet. Its files are in ``directory``."""
+    manifest, flat = initial_weights(task, config)
+    node = node_config(task, config, manifest, run_id="r-test")
+    registry = CallbackRegistry(on_error=config.on_callback_error)
+    for callback in callbacks:
+        registry.register(callback)
+    tree = Tree(node, transport, host=HOST, term=term)
+    journal, events = Journal(directory / "journal.jsonl"), EventLog(directory / "events.jsonl")
+    checkpoints = Checkpoints(store or directory / "checkpoints", keep=config.keep, keep_every=config.keep_every)
+    controller = Controller(
+        config,
+        node,
+        tree,
+        run_dir=directory,
+        journal=journal,
+        events=events,
+        checkpoints=checkpoints,
+        callbacks=registry,
+        raise_term=raise_term or (lambda: tree.term + 1),
+    )
+    controller.start_from(flat)
+    tree.changed = controller.sphere_changed
+    return ControlNode(controller, tree, journal, events)
 
 
 @dataclass
@@ -73,28 +124,10 @@ async def local_tree(
     ``transport`` is called with each node's name. The first ``relays`` of them compute nothing. ``sphere_task`` gives
     a sphere another task object than control's.
     """
-    manifest, flat = initial_weights(task, config)
-    node = node_config(task, config, manifest, run_id="r-test")
-    registry = CallbackRegistry(on_error=config.on_callback_error)
-    for callback in callbacks:
-        registry.register(callback)
-    tree = Tree(node, transport("control"), host=HOST, term=1)
-    journal, events = Journal(directory / "journal.jsonl"), EventLog(directory / "events.jsonl")
-    controller = Controller(
-        config,
-        node,
-        tree,
-        run_dir=directory,
-        journal=journal,
-        events=events,
-        checkpoints=Checkpoints(directory / "checkpoints", keep=config.keep),
-        callbacks=registry,
-        raise_term=lambda: tree.term + 1,
-    )
-    controller.start_from(flat)
+    control = control_node(config, task, transport("control"), directory=directory, callbacks=callbacks)
+    controller, tree = control.controller, control.tree
     if snapshot is not None:
         controller.load(snapshot)
-    tree.changed = controller.sphere_changed
     await tree.listen("127.0.0.1:0")
     local = LocalTree(controller, tree)
     try:
@@ -110,8 +143,7 @@ async def local_tree(
         for name in list(local.tasks):
             await local.kill(name)
         await tree.aclose()
-        journal.close()
-        events.close()
+        control.close()
 
 
 async def _ready(sphere: Sphere, task: asyncio.Task[None]) -> None:

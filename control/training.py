@@ -20,24 +20,25 @@ from pathlib import Path
 from typing import Any, Self
 
 from control.callbacks import configured
-from control.checkpoint import CheckpointInfo, Checkpoints
+from control.checkpoint import CheckpointInfo, Checkpoints, read_snapshot
 from control.config import RunConfig, compare_identity, identity
 from control.controller import Controller
 from control.events import Callback, CallbackRegistry
 from control.initial import initial_weights, node_config
 from control.journal import EventLog, Journal
 from control.launcher import Ended, LocalSpheres
+from control.processes import spheres_of
 from control.report import write_report
 from control.run_dir import RunDirectory
-from control.run_state import RunState
 from control.schedules import follows_total
 from control.server import add_services
 from control.servicers import ControlServicer
 from control.snapshot import Snapshot
+from control.store_fsspec import is_url, store_at
 from control.tree import Tree
 from control.weights_file import write_safetensors
 from spheres.environment import tune_malloc
-from spheres.errors import ArmillaryError, ConfigError, RefusedError, TaskError, TaskLoadError
+from spheres.errors import ArmillaryError, ConfigError, RefusedError, RunStateError, TaskError, TaskLoadError
 from spheres.grpc_link import GrpcTransport
 from spheres.task import IN_SPHERE, Task, load_task
 
@@ -47,8 +48,13 @@ log = logging.getLogger(__name__)
 
 #: seconds that spheres have to say for the last time what they have done
 _LAST_REPORTS_SECONDS = 2.0
+#: seconds in which spheres of a control that was killed come back: they dial again with pauses of up to a second, and
+#: control's start has taken some of that time already
+_COME_BACK_SECONDS = 3.0
 #: seconds that spheres have to go once they are told that the run is over
 _FAREWELL_SECONDS = 5.0
+#: processes started by one request
+_MOST_SPAWNED = 1_000
 
 
 @dataclass
@@ -105,7 +111,9 @@ class Training:
         self.callbacks = CallbackRegistry(on_error=config.on_callback_error)
         self._task, self._resume, self._verbose = task, resume, verbose
         self._given = callbacks
-        self._last_ended: Ended | None = None
+        #: listens where a control that was killed had listened
+        self._came_back = False
+        self._first_step = 0
         self._stack = contextlib.AsyncExitStack()
         self._began = time.monotonic()
 
@@ -171,6 +179,26 @@ class Training:
         """Go to a checkpoint of this run, None: the newest good one. Raises CheckpointError, with nothing changed."""
         await self.controller.restore(name)
 
+    async def spawn(self, count: int = 1) -> list[int]:
+        """Start so many more local spheres; return their process ids. Raises ConfigError, RunStateError."""
+        if not 0 < count <= _MOST_SPAWNED:
+            raise ConfigError(f"cannot start {count} spheres: give a number from 1 to {_MOST_SPAWNED}")
+        if self.controller.state.ended:
+            raise RunStateError(f"the run is {self.controller.state}; go on with --resume")
+        return await self._local.start(count)
+
+    def drain(self, sphere: str, reason: str = "") -> None:
+        """Let a sphere finish its step and leave. Raises ConfigError where no such one can be reached."""
+        self._tree.drain(sphere, reason)
+
+    def terminate(self, sphere: str, reason: str = "") -> None:
+        """End a sphere at once. Raises ConfigError where no such one can be reached."""
+        self._tree.terminate(sphere, reason)
+
+    async def rebalance(self) -> tuple[list[str], list[str]]:
+        """Place all spheres anew, between two steps. Returns who has moved, and who has not arrived in time."""
+        return await self.controller.between_steps(self._tree.rebalance)
+
     @property
     def summary(self) -> Summary:
         """How the run is now; once the context is left, how it ended."""
@@ -194,7 +222,8 @@ class Training:
         node = node_config(task, config, manifest, run_id="")
         for callback in [*configured(config), *self._given]:
             self.callbacks.register(callback)
-        directory, snapshot = await self._open_directory()
+        passed_over: list[str] = []
+        directory, snapshot = await self._open_directory(passed_over)
         node = replace(node, run_id=directory.run_id)
         settings = config.model_dump(mode="json")
         servicer = ControlServicer()
@@ -220,10 +249,12 @@ class Training:
         )
         self.controller.start_from(flat)
         if snapshot is not None:
+            self.controller.tell_passed_over(passed_over)
             self.controller.load(snapshot)
             self._allow_another_total(snapshot, node.sampler.steps_per_epoch, journal)
+        self._first_step = self.controller.step
         self._tree.changed = self._sphere_changed
-        servicer.attach(self.controller)
+        self._tree.dismissed = self._sphere_dismissed
         directory.write_address(self._tree.address)
         self._local = LocalSpheres(
             self._tree.address,
@@ -234,34 +265,75 @@ class Training:
             verbose=self._verbose,
         )
         self._stack.push_async_callback(self._local.aclose)
+        servicer.attach(self.controller, spawn=self.spawn, aside=self._local.aside)
         self.controller.pause()
         self._loop = asyncio.create_task(self.controller.run())
         self._stack.push_async_callback(self._end_loop)
-        await self._local.start(config.spheres)
+        await self._local.start(max(0, config.spheres - await self._adopt()))
+
+    async def _adopt(self) -> int:
+        """Wait for the local spheres that a control that was killed has left; return how many have come back."""
+        if not self._came_back:
+            return 0
+        host, spheres, left = socket.gethostname(), self._tree.spheres, set(spheres_of(self._tree.address))
+
+        def back() -> dict[int, str]:
+            return {s.pid: s.id for s in spheres.values() if s.member.host == host and s.active}
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_COME_BACK_SECONDS if left else 0):
+                await self._tree.until(lambda: left <= back().keys())
+        # where processes cannot be looked at, all of this host count as ours, and nobody watches them
+        ours = {pid: id for pid, id in back().items() if self._local.adopt(pid) or not left}
+        if ours:
+            log.info("adopted %s", ", ".join(ours.values()))
+        return len(ours)
 
     async def _listen(self, last_address: str) -> None:
         """Listen where a control that was killed had listened: its spheres may still dial there (DESIGN section 5)."""
-        if last_address and self.config.listen.endswith(":0"):
-            try:
-                await self._tree.listen(last_address)
-            except ConfigError:
-                log.info("%s is taken", last_address)
-            else:
-                return
-        await self._tree.listen(self.config.listen)
+        any_port = self.config.listen.endswith(":0")
+        try:
+            await self._tree.listen(last_address if last_address and any_port else self.config.listen)
+        except ConfigError:
+            if not (last_address and any_port):
+                raise
+            log.warning(
+                "%s, where this run's control had listened, is taken: spheres that it left behind will not find this "
+                "one, and end after --orphan-timeout",
+                last_address,
+            )
+            await self._tree.listen(self.config.listen)
+        port = self._tree.address.rpartition(":")[2]
+        self._came_back = bool(last_address) and last_address.rpartition(":")[2] == port
 
-    async def _open_directory(self) -> tuple[RunDirectory, Snapshot | None]:
+    async def _open_directory(self, passed_over: list[str]) -> tuple[RunDirectory, Snapshot | None]:
         config, resume = self.config, self._resume
+        snapshot: Snapshot | None = None
         if resume is None:
             directory = RunDirectory.create(config.run_dir, config.task)
+        elif is_url(resume) and not (config.run_dir and (config.run_dir / "run.json").exists()):
+            # The machine that had the run's directory may be gone: the checkpoint is enough to go on in a new one.
+            snapshot = await asyncio.to_thread(read_snapshot, resume)
+            directory = RunDirectory.create(config.run_dir, config.task)
+            directory.info |= {"run_id": snapshot.run.run_id, "term": snapshot.run.term}
         else:
             directory = RunDirectory.open(config.run_dir or _run_of(resume))
         self._directory = directory
         self._stack.callback(directory.close)
-        self._checkpoints = Checkpoints(directory.path / "checkpoints", keep=config.keep, keep_every=config.keep_every)
+        # a run's own place below the URL: retention of one must not remove what is another's
+        url = config.checkpoint_url and f"{config.checkpoint_url.rstrip('/')}/{directory.run_id}"
+        store = store_at(url or directory.path / "checkpoints")
+        self._checkpoints = Checkpoints(store, keep=config.keep, keep_every=config.keep_every)
         if resume is None:
+            if url:
+                await asyncio.to_thread(self._checkpoints.list)  # a URL that cannot be reached is found now
             return directory, None
-        snapshot = await asyncio.to_thread(self._checkpoints.load, Path(resume) if resume else None)
+        if snapshot is None:
+            where = resume if is_url(resume) else Path(resume) if resume else None
+            snapshot = await asyncio.to_thread(self._checkpoints.load, where, passed_over.append)
+        elif url:  # terms that were counted after the one that it was saved in (N1)
+            found = await asyncio.to_thread(self._checkpoints.list)
+            directory.info["term"] = max([snapshot.run.term, *(info.term for info in found)])
         compare_identity(identity(RunConfig.from_json(snapshot.run.config_json)), identity(config))
         if snapshot.run.run_id != directory.run_id:
             raise ConfigError(
@@ -285,24 +357,27 @@ class Training:
             journal.forget(snapshot.run.step)
 
     def _sphere_ended(self, ended: Ended) -> None:
-        """A local sphere's process is gone before its time; before the first step that is the run's end and reason."""
+        """A local sphere's process is gone before its time. It is started again, unless that is hopeless."""
         controller = self.controller
-        if controller.state is RunState.INITIALIZING:
-            kind = {2: ConfigError, 3: TaskError, 5: RefusedError}.get(ended.code, ArmillaryError)
+        kind = {2: ConfigError, 3: TaskError, 5: RefusedError}.get(ended.code or 0)
+        if kind is not None and controller.step == self._first_step:
             controller.fail(kind(str(ended)))
             return
         log.warning("%s", ended)
-        self._last_ended = ended
-        self._look_for_spheres()
+        # Whoever is killed may be luckier next time; whoever ends by itself, again and again, is not.
+        if (ended.code or 0) > 0 and not self._tree.hub.children and self._local.all_aside:
+            error = kind or ArmillaryError
+            controller.fail(error(f"no sphere can be started: after {ended.count} tries {ended}"))
 
     def _sphere_changed(self, event: str, sphere: str, reason: str) -> None:
+        if event == "sphere_joined":
+            self._local.joined(self._tree.spheres[sphere].pid)
         self.controller.sphere_changed(event, sphere, reason)
-        self._look_for_spheres()
 
-    def _look_for_spheres(self) -> None:
-        """Where the last local process has ended and its link too, there is nobody to wait for."""
-        if self._last_ended is not None and not self._local.living and not self._tree.hub.children:
-            self.controller.fail(ArmillaryError(f"no sphere is left: {self._last_ended}"))
+    def _sphere_dismissed(self, sphere: str, at_once: bool) -> bool:
+        """A sphere was told to leave by command: where it is a local one, it is not started again."""
+        found = self._tree.spheres[sphere]
+        return found.member.host == socket.gethostname() and self._local.dismiss(found.pid, at_once=at_once)
 
     # ---- closing
 

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 
-from control.placement import Member, ancestors, place_newcomer
+from control.failures import Failures
+from control.membership import Membership, Sphere
+from control.placement import CONTROL, Member
+from control.rebalance import batches, mending_moves
 from spheres.children import Children
 from spheres.config import PROTOCOL_VERSION, NodeConfig
 from spheres.environment import environment_fingerprint
-from spheres.errors import DecodeError, GradientError, RefusedError, VersionMismatchError
+from spheres.errors import (
+    ConfigError,
+    DecodeError,
+    GradientError,
+    RefusedError,
+    UnreachableError,
+    VersionMismatchError,
+)
 from spheres.hub import Array, Hub, Work
+from spheres.lease import Lease
 from spheres.transport import Handlers, Listener, Transport
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
@@ -21,37 +33,22 @@ __all__ = ["Sphere", "Tree"]
 
 log = logging.getLogger(__name__)
 
-CONTROL = "control"
-
-
-@dataclass
-class Sphere:
-    """A sphere as control sees it."""
-
-    member: Member
-    incarnation: int
-    pid: int
-    relay: bool
-    #: has had a link
-    joined: bool = False
-
-    @property
-    def id(self) -> str:
-        return self.member.id
-
-    def enrolled_report(self) -> common_pb2.SphereReport:
-        """What is known of it before its first report."""
-        return common_pb2.SphereReport(
-            sphere_id=self.id,
-            incarnation=self.incarnation,
-            host=self.member.host,
-            pid=self.pid,
-            address=self.member.address,
-        )
+#: moves that are told between two steps, at most, and seconds that training waits for their arrival
+_MOST_MOVES, _MOVE_SECONDS = 32, 1.0
+#: seconds without a change after which the shape is looked at, and those after which it is in any case
+_SETTLE_SECONDS, _LOOK_SECONDS = 1.0, 5.0
+#: seconds for which a sphere that did not arrive is left alone
+_REST_SECONDS = 30.0
+#: of a full rebalance: moves under way at a time, and seconds that they have
+_REBALANCE_MOVES, _REBALANCE_SECONDS = 256, 5.0
+#: seconds that spheres on their way to another parent have, before nobody can compute what a task failed on
+_ELSEWHERE_SECONDS = 1.0
+#: seconds that a sphere has to send the end of its log
+_LOG_SECONDS = 5.0
 
 
 class Tree:
-    """Mutable state: the members, their parents, and the work that is under way."""
+    """Mutable state: the members, and the work, the moves and the questions that are under way."""
 
     def __init__(
         self,
@@ -60,36 +57,49 @@ class Tree:
         *,
         host: str,
         term: int,
+        speculate: bool = True,
     ) -> None:
-        self.config, self._transport, self._host = config, transport, host
+        self.config, self._transport = config, transport
+        self.members = Membership(host, config.fan_out, forgotten=self._forgotten)
         #: raised at each start and restore: what spheres cached of the one before is dropped (N1)
         self.term = term
         self.hub = Hub(config, CONTROL, incarnation=term)
+        self.hub.watchdog.enabled = speculate
+        self.failures = Failures()
         self.hub.hooks.sealed = self._sealed
         self.hub.hooks.failed = self._failed
+        self.hub.hooks.stuck = self._stuck
         self.hub.hooks.reported = self._reported
         self.hub.hooks.changed = self._changed
         self.hub.hooks.resized = self._resized
-        self.children = Children(self.hub, environment=environment_fingerprint())
-        self.spheres: dict[str, Sphere] = {}
-        self.parents: dict[str, str] = {}
-        # sphere -> incarnation and session of its open link, and its parent
-        self._links: dict[str, tuple[tuple[int, int], str]] = {}
+        self.hub.hooks.logged = self._logged
+        lease = Lease(config.patience_seconds)
+        self.children = Children(self.hub, environment=environment_fingerprint(), lease=lease)
+        self._keeping: asyncio.Task[None] | None = None
         #: told when a sphere joins or is lost, wherever in the tree: event, sphere, reason
         self.changed: Callable[[str, str, str], None] = lambda _event, _sphere, _reason: None
-        self._requests: dict[str, str] = {}
+        #: told who is told to leave by command, and whether at once; whether it will see to that itself
+        self.dismissed: Callable[[str, bool], bool] = lambda _sphere, _at_once: False
         self._open = True
         self._done: asyncio.Future[None] | None = None
         self._arrivals = asyncio.Event()
         self._listener: Listener | None = None
         self._states: dict[str, pb.StateReport] = {}
+        self._asked: set[str] = set()
         self._request_id = 0
+        # request -> who waits for the end of a log
+        self._logs: dict[int, asyncio.Future[list[str]]] = {}
+        # first and latest change of the tree since its shape was looked at
+        self._changed_at: tuple[float, float] | None = None
         self.address = ""
 
     # ---- life
 
     async def listen(self, address: str) -> None:
         """Take spheres. Raises ConfigError where the address cannot be bound."""
+        loop = asyncio.get_running_loop()
+        self.hub.hooks.clock, self.hub.hooks.call_later = loop.time, loop.call_later
+        self._keeping = loop.create_task(self.children.keep(fence=lambda _: None, look=self.hub.watch))
         handlers = Handlers(self.children.work, self.children.heartbeat, self.enroll)
         self._listener = await self._transport.listen(address, handlers)
         self.address = self.hub.address = self._listener.address
@@ -98,6 +108,8 @@ class Tree:
     async def aclose(self) -> None:
         """End every link; spheres that were not told to stop will look for control until they give up."""
         self._open = False
+        if self._keeping is not None:
+            self._keeping.cancel()
         self.children.drain(RefusedError("the run is over"))
         if self._listener is not None:
             await self._listener.aclose()
@@ -111,9 +123,7 @@ class Tree:
         """Wait until no child is left; False where some still are after ``timeout`` seconds."""
         try:
             async with asyncio.timeout(timeout):
-                while self.hub.children:
-                    self._arrivals.clear()
-                    await self._arrivals.wait()
+                await self.until(lambda: not self.hub.children)
         except TimeoutError:
             return False
         return True
@@ -137,41 +147,41 @@ class Tree:
             )
         if not self._open:
             raise RefusedError("the run is over")
-        known = self._requests.get(request.request_id)
-        sphere = self.spheres.get(known) if known else None
-        if sphere is None:
-            sphere = self._add(request)
-        path = [CONTROL, *reversed([p for p in ancestors(self.parents, sphere.id) if p != CONTROL])]
+        member = Member(
+            id=request.sphere_id,
+            host=request.host,
+            zone=request.zone,
+            address=request.address,
+            relay=request.relay,
+        )
+        now = asyncio.get_running_loop().time()
+        sphere = self.members.enroll(member, pid=request.pid, term=self.term, now=now, request_id=request.request_id)
+        path = [self._ancestor(id) for id in self.members.path_to(sphere.id)]
         return control_pb2.EnrollSphereResponse(
             sphere_id=sphere.id,
             incarnation=sphere.incarnation,
             configuration=self.config.to_proto(),
-            path_ids=path,
-            path_addresses=[self.address if p == CONTROL else self.spheres[p].member.address for p in path],
-            path_incarnations=[self.hub.incarnation if p == CONTROL else self.spheres[p].incarnation for p in path],
+            path_ids=[node.id for node in path],
+            path_addresses=[node.address for node in path],
+            path_incarnations=[node.incarnation for node in path],
             term=self.term,
         )
 
-    def _add(self, request: control_pb2.EnrollSphereRequest) -> Sphere:
-        before = self.spheres.get(request.sphere_id) if request.sphere_id else None
-        name = request.sphere_id or self._new_id()
-        member = Member(id=name, host=request.host, zone=request.zone, address=request.address, relay=request.relay)
-        # Across control's own restarts the term keeps incarnations rising (N1).
-        incarnation = max(before.incarnation if before else 0, self.term * 1_000_000) + 1
-        sphere = Sphere(member, incarnation, request.pid, request.relay)
-        places = {id: parent for id, parent in self.parents.items() if id != name}
-        members = [s.member for s in self.spheres.values() if s.id != name]
-        self.parents[name] = place_newcomer(self._host, places, members, member, self.config.fan_out)
-        self.spheres[name] = sphere
-        if request.request_id:
-            self._requests[request.request_id] = name
-        return sphere
+    def _ancestor(self, id: str) -> pb.Ancestor:
+        if id == CONTROL:
+            return pb.Ancestor(id=CONTROL, incarnation=self.hub.incarnation, address=self.address)
+        sphere = self.spheres[id]
+        return pb.Ancestor(id=id, incarnation=sphere.incarnation, address=sphere.member.address)
 
-    def _new_id(self) -> str:
-        number = len(self.spheres) + 1
-        while f"s-{number}" in self.spheres:
-            number += 1
-        return f"s-{number}"
+    @property
+    def spheres(self) -> dict[str, Sphere]:
+        """All spheres that are known, by id."""
+        return self.members.spheres
+
+    @property
+    def living(self) -> int:
+        """Spheres that have a way to control."""
+        return self.members.living
 
     @property
     def computing(self) -> int:
@@ -180,7 +190,11 @@ class Tree:
 
     async def wait_for(self, spheres: int) -> None:
         """Wait until so many spheres, relays included, have a way to control."""
-        while self.computing + sum(1 for s in self.spheres.values() if s.relay) < spheres:
+        await self.until(lambda: self.computing + self.members.relays >= spheres)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until ``condition`` holds; it is asked whenever a sphere has come, gone, moved or answered."""
+        while not condition():
             self._arrivals.clear()
             await self._arrivals.wait()
 
@@ -194,49 +208,161 @@ class Tree:
 
     def names(self) -> list[str]:
         """Return the ids of all spheres, in the order in which people count."""
-        return sorted(self.spheres, key=lambda name: (len(name), name))
+        return sorted(self.spheres, key=lambda name: self.spheres[name].rank[-1])
 
     def parent_of(self, sphere: str) -> str:
         """Return the parent that a sphere is linked to, or else where control has placed it."""
-        link = self._links.get(sphere)
-        return link[1] if link is not None else self.parents.get(sphere, "")
+        return self.members.parent_of(sphere)
 
     def shape(self) -> dict[str, str]:
-        """Return sphere -> parent of those that are active."""
-        return {name: self.parent_of(name) for name in self.spheres if self.state_of(name) == "active"}
+        """Return sphere -> parent of those that have a way to control."""
+        return {sphere.id: sphere.parent for sphere in self.spheres.values() if sphere.active}
 
     def state_of(self, sphere: str) -> str:
-        """Return joining, active or lost: active is who has an open way to control."""
-        link = self._links.get(sphere)
-        if link is None:
-            return "lost" if self.spheres[sphere].joined else "joining"
-        above = link[1]
-        for _ in self.spheres:
-            if above == CONTROL:
-                return "active"
-            link = self._links.get(above)
-            if link is None:
-                break
-            above = link[1]
-        return "lost"
+        """Return joining, active, draining or lost: active is who has an open way to control."""
+        return self.members.state_of(sphere)
 
     def _changed(self, change: pb.SphereChange) -> None:
-        order, known = (change.incarnation, change.session), self._links.get(change.sphere_id)
+        if not self.members.change(change):
+            return
         if change.lost:
-            # Whoever lost its parent may have a newer link by now: then this is the news of the older one.
-            if known is None or known[0] != order:
-                return
-            del self._links[change.sphere_id]
+            self._asked.discard(change.sphere_id)  # what it was asked went with its link
+            self._halt(self.failures.lost(change))
         else:
-            if known is not None and known[0] >= order:
-                return
-            self._links[change.sphere_id] = (order, change.parent_id)
-            self.parents[change.sphere_id] = change.parent_id
-            if (sphere := self.spheres.get(change.sphere_id)) is not None:
-                sphere.joined = True
-        if self._open:
-            self.changed("sphere_lost" if change.lost else "sphere_joined", change.sphere_id, change.reason)
+            self.failures.back(change)
+        now = asyncio.get_running_loop().time()
+        self._changed_at = (now if self._changed_at is None else self._changed_at[0], now)
+        if not self._open:
+            self._arrivals.set()
+            return
+        if not change.lost and self.spheres[change.sphere_id].leaving:
+            # its link broke before it could hear of that, or after: told twice is told once
+            self.hub.direct(self._leave(change.sphere_id, pb.DIRECTIVE_KIND_DRAIN))
+        self.changed("sphere_lost" if change.lost else "sphere_joined", change.sphere_id, change.reason)
         self._arrivals.set()
+
+    def _forgotten(self, sphere: str) -> None:
+        self.children.reports.pop(sphere, None)
+
+    # ---- by command
+
+    def drain(self, sphere: str, reason: str) -> None:
+        """Let a sphere finish its step and leave. Idempotent. Raises ConfigError where no such one can be reached."""
+        self._dismiss(sphere, reason or "drained by request", at_once=False)
+
+    def terminate(self, sphere: str, reason: str) -> None:
+        """End a sphere at once. Idempotent. Raises ConfigError where no such one can be reached."""
+        self._dismiss(sphere, reason or "terminated by request", at_once=True)
+
+    def _dismiss(self, id: str, reason: str, *, at_once: bool) -> None:
+        sphere = self._known(id)
+        if sphere.leaving and not sphere.active:
+            return  # it has gone as it was told
+        if not self.dismissed(id, at_once) and not sphere.active:
+            raise ConfigError(f"{id} is {sphere.state} and cannot be told; see control-cli spheres")
+        self.members.leave(id, reason)
+        log.info("%s is told to leave: %s", id, reason)
+        self.hub.direct(self._leave(id, pb.DIRECTIVE_KIND_STOP if at_once else pb.DIRECTIVE_KIND_DRAIN))
+
+    def _leave(self, id: str, kind: pb.DirectiveKind.ValueType) -> pb.Directive:
+        return pb.Directive(target_sphere_id=id, kind=kind, reason=self.spheres[id].reason)
+
+    def _known(self, id: str) -> Sphere:
+        sphere = self.spheres.get(id)
+        if sphere is None:
+            near = get_close_matches(id, self.spheres, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else "see control-cli spheres"
+            raise ConfigError(f"there is no sphere {id!r}; {hint}")
+        return sphere
+
+    async def log_of(self, sphere: str, lines: int) -> list[str]:
+        """Ask a sphere for the end of its log. Raises ConfigError where it cannot be asked, UnreachableError."""
+        if not self._known(sphere).active:
+            raise ConfigError(f"{sphere} is {self.state_of(sphere)} and cannot be asked; see control-cli spheres")
+        self._request_id += 1
+        number = self._request_id
+        answer: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+        self._logs[number] = answer
+        self.hub.direct(
+            pb.Directive(target_sphere_id=sphere, kind=pb.DIRECTIVE_KIND_REPORT_LOG, request_id=number, lines=lines)
+        )
+        try:
+            async with asyncio.timeout(_LOG_SECONDS):
+                return await answer
+        except TimeoutError:
+            raise UnreachableError(f"{sphere} did not send its log in {_LOG_SECONDS:g} s; try again") from None
+        finally:
+            del self._logs[number]
+
+    def _logged(self, report: pb.LogReport) -> None:
+        answer = self._logs.get(report.request_id)
+        if answer is not None and not answer.done():
+            answer.set_result(list(report.lines))
+
+    # ---- the shape, between two steps (N11)
+
+    async def tidy(self) -> None:
+        """Where losses have put the tree out of shape, move some spheres; waits a moment for them. Mostly does nothing.
+
+        Looked at once changes have settled, and now and then where they never do; one bounded batch at a time.
+        """
+        if self._changed_at is None:
+            return
+        now = asyncio.get_running_loop().time()
+        first, latest = self._changed_at
+        if now - latest < _SETTLE_SECONDS and now - first < _LOOK_SECONDS:
+            return
+        self._changed_at = None
+        moves = mending_moves(self.members, now, most=_MOST_MOVES)
+        if not moves:
+            return
+        late = await self._move(moves, _MOVE_SECONDS, "the tree is out of shape")
+        log.info("moved %d spheres to other parents; %d more did not arrive in time", len(moves) - len(late), len(late))
+        if len(moves) == _MOST_MOVES:  # there may be more: at the next boundary
+            self._changed_at = (-_LOOK_SECONDS, -_LOOK_SECONDS)
+
+    async def rebalance(self) -> tuple[list[str], list[str]]:
+        """Place all spheres anew, from the top down. Returns who has moved, and who has not arrived in time."""
+        moved: list[str] = []
+        late: list[str] = []
+        for level in batches(self.members):
+            due = [(id, parent) for id, parent in level if self.members.parent_of(id) != parent]
+            for start in range(0, len(due), _REBALANCE_MOVES):
+                batch = [move for move in due[start : start + _REBALANCE_MOVES] if self._can_move(*move)]
+                for id, parent in batch:
+                    self.members.move(id, parent)
+                missing = await self._move(batch, _REBALANCE_SECONDS, "rebalanced by request")
+                late += missing
+                moved += [id for id, _ in batch if id not in missing]
+        return moved, late
+
+    def _can_move(self, id: str, parent: str) -> bool:
+        """Whether both are still there, and the new parent does not hang below because it was late itself."""
+        above, sphere = self.spheres.get(parent), self.spheres.get(id)
+        there = parent == CONTROL or (above is not None and above.active)
+        return sphere is not None and sphere.active and there and not self.members.is_below(parent, id)
+
+    async def _move(self, moves: Iterable[tuple[str, str]], timeout: float, reason: str) -> set[str]:
+        """Tell spheres to move, and wait until they have. Returns those that have not arrived in time."""
+        goal = dict(moves)
+        for id, parent in goal.items():
+            self.hub.direct(
+                pb.Directive(
+                    target_sphere_id=id,
+                    kind=pb.DIRECTIVE_KIND_MOVE,
+                    parent=self._ancestor(parent),
+                    reason=reason,
+                )
+            )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self.until(lambda: not any(self.members.moving_to(id) is not None for id in goal))
+        late = {id for id, parent in goal.items() if self.members.parent_of(id) != parent}
+        for id in late:
+            self.members.arrived(id)  # given up: its place is free again
+            if id in self.spheres:
+                self.spheres[id].rests_until = asyncio.get_running_loop().time() + _REST_SECONDS
+        return late
 
     # ---- work
 
@@ -247,6 +373,7 @@ class Tree:
         as there is no sphere.
         """
         self._done = asyncio.get_running_loop().create_future()
+        self.failures.start(step)
         self.hub.start(Work(self.term, step, kind), gradient)
         return self._done
 
@@ -255,13 +382,23 @@ class Tree:
             self._done.set_result(None)
 
     def _failed(self, failure: pb.TaskFailure) -> None:
-        samples = ", ".join(map(str, failure.sample_ids[:8])) + (", ..." if len(failure.sample_ids) > 8 else "")
-        error = GradientError(
-            f"task failed on {failure.sphere_id} in step {self.hub.work.step}, microbatch {failure.microbatch} "
-            f"(samples {samples or 'of the test split'}): {failure.error}",
-            failure.traceback,
-        )
-        if self._done is not None and not self._done.done():
+        log.warning("task failed on %s, microbatch %d: %s", failure.sphere_id, failure.microbatch, failure.error)
+        self._halt(self.failures.raised(failure))
+        self._stuck()
+
+    def _stuck(self) -> None:
+        """Nobody can compute what is owed: where that lasts, and not for want of spheres, the run halts."""
+        step = self.hub.work.step
+
+        def look() -> None:
+            if self.hub.ledger.stuck and self.hub.work.step == step:
+                self._halt(self.failures.nobody())
+
+        if self.hub.ledger.stuck:
+            asyncio.get_running_loop().call_later(_ELSEWHERE_SECONDS, look)
+
+    def _halt(self, error: GradientError | None) -> None:
+        if error is not None and self._done is not None and not self._done.done():
             self._done.set_exception(error)
 
     # ---- states for a checkpoint
@@ -270,13 +407,11 @@ class Tree:
         """Ask every sphere for its state; those that do not answer in time are left out."""
         self._request_id += 1
         self._states = {}
-        wanted = {s for s in self.spheres if self.state_of(s) == "active"}
+        wanted = self._asked = {sphere.id for sphere in self.spheres.values() if sphere.active}
         self.hub.direct(pb.Directive(kind=pb.DIRECTIVE_KIND_REPORT_STATE, request_id=self._request_id))
         try:
             async with asyncio.timeout(timeout):
-                while not wanted <= self._states.keys():
-                    self._arrivals.clear()
-                    await self._arrivals.wait()
+                await self.until(lambda: wanted <= self._states.keys())
         except TimeoutError:
             log.warning("no state from %s", ", ".join(sorted(wanted - self._states.keys())))
         return [self._states[name] for name in sorted(self._states)]

@@ -14,6 +14,7 @@ from spheres.config import PROTOCOL_VERSION
 from spheres.errors import (
     ArmillaryError,
     FingerprintError,
+    LinkClosedError,
     ProtocolError,
     RefusedError,
     StaleError,
@@ -22,6 +23,7 @@ from spheres.errors import (
 )
 from spheres.frames import decode
 from spheres.hub import Child, Hub
+from spheres.lease import Lease
 from spheres.outbox import Outbox
 from spheres.transport import Link, first_end
 from spheres.v1 import common_pb2
@@ -49,9 +51,13 @@ class Children:
     Mutable state: the latest reports from below, and the highest session of each child.
     """
 
-    def __init__(self, hub: Hub, *, environment: str) -> None:
-        self._hub = hub
-        self._environment = environment
+    def __init__(self, hub: Hub, *, environment: str, lease: Lease) -> None:
+        self._hub = self.hub = hub
+        self._environment, self._lease = environment, lease
+        #: raises where a child's hello is to be refused; the owner's
+        self.vet: Callable[[pb.Hello], None] = lambda _: None
+        #: seconds for which this node has had no way to control
+        self.alone: Callable[[], float] = lambda: 0.0
         #: sphere id -> (when, report)
         self.reports: dict[str, tuple[float, common_pb2.SphereReport]] = {}
         #: whose newest report has not gone up, in the order in which they came
@@ -63,8 +69,41 @@ class Children:
     def drain(self, reason: ArmillaryError) -> None:
         """Take no new links, and end those that live: children go to their fallbacks."""
         self._draining = reason
+        self.drop(reason)
+
+    def drop(self, reason: ArmillaryError) -> None:
+        """End the links that live; nothing that comes in on them counts from now on."""
         for child in list(self._hub.children.values()):
             child.close(reason)
+            self._hub.dismiss(child, str(reason))
+
+    def look(self, now: float) -> None:
+        """End the links of children whose lease has run out (N10)."""
+        if not self._lease.judges(now):
+            return  # their signs of life may lie here unread
+        for child in list(self._hub.children.values()):
+            if self._lease.silent(child.heard, now):
+                error = LinkClosedError(f"{child.id} gave no sign of life for {now - child.heard:.1f} s (--patience)")
+                log.warning("%s: %s", self._hub.id, error)
+                child.close(error)
+                self._hub.dismiss(child, str(error))
+
+    async def keep(self, *, fence: Callable[[ArmillaryError], None], look: Callable[[float], None]) -> None:
+        """Keep this node's lease and those of its children until cancelled; ``look`` is called at each tick.
+
+        Where this node itself was away for too long all links below end, and ``fence`` ends the one above (N10).
+        """
+        loop, lease = asyncio.get_running_loop(), self._lease
+        lease.tick(loop.time())
+        while True:
+            await asyncio.sleep(lease.interval)
+            self.look(loop.time())
+            error = lease.tick(loop.time())
+            if error is not None:
+                log.warning("%s: %s", self._hub.id, error)
+                self.drop(error)
+                fence(error)
+            look(loop.time())
 
     async def work(self, link: Link) -> None:
         """Serve one Work stream. What it raises is the reason with which the link is closed."""
@@ -109,15 +148,19 @@ class Children:
         return None if data is None else decode(pb.WorkRequest, data)
 
     async def _read(self, child: Child, link: Link) -> None:
+        now = asyncio.get_running_loop().time
         while (data := await link.receive()) is not None:
+            self._lease.check(now())
+            child.heard = now()
             message = decode(pb.WorkRequest, data)
             if message.HasField("capacity"):
                 _check_capacity(child.id, message.capacity.capacity)
             self._hub.on_request(child, message)
 
     async def _write(self, child: Child, link: Link) -> None:
-        outbox = child.outbox
+        outbox, now = child.outbox, asyncio.get_running_loop().time
         while True:
+            self._lease.check(now())
             data = outbox.next()
             if data is not None:
                 await link.send(data)
@@ -133,6 +176,7 @@ class Children:
         if self._draining is not None:
             raise self._draining
         self._check_peer(hello, tag)
+        self.vet(hello)
         order = (hello.incarnation, message.session)
         known = self._orders.get(hello.sphere_id)
         if known is not None and order <= known:
@@ -150,6 +194,8 @@ class Children:
             outbox=Outbox(hub.weights),
             close=close,
             environment=hello.environment_fingerprint,
+            member=hello.member,
+            heard=asyncio.get_running_loop().time(),
         )
 
     def _check_peer(self, hello: pb.Hello, tag: pb.Tag) -> None:
@@ -164,8 +210,10 @@ class Children:
             )
         if tag.run_id != config.run_id:
             raise WrongRunError(f"{child} belongs to run {tag.run_id!r}; this is run {config.run_id!r}")
-        if hello.parent_id != hub.id or hello.parent_incarnation not in (0, hub.incarnation):
-            raise StaleError(f"{child} looks for {hello.parent_id}; this is {hub.id}")
+        # Control that came back is still the run's: who knew the one before is taken in.
+        earlier = hub.root and hello.parent_incarnation < hub.incarnation
+        if hello.parent_id != hub.id or not (earlier or hello.parent_incarnation in (0, hub.incarnation)):
+            raise RefusedError(f"{child} looks for {hello.parent_id}; this is {hub.id}")
         if child == hub.id or any(node.id == child for node in hub.path):
             raise RefusedError(f"{child} is above {hub.id}: a link would close a circle (N11)")
         for what, theirs, ours in (
@@ -197,7 +245,8 @@ class Children:
             while (data := await link.receive()) is not None:
                 message = decode(pb.HeartbeatRequest, data)
                 self._take(message)
-                await link.send(pb.HeartbeatResponse(sent_nanos=message.sent_nanos).SerializeToString())
+                answer = pb.HeartbeatResponse(sent_nanos=message.sent_nanos, alone_seconds=self.alone())
+                await link.send(answer.SerializeToString())
         except (ProtocolError, RefusedError) as error:
             self._count(error, link.peer)
             raise
@@ -205,12 +254,13 @@ class Children:
     def _take(self, message: pb.HeartbeatRequest) -> None:
         if message.run_id != self._hub.config.run_id:
             raise WrongRunError(f"a heartbeat of run {message.run_id!r}; this is run {self._hub.config.run_id!r}")
+        self._lease.check(asyncio.get_running_loop().time())
         child = self._hub.children.get(message.sphere_id)
         if child is None or child.order != (message.incarnation, message.session):
             raise StaleError(f"a heartbeat of {message.sphere_id}, session {message.session}, which has no link here")
         if len(message.reports) > MOST_REPORTS:
             raise ProtocolError(f"{child.id} sent {len(message.reports)} reports at once; the limit is {MOST_REPORTS}")
-        now = asyncio.get_running_loop().time()
+        now = child.heard = asyncio.get_running_loop().time()
         for report in message.reports:
             known = self.reports.get(report.sphere_id)
             if known is None or known[1].incarnation <= report.incarnation:

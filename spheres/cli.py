@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -24,6 +25,28 @@ ARMILLARY_RELAY; a flag goes before it. See docs/cli.md."""
 
 #: read once, when numpy is first imported
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+class _LogTail(logging.Handler):
+    """Keeps the last lines of the log, for ``control-cli logs``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: deque[str] = deque(maxlen=1_000)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines += self.format(record).splitlines()
+
+    def last(self, count: int) -> list[str]:
+        """Return up to ``count`` lines, the latest last, of 256 KiB at most."""
+        lines: list[str] = []
+        room = 256 * 1024
+        for line in list(self._lines)[: -count - 1 : -1]:
+            room -= len(line.encode()) + 4
+            if room < 0:
+                break
+            lines.append(line)
+        return lines[::-1]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -91,12 +114,14 @@ def make_parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
     options = make_parser().parse_args(words)
+    tail = _LogTail()
     logging.basicConfig(
         level=logging.DEBUG if options.verbose else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[logging.StreamHandler(), tail],
     )
     try:
-        code = _start(options)
+        code = _start(options, tail)
     except ArmillaryError as error:
         # what a task raised is only to be found here: on other machines there is no more than its sentence
         if options.verbose or isinstance(error, GradientError | TaskLoadError):
@@ -115,7 +140,7 @@ def main(words: Sequence[str] | None = None) -> None:
     os._exit(code)
 
 
-def _start(options: argparse.Namespace) -> int:
+def _start(options: argparse.Namespace, tail: _LogTail) -> int:
     for name in _THREADS:  # bits differ between one BLAS thread and two
         os.environ[name] = "1"
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it logs by itself, its errors say too
@@ -143,13 +168,16 @@ def _start(options: argparse.Namespace) -> int:
     )
 
     async def run() -> None:
-        sphere = Sphere(sphere_options, GrpcTransport())
+        sphere = Sphere(sphere_options, GrpcTransport(), log_lines=tail.last)
         told = False
 
         def stop() -> None:
             nonlocal told
+            if told:
+                sphere.stop()
+            else:
+                sphere.drain("a signal; once more to end at once")
             told = True
-            sphere.stop()
 
         loop = asyncio.get_running_loop()
         for sign in (signal.SIGTERM, signal.SIGINT):

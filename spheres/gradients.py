@@ -155,6 +155,11 @@ class Gradients:
         if news:
             self.reducer.chunk(block, index, np.frombuffer(data, np.float32))
 
+    def in_compute(self, child: str) -> Block | None:
+        """Return the block that a child computes now, as far as can be told here: the first that it has not begun."""
+        slots = [slot for slot, owner in self._ledger.slots.items() if owner == child]
+        return min((slot for slot in slots if not self.reducer.has_header(slot)), default=None)
+
     # ---- to the parent; at the root, into the sum
 
     def collect(self) -> list[Action]:
@@ -240,8 +245,8 @@ class Gradients:
         for slot, owner in self._ledger.slots.items():
             if not within.contains(slot):
                 continue
-            if owner == SELF:
-                held = self.reducer.cache.get(slot)
+            held = self.reducer.cache.get(slot)
+            if owner == SELF or held is not None:
                 parts.append(Contribution(slot, self._id, 0 if held is None else held.crc32c))
             else:
                 parts += self._contributions.get(slot, [])

@@ -6,6 +6,7 @@ carries out what the ledger decides. It does not dial, serve or encode links: ``
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -20,11 +21,19 @@ from spheres.reducer import Held
 from spheres.task import Sums
 from spheres.v1 import common_pb2
 from spheres.v1 import work_pb2 as pb
+from spheres.watchdog import Watchdog
 from spheres.weights import Weights
 from spheres.work import EVALUATE, TRAIN, Child, Counts, Hooks, Work
 from spheres.worker import Failure, Unit, Worker
 
 __all__ = ["EVALUATE", "TRAIN", "Array", "Child", "Hub", "Outgoing", "Work"]
+
+#: seconds that an attempt waits for the children of a lost child: about the round trips that they need (N13)
+_SETTLE_SECONDS = 0.25
+#: seconds for which a sphere whose task has failed computes nothing, doubled each time up to the longest
+_ASIDE_SECONDS, _LONGEST_ASIDE = 2.0, 64.0
+#: changes below that are told again on a new link: the last ones may have been lost with the old one
+_CHANGES = 256
 
 
 class Hub:
@@ -55,6 +64,12 @@ class Hub:
         self._up: list[pb.WorkRequest] = []
         #: of the present step's computation here
         self._failure: pb.TaskFailure | None = None
+        self._failures = 0
+        #: until when this node computes nothing, by the loop's clock
+        self._aside_until = 0.0
+        self.leaving = ""
+        self._said: deque[pb.SphereChange] = deque(maxlen=_CHANGES)
+        self.watchdog = Watchdog(config.patience_seconds)
         self._capacity = self.ledger.capacity
         self._down_bytes = 0
 
@@ -71,6 +86,8 @@ class Hub:
         """What this node is doing, in words."""
         if self._unit is not None:
             return f"computing {self._unit.block} of step {self.work.step}"
+        if (left := self._aside_until - self.hooks.clock()) > 0:
+            return f"set aside for {left:.0f} s: its task has failed {self._failures} times"
         if not self.weights.complete:
             return "receiving weights"
         if self.ledger.waiting:
@@ -121,15 +138,18 @@ class Hub:
             raise WrongRunError(f"a message of run {tag.run_id!r}; this is run {self.config.run_id!r}")
         work = Work(tag.term, tag.step, tag.kind)
         header = message.HasField("weights_header")
-        if work < self.work or (work > self.work and not header):
+        if work < self.work:
             # Also what a parent sends that is behind: this node is parked until it has caught up (N14).
             self.counts.refused["stale"] += 1
             return
+        if work > self.work and not header:
+            raise ProtocolError(f"a message of step {work.step} came before its header")
         if header:
             if work.kind not in (TRAIN, EVALUATE):
                 raise ProtocolError(f"work of kind {work.kind} is not known here")
             self._on_header(work, tag.weights_version, message)
         if message.HasField("begin"):
+            self.watchdog.progress(self.hooks.clock())
             self._do(self.ledger.begin(message.begin.attempt, message.begin.from_chunk))
         if message.HasField("assign") and not message.HasField("weights_header"):
             assign = message.assign
@@ -160,17 +180,30 @@ class Hub:
         """A parent took this node in: the obligations of the session before are void (N5b)."""
         self.session = session
         # What belongs to no step stays: a capacity that changed after the hello was written, for one.
-        self._up = [m for m in self._up if not m.HasField("ready")]
+        self._up = [m for m in self._up if not (m.HasField("ready") or m.HasField("sphere_change"))]
         if self._failure is not None:
             self.fail(self._failure)  # the link before may have died with it, and nothing else would end the step
         self.ledger.relinked()
         self.gradients.settle()
-        self.renewed(path)
+        said = list(self._said)
+        self._said.clear()
+        if not self.renewed(path):
+            for change in said:
+                self.change(change)
 
-    def renewed(self, path: Iterable[pb.Ancestor]) -> None:
-        """The nodes above are these now; children learn their fallbacks from it (N11)."""
+    def renewed(self, path: Iterable[pb.Ancestor]) -> bool:
+        """The nodes above are these now; children learn their fallbacks from it (N11). Whether control is a new one.
+
+        A control that came back knows nobody: it is told of each link here, and those below tell of theirs.
+        """
+        known = self.path[0] if self.path else None
         self.path = [*path, pb.Ancestor(id=self.id, incarnation=self.incarnation, address=self.address)]
         self._notice(self.welcome())
+        if known is None or known.incarnation == self.path[0].incarnation:
+            return False
+        for child in self.children.values():
+            self.change(child.joined(self.id))
+        return True
 
     def welcome(self) -> pb.WorkResponse:
         return pb.WorkResponse(tag=self.tag, welcome=pb.Welcome(path=self.path))
@@ -215,6 +248,8 @@ class Hub:
         if self._unit is not None:
             self._unit.cancelled = True
         self._unit = self._failure = None
+        self.watchdog.start(self.hooks.clock())
+        self.ledger.computes = self._worker is not None and self._aside_until <= self.hooks.clock()
         cache = self.gradients.reducer.cache
         if self._worker is not None:
             for held in cache.values():
@@ -226,6 +261,7 @@ class Hub:
             child.outbox.header(self.tag)
         chunks = self.config.chunk_count if work.kind == TRAIN else 0
         self._do(self.ledger.start(self._total(work.kind), chunks, blocks))
+        self._tell_capacity()
 
     def _tag(self) -> pb.Tag:
         work = self.work
@@ -252,6 +288,8 @@ class Hub:
         self.children[child.id] = child
         if hello.holds_weights:
             child.outbox.holds = (self.weights.term, hello.weights_version, hello.weights_digest)
+        elif hello.weights_chunks_held:
+            child.outbox.interrupted = (hello.weights_term, hello.weights_version, hello.weights_chunks_held)
         child.outbox.reached = (tag.term, tag.step, tag.kind)
         child.outbox.notice(self.welcome())
         # At the root between two steps the weights are no longer, or not yet, those of its work: the next step's header
@@ -259,9 +297,9 @@ class Hub:
         if self.ledger.active:
             child.outbox.header(self.tag)
         holds = bool(hello.held) and Work(tag.term, tag.step, tag.kind) == self.work
-        self._do(self.ledger.child_joined(child.id, hello.capacity, holds=holds))
+        self._do(self.ledger.child_joined(child.id, hello.capacity, holds=holds, leaving=hello.leaving))
         self._tell_capacity()
-        self.change(child.change(self.id))
+        self.change(child.joined(self.id))
 
     def dismiss(self, child: Child, reason: str) -> None:
         """A child's link has ended."""
@@ -269,9 +307,12 @@ class Hub:
             return
         del self.children[child.id]
         self._down_bytes += child.outbox.sent_bytes
+        computing = self.gradients.in_compute(child.id)
         self._do(self.ledger.child_lost(child.id))
+        if self.ledger.missing:
+            self.hooks.call_later(_SETTLE_SECONDS, lambda: self._do(self.ledger.settled()))
         self._tell_capacity()
-        self.change(child.change(self.id, lost=True, reason=reason))
+        self.change(child.lost(self.id, reason, step=self.work.step, computing=computing))
 
     def on_request(self, child: Child, message: pb.WorkRequest) -> None:
         """Handle a message of a child. Raises ProtocolError and its kinds: then its link must end."""
@@ -284,6 +325,9 @@ class Hub:
             return
         if message.HasField("state_report"):
             self.report(message.state_report)
+            return
+        if message.HasField("log_report"):
+            self.log(message.log_report)
             return
         if message.HasField("sphere_change"):
             self.change(message.sphere_change)
@@ -308,8 +352,10 @@ class Hub:
         if message.HasField("ready"):
             ready = message.ready
             held = checked(blocks_from(ready.held), self.ledger.total, what="held")
-            self._do(self.ledger.child_ready(child.id, message.attempt, held, idle=ready.idle))
+            computing = checked(blocks_from(ready.computing), self.ledger.total, what="in compute")
+            self._do(self.ledger.child_ready(child.id, message.attempt, held, computing, idle=ready.idle))
         self.gradients.take_in(child.id, message)
+        self.watchdog.progress(self.hooks.clock())
         self._flow()
 
     # ---- both
@@ -326,6 +372,7 @@ class Hub:
         if self.root:
             self.hooks.changed(change)
         else:
+            self._said.append(change)
             self._send_up(pb.WorkRequest(sphere_change=change))
 
     def report(self, report: pb.StateReport) -> None:
@@ -335,9 +382,32 @@ class Hub:
         else:
             self._send_up(pb.WorkRequest(state_report=report))
 
+    def log(self, report: pb.LogReport) -> None:
+        """The last lines of a sphere's log, on their way to control."""
+        if self.root:
+            self.hooks.logged(report)
+        else:
+            self._send_up(pb.WorkRequest(log_report=report))
+
     def leave(self, reason: str) -> None:
-        """Tell the parent that this node goes."""
+        """Tell the parent that this node goes: it gets nothing new. The hello of a later link says so too."""
+        self.leaving = reason
         self._send_up(pb.WorkRequest(leaving=pb.Leaving(reason=reason)))
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether nobody needs this node: it owes nothing of the present step, and holds nothing of it (N7)."""
+        return not self.ledger.obligations and not self.ledger.held and self._unit is None
+
+    def watch(self, now: float) -> None:
+        """Look for a late step: where somebody is idle, it may compute what late ones have in compute (N12)."""
+        if not self.ledger.active or not self.watchdog.due(now):
+            return
+        late = self.ledger.laggards(self.gradients.reducer.has)
+        if late:
+            self.watchdog.fire(now)
+            self.counts.hurried += 1
+            self._do(self.ledger.hurry(late))
 
     def _send_up(self, message: pb.WorkRequest, *, replaces: Literal["", "ready", "capacity"] = "") -> None:
         message.tag.CopyFrom(self.tag)
@@ -383,8 +453,8 @@ class Hub:
                 case SendCredit(child, attempt, through):
                     credit = pb.Credit(attempt=attempt, through_chunk=through)
                     self.children[child].outbox.credit(pb.WorkResponse(tag=self.tag, credit=credit))
-                case SendReady(attempt, held, idle):
-                    ready = pb.Ready(held=blocks_to(held), idle=idle)
+                case SendReady(attempt, held, computing, idle):
+                    ready = pb.Ready(held=blocks_to(held), computing=blocks_to(computing), idle=idle)
                     self._send_up(pb.WorkRequest(attempt=attempt, ready=ready), replaces="ready")
                 case Stuck():
                     self.hooks.stuck()
@@ -397,7 +467,12 @@ class Hub:
         self._carry_out(self.gradients.collect())
         if self.ledger.active and self.ledger.finished:
             self.ledger.active = False
+            self._finished()
             self.hooks.sealed()
+
+    def _finished(self) -> None:
+        if not self.ledger.attempts:
+            self.watchdog.finish(self.hooks.clock())
 
     def _wake_children(self) -> None:
         for child in self.children.values():
@@ -431,14 +506,31 @@ class Hub:
                 traceback=result.traceback,
                 sample_ids=result.sample_ids,
                 invalid_gradient=result.invalid,
+                step=unit.step,
             )
             self.fail(self._failure)
+            self._set_aside()
             return
         assert result is not None  # only a cancelled unit gives nothing, and that is not self._unit
         self.gradients.reducer.cache[unit.block] = result
         self.ledger.computed(unit.block)
         self._compute()
         self._flow()
+
+    def _set_aside(self) -> None:
+        """An exception is no death: what this node owes is computed once more elsewhere, and it rests for a while."""
+        self._failures += 1
+        seconds = min(_ASIDE_SECONDS * 2 ** (self._failures - 1), _LONGEST_ASIDE)
+        self._aside_until = self.hooks.clock() + seconds
+        self._do(self.ledger.unable())
+        self._tell_capacity()
+        self.hooks.call_later(seconds, self._rested)
+
+    def _rested(self) -> None:
+        if self._worker is not None and self._aside_until <= self.hooks.clock():
+            self._failure = None
+            self._do(self.ledger.able())
+            self._tell_capacity()
 
     # ---- parent edge: what goes up
 
@@ -451,6 +543,8 @@ class Hub:
             return None
         item, actions = found
         self._carry_out(actions)
+        if self.ledger.finished:
+            self._finished()
         return item
 
     def went_up(self, item: Outgoing, seconds: float) -> None:

@@ -10,9 +10,13 @@ Every method is an event; it returns the actions to carry out, in order. Rules N
 | assign          | obligations known                                         | Assign per child                     |
 | relinked        | a new parent or session: obligations void (N5b)           | -                                    |
 | child_joined    | one more edge; it takes part in what is being gathered    | Begin to it, or per child (N13)      |
-| child_lost      | one edge less; what it owed is open                       | Begin per child where it still owed  |
+| child_lost      | one edge less; what it owed is open. Where the lost one   | Begin per child where it still owed  |
+|                 | had children, an attempt waits for them a moment (N13)    |                                      |
+| settled         | that moment is over                                       | as with the last child_ready         |
 | child_ready     | one answer less to wait for; with the last one:           | Ready, or Assign per child           |
 | child_changed   | capacity; leaving                                         | Begin where work was unassigned      |
+| hurry           | blocks in compute at late nodes are open to others (N12)  | Begin per child                      |
+| unable          | this node computes nothing more for now                   | Begin per child where it owed any    |
 | next_unit       | a block of the queue is being computed                    | -                                    |
 | computed        | that block is held until the seal                         | -                                    |
 | sent            | the frontier may rise                                     | Credit per child                     |
@@ -76,10 +80,11 @@ class SendCredit:
 
 @dataclass(frozen=True, slots=True)
 class SendReady:
-    """To the parent: what this subtree holds and whether any of it is idle."""
+    """To the parent: what this subtree holds and computes, and whether any of it is idle."""
 
     attempt: int
     held: tuple[Block, ...]
+    computing: tuple[Block, ...]
     idle: bool
 
 
@@ -100,8 +105,9 @@ class Edge:
     capacity: float
     #: within this child's session and this step (N5b)
     attempt: int = 0
-    #: its answer in this attempt: held blocks and whether it is idle
+    #: its answer in this attempt: held blocks, those in compute, and whether it is idle
     held: tuple[Block, ...] = ()
+    computing: tuple[Block, ...] = ()
     idle: bool = True
     #: took part in this attempt from its start, so that it may be given work
     ready: bool = False
@@ -119,7 +125,7 @@ class Edge:
 
     def reset(self, attempt: int, *, ready: bool) -> None:
         self.attempt, self.ready = attempt, ready
-        self.held, self.idle, self.assigned, self.credit = (), True, (), -1
+        self.held, self.computing, self.idle, self.assigned, self.credit = (), (), True, (), -1
 
 
 @dataclass(slots=True)
@@ -151,6 +157,10 @@ class Ledger:
     slots: dict[Block, str] = field(default_factory=dict)
     #: children whose Ready is missing; not None while an attempt is being gathered
     waiting: set[str] | None = None
+    #: what the children of a lost child can compute: for so much of it an attempt waits, until ``settled`` (N13)
+    missing: float = 0.0
+    #: whose blocks in compute are open to others in this attempt (N12)
+    late: frozenset[str] = frozenset()
     ready_sent: bool = True
     stuck: bool = False
     #: blocks computed here, kept until the seal (N7); the one being computed; those to compute next
@@ -168,7 +178,7 @@ class Ledger:
         """A step begins; ``blocks`` is attempt 0's assignment, None for a spare. Nobody holds anything yet (N5)."""
         self.total, self.chunks, self.active = total, max(1, chunks), True
         self.attempt, self.attempts, self.from_chunk = 0, 0, 0
-        self.waiting, self.ready_sent = None, True
+        self.waiting, self.ready_sent, self.missing, self.late = None, True, 0.0, frozenset()
         self.held.clear()
         self.below.clear()
         self.computing = None
@@ -212,19 +222,20 @@ class Ledger:
     def relinked(self) -> None:
         """A new session with a parent: what was owed is void; children must not go on with it (N5b)."""
         self._void()
-        self.attempt, self.ready_sent, self.waiting = 0, True, None
+        self.attempt, self.ready_sent, self.waiting, self.missing = 0, True, None, 0.0
         for edge in self.edges.values():
             edge.reset(edge.attempt + 1, ready=False)
 
     # ---- from below
 
-    def child_joined(self, child: str, capacity: float, *, holds: bool) -> list[Action]:
+    def child_joined(self, child: str, capacity: float, *, holds: bool, leaving: bool = False) -> list[Action]:
         """A link to a child opened. An attempt only where it brings blocks, or work lies unassigned (N13)."""
-        self.edges[child] = Edge(capacity)
+        self.edges[child] = Edge(capacity, leaving=leaving)
         if not self.active:
             return []
         if self.waiting is not None:
             # Orphans of one dead parent come one after the other: one attempt takes them all in.
+            self.missing = max(0.0, self.missing - capacity)
             return [self._ask(child, self.frontier)]
         if self.stuck or (holds and not self.finished):
             return self._gather(self.frontier)
@@ -232,21 +243,36 @@ class Ledger:
 
     def child_lost(self, child: str) -> list[Action]:
         """A link to a child ended."""
-        if self.edges.pop(child, None) is None or not self.active:
+        edge = self.edges.pop(child, None)
+        if edge is None or not self.active:
             return []
         if self.waiting is not None:
             self.waiting.discard(child)
+            self.missing += max(0.0, edge.capacity - 1)
             return self._gathered()
         if any(owner == child and self._open(slot) for slot, owner in self.slots.items()):
+            self.missing = max(0.0, edge.capacity - 1)
             return self._gather(self.frontier)
         return []
 
-    def child_ready(self, child: str, attempt: int, held: Iterable[Block], *, idle: bool) -> list[Action]:
+    def settled(self) -> list[Action]:
+        """Children of a lost child have had the time to come here."""
+        self.missing = 0.0
+        return self._gathered()
+
+    def hurry(self, late: Iterable[str]) -> list[Action]:
+        """These owners (SELF among them) are late: idle ones may compute what those have in compute (N12)."""
+        self.late = frozenset(late)
+        return self._gather(self.frontier, keep_late=True)
+
+    def child_ready(
+        self, child: str, attempt: int, held: Iterable[Block], computing: Iterable[Block] = (), *, idle: bool
+    ) -> list[Action]:
         """A child's answer to Begin. Raises StaleError where it belongs to another attempt."""
         edge = self.edges[child]
         if self.waiting is None or child not in self.waiting or attempt != edge.attempt:
             raise StaleError(f"ready of attempt {attempt}; attempt {edge.attempt} is running")
-        edge.held, edge.idle, edge.ready = tuple(held), idle, True
+        edge.held, edge.computing, edge.idle, edge.ready = tuple(held), tuple(computing), idle, True
         self.waiting.discard(child)
         return self._gathered()
 
@@ -289,6 +315,28 @@ class Ledger:
         assert block == self.computing
         self.held.add(block)
         self.computing = None
+
+    def laggards(self, available: Callable[[Block, int], bool]) -> frozenset[str]:
+        """Return who has not given its part of the frontier's chunk, where somebody else has nothing to do (N12)."""
+        if not self.assigned or self.waiting is not None or self.stuck or self.finished:
+            return frozenset()
+        chunk = self.frontier
+        late = {owner for slot, owner in self.slots.items() if self._open(slot) and not available(slot, chunk)}
+        idle = self.computes and self.computing is None and not self.queue
+        idle = idle or any(edge.able and child not in late for child, edge in self.edges.items())
+        return frozenset(late) if idle else frozenset()
+
+    def unable(self) -> list[Action]:
+        """This node computes nothing more for now: what it owes is for others."""
+        self.computes, self.computing, self.queue = False, None, []
+        if self.waiting is None and any(o == SELF and s not in self.held for s, o in self.slots.items()):
+            return self._gather(self.frontier)
+        return []
+
+    def able(self) -> list[Action]:
+        """This node computes again."""
+        self.computes = True
+        return self._gather(self.frontier) if self.active and self.stuck else []
 
     # ---- upward
 
@@ -366,9 +414,11 @@ class Ledger:
         self.waiting.add(child)
         return SendBegin(child, edge.attempt, from_chunk)
 
-    def _gather(self, from_chunk: int) -> list[Action]:
+    def _gather(self, from_chunk: int, *, keep_late: bool = False) -> list[Action]:
         """Begin a new attempt on every child edge (N4)."""
         self.attempts += 1
+        if not keep_late:
+            self.late = frozenset()
         self.slots, self.queue, self.stuck = {}, [], False
         self.waiting = set()
         actions: list[Action] = [self._ask(child, from_chunk) for child in self.edges]
@@ -376,7 +426,7 @@ class Ledger:
 
     def _gathered(self) -> list[Action]:
         """With the last Ready: give out what is owed, or say upward what there is."""
-        if self.waiting is None or self.waiting:
+        if self.waiting is None or self.waiting or self.missing > 0:
             return []
         self.waiting = None
         if self.assigned:
@@ -384,16 +434,18 @@ class Ledger:
         if self.ready_sent:
             return []
         self.ready_sent = True
-        held = BlockSet(self.total, self.held)
+        held, computing = BlockSet(self.total, self.held), BlockSet(self.total)
         idle = self.computes and self.computing is None
         for edge in self.edges.values():
             if edge.ready:
                 for block in edge.held:
                     held.add(block)
+                for block in edge.computing:
+                    computing.add(block)
                 idle = idle or (edge.idle and edge.able)
         if self.computing is not None:
-            held.add(self.computing)
-        return [SendReady(self.attempt, tuple(held), idle)]
+            computing.add(self.computing)
+        return [SendReady(self.attempt, tuple(held), tuple(computing), idle)]
 
     def _take(self, blocks: Sequence[Block]) -> list[Action]:
         self.obligations = dict.fromkeys(blocks, self.from_chunk)
@@ -445,20 +497,30 @@ class Ledger:
         return actions
 
     def _offers(self) -> list[tuple[Block, str]]:
-        """Blocks that are held or being computed, the largest first, own ones before those of children (N9)."""
-        offers = [(block, SELF) for block in self.held]
-        if self.computing is not None:
-            offers.append((self.computing, SELF))
+        """Blocks that are held or in compute: the largest first, then held ones, own before those of children (N9)."""
+        offers = [(block, False, SELF) for block in self.held]
+        # What a late node computes is its own only where nobody is idle.
+        late = self.late if any(free for _, _, free in self._able()) else frozenset()
+        if self.computing is not None and SELF not in late:
+            offers.append((self.computing, True, SELF))
         for child, edge in self.edges.items():
             if edge.ready:
-                offers += [(block, child) for block in edge.held]
-        return sorted(offers, key=lambda offer: (-offer[0].width, offer[1] != SELF, offer))
+                offers += [(block, False, child) for block in edge.held]
+                if child not in late:
+                    offers += [(block, True, child) for block in edge.computing]
+        offers.sort(key=lambda offer: (-offer[0].width, offer[1], offer[2] != SELF, offer))
+        return [(block, owner) for block, _, owner in offers]
 
     def _workers(self) -> list[tuple[str, float]]:
         """Who can be given more, idle ones where there are any."""
+        able = self._able()
+        idle = [(owner, capacity) for owner, capacity, free in able if free]
+        return idle or [(owner, capacity) for owner, capacity, _ in able]
+
+    def _able(self) -> list[tuple[str, float, bool]]:
+        """Who can be given something: owner, capacity, whether it is idle."""
         able = [(SELF, 1.0, self.computing is None)] if self.computes else []
         for child, edge in self.edges.items():
             if edge.ready and edge.able:
                 able.append((child, edge.capacity, edge.idle))
-        idle = [(owner, capacity) for owner, capacity, free in able if free]
-        return idle or [(owner, capacity) for owner, capacity, _ in able]
+        return able

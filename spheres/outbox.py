@@ -37,6 +37,8 @@ class Outbox:
         self._version = (0, -1)
         #: term and version that the child holds whole, and its digest
         self.holds: tuple[int, int, bytes] | None = None
+        #: term and version of which the child holds so many chunks, from a link that broke off (N17)
+        self.interrupted: tuple[int, int, int] | None = None
         #: term, step and kind where the child is: one that is ahead gets no header until its parent is there too (N14)
         self.reached = (0, -1, 0)
         self.wake = asyncio.Event()
@@ -108,7 +110,9 @@ class Outbox:
         header.previous_digest = weights.previous_digest
         # Another step on the same version (a joiner got half of it during an evaluation) goes on where it was (N17).
         if self._cursor is None or self._version != (weights.term, weights.version):
-            self._cursor = 0
+            term, version, chunks = self.interrupted or (0, -1, 0)
+            self._cursor = chunks if (term, version) == (weights.term, weights.version) else 0
+        self.interrupted = None
         self._version = (weights.term, weights.version)
         header.from_chunk = self._cursor
         if weights.config.chunk_count == 1:

@@ -18,12 +18,14 @@ from spheres.errors import (
     LinkClosedError,
     ProtocolError,
     RefusedError,
+    StaleError,
     UnreachableError,
     VersionMismatchError,
     WrongRunError,
 )
 from spheres.frames import blocks_to, decode
 from spheres.hub import Hub, Outgoing
+from spheres.lease import Lease
 from spheres.transport import Link, Rpc, Transport, first_end
 from spheres.v1 import common_pb2
 from spheres.v1 import work_pb2 as pb
@@ -32,12 +34,13 @@ __all__ = ["Fingerprints", "Parent"]
 
 log = logging.getLogger(__name__)
 
-#: refusals that no other attempt can cure, if they come from control: at another address another run may have moved in
-_FINAL = (VersionMismatchError, FingerprintError, WrongRunError)
+#: Refusals that no other attempt can cure, if they come from control: at another address another run may have moved in.
+#: After StaleError the sphere enrolls anew: control has given its id to another.
+_FINAL = (VersionMismatchError, FingerprintError, WrongRunError, StaleError)
 #: seconds that a parent has to answer: it may itself be loading its task
 WELCOME_SECONDS = 20.0
 #: seconds before dialling again, and up to which they are doubled each time
-_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
+_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 #: reports of other spheres that ride on one heartbeat
 _REPORTS = 31
 
@@ -61,11 +64,19 @@ class Parent:
         fingerprints: Fingerprints,
         ancestors: Sequence[pb.Ancestor],
         *,
+        member: common_pb2.Member,
+        lease: Lease,
         orphan_timeout: float,
         reports: Callable[[int], list[common_pb2.SphereReport]],
     ) -> None:
         self._hub, self._transport, self._fingerprints = hub, transport, fingerprints
+        self._member, self._lease = member, lease
         self._ancestors = list(ancestors)
+        # when something last came from the parent; the parent whose lease ran out, which is not dialled first
+        self._heard = 0.0
+        self._silent = ""
+        # since when there is no way to control: no link, or a parent that has none; None where there is one
+        self._alone_since: float | None = None
         self._orphan_timeout = orphan_timeout
         self._reports = reports
         self._session = 0
@@ -89,18 +100,19 @@ class Parent:
     async def run(self) -> None:
         """Keep a link until cancelled. Raises what cannot be cured: a refusal, or UnreachableError of an orphan."""
         now = asyncio.get_running_loop().time
-        alone_since = now()
+        self._alone_since = now()
         pause = _PAUSE
         while True:
-            for ancestor in list(reversed(self._ancestors)):
+            for ancestor in self._in_order():
                 began = now()
                 if await self._link(ancestor):
-                    alone_since = now()
                     # A parent that ends every link at once is not dialled at full speed.
-                    if alone_since - began > _LONGEST_PAUSE:
+                    if now() - began > _LONGEST_PAUSE:
                         pause = _PAUSE
                     break
-            left = alone_since + self._orphan_timeout - now()
+            if self._alone_since is None:
+                self._alone_since = now()
+            left = self._alone_since + self._orphan_timeout - now()
             if left <= 0:
                 raise UnreachableError(
                     f"no way to control for {self._orphan_timeout:g} s (--orphan-timeout); this sphere ends; "
@@ -130,15 +142,45 @@ class Parent:
         log.info("%s: the link to %s has ended: %s", self._hub.id, ancestor.id, reason)
         return was_linked
 
+    def _in_order(self) -> list[pb.Ancestor]:
+        """Return whom to dial: the nearest first, but a parent that has gone silent last."""
+        silent, self._silent = self._silent, ""
+        order = self._ancestors[::-1]
+        order.sort(key=lambda ancestor: ancestor.id == silent)
+        return order
+
     def cut(self, error: ArmillaryError) -> None:
         """End the present link and dial again."""
         if self._cut is not None and not self._cut.done():
             self._cut.set_exception(error)
 
+    def move(self, target: pb.Ancestor) -> None:
+        """Leave the parent for another; where that one does not take this sphere, it goes back (N11)."""
+        if target.id not in (self._hub.id, self.id):
+            self._ancestors.append(target)
+            self.cut(LinkClosedError(f"moving to {target.id}"))
+
+    def look(self, now: float) -> None:
+        """End the link where the parent's lease has run out (N10)."""
+        if self.linked and self._lease.silent(self._heard, now):
+            self._silent = self.id
+            self.cut(LinkClosedError(f"{self.id} gave no sign of life for {now - self._heard:.1f} s (--patience)"))
+
+    def alone(self) -> float:
+        """Return the seconds for which there has been no way to control; 0 where there is one."""
+        return 0.0 if self._alone_since is None else asyncio.get_running_loop().time() - self._alone_since
+
+    def _hear(self) -> None:
+        """Something came from the parent: it counts as alive. Raises LinkClosedError where this node was away."""
+        now = asyncio.get_running_loop().time()
+        self._lease.check(now)
+        self._heard = now
+
     async def _serve(self, link: Link, ancestor: pb.Ancestor) -> None:
         """Say hello and work until the link ends."""
         error: ArmillaryError | None = None
         try:
+            self._cut = None
             await self._hello(link, ancestor)
             self._cut = asyncio.get_running_loop().create_future()
             await first_end(self._read(link, ancestor), self._write(link), self._beat(ancestor), self._cut)
@@ -168,6 +210,10 @@ class Parent:
             held=blocks_to(hub.held()),
             capacity=hub.ledger.capacity,
             address=hub.address,
+            member=self._member,
+            weights_chunks_held=0 if hub.weights.complete else hub.weights.arrived,
+            weights_term=hub.weights.term,
+            leaving=bool(hub.leaving),
         )
         message = pb.WorkRequest(tag=hub.tag, session=self._session, hello=hello)
         try:
@@ -182,8 +228,10 @@ class Parent:
         if not answer.HasField("welcome"):
             raise ProtocolError(f"{ancestor.id} answered hello with something else than welcome")
         self._ancestors = self._path(answer.welcome, ancestor)
+        self._hear()
         hub.relinked(self._session, self._ancestors)
         self._linked.set()
+        self._alone_since = None
         self.placed.set()
 
     def _path(self, welcome: pb.Welcome, ancestor: pb.Ancestor) -> list[pb.Ancestor]:
@@ -201,6 +249,9 @@ class Parent:
 
     async def _read(self, link: Link, ancestor: pb.Ancestor) -> None:
         while (data := await link.receive()) is not None:
+            if self._cut is None or self._cut.done():
+                return  # what came with the word that ends the link is of the past too (N10)
+            self._hear()
             message = decode(pb.WorkResponse, data)
             if message.HasField("welcome"):  # the parent itself has a new parent (N11)
                 self._ancestors = self._path(message.welcome, ancestor)
@@ -209,8 +260,9 @@ class Parent:
                 self._hub.on_response(message)
 
     async def _write(self, link: Link) -> None:
-        hub = self._hub
+        hub, now = self._hub, asyncio.get_running_loop().time
         while True:
+            self._lease.check(now())  # an item that is taken counts as sent
             item = hub.next_up()
             if item is None:
                 self._wake.clear()
@@ -241,8 +293,12 @@ class Parent:
                         sent_nanos=monotonic_ns(),
                     )
                     await link.send(message.SerializeToString())
-                    if await link.receive() is None:
+                    data = await link.receive()
+                    if data is None:
                         break
+                    self._hear()
+                    alone = decode(pb.HeartbeatResponse, data).alone_seconds
+                    self._alone_since = self._heard - alone if alone > 0 else None
                     await asyncio.sleep(self._hub.config.heartbeat_seconds)
             except ArmillaryError as error:
                 log.debug("%s: heartbeat to %s: %s", self._hub.id, ancestor.id, error)

@@ -150,6 +150,9 @@ class Reducer:
         if block in self.slots:
             held = self.cache.get(block)
             if held is not None:
+                # A child's too, where what was given to it has been finished here after all (N12).
+                if block in self.arrived:
+                    self.arrived[block].chunks.pop(index, None)
                 part = slice(index * self._chunk, (index + 1) * self._chunk)
                 return (None if held.array is None else held.array[part]), None
             arrived = self.arrived[block]

@@ -19,13 +19,15 @@ from spheres.environment import environment_fingerprint, resident_bytes
 from spheres.errors import (
     FingerprintError,
     LinkClosedError,
+    StaleError,
     TaskError,
     UnreachableError,
 )
 from spheres.hub import Hub
+from spheres.lease import Lease
 from spheres.parent import Fingerprints, Parent
 from spheres.task import Task, data_fingerprint, load_task, task_fingerprint
-from spheres.transport import Handlers, Link, Transport
+from spheres.transport import Handlers, Link, Listener, Transport
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
 from spheres.worker import Worker
@@ -33,6 +35,9 @@ from spheres.worker import Worker
 __all__ = ["Sphere", "SphereOptions"]
 
 log = logging.getLogger(__name__)
+
+#: seconds between two looks of a sphere that leaves at whether it is needed still
+_LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class SphereOptions:
     orphan_timeout: float = 60.0
     #: this host's name, for placement
     host: str = ""
+    #: whether idle nodes may compute what late ones have in compute; tests switch it off, since it hides deadlocks
+    speculate: bool = True
 
 
 class Sphere:
@@ -67,9 +74,12 @@ class Sphere:
         *,
         task: Task | None = None,
         make_worker: Callable[[NodeConfig, Task], Worker] = Worker,
+        log_lines: Callable[[int], list[str]] = lambda _: [],
     ) -> None:
         self._options, self._transport, self._task = options, transport, task
-        self._make_worker = make_worker
+        self._make_worker, self._log_lines = make_worker, log_lines
+        self._address = ""
+        self._leaving: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         #: set once it has its place and serves children
         self.ready = asyncio.Event()
@@ -81,73 +91,122 @@ class Sphere:
         """End: links are closed, children go to their fallbacks, work in hand is given up."""
         self._stop.set()
 
+    def drain(self, reason: str) -> None:
+        """Finish the step in hand, hand children over, then end. A second call changes nothing."""
+        if self._leaving is None:
+            self._leaving = asyncio.get_running_loop().create_task(self._leave(reason))
+
     async def run(self) -> None:
         """Take part until told to stop. Raises what made that impossible."""
         options = self._options
-        listener = None
-        worker: Worker | None = None
+        listener: Listener | None = None
         try:
             if options.listen:
                 listener = await self._transport.listen(options.listen, Handlers(self._work, self._heartbeat))
-            address = options.advertise
-            if listener is not None and not address:
-                address = await asyncio.to_thread(_reachable, listener.address, options.control)
-            granted = await self._enroll(address)
-            config = NodeConfig.from_proto(granted.configuration)
-            fingerprints = await asyncio.to_thread(self._prepare, config)
-            worker = None if options.relay or self._task is None else self._make_worker(config, self._task)
-            hub = self.hub = Hub(config, granted.sphere_id, incarnation=granted.incarnation, worker=worker)
-            hub.address = address
-            hub.hooks.directed = self._directed
-            hub.hooks.stuck = self._stuck
-            self._children = Children(hub, environment=fingerprints.environment)
-            path = zip(granted.path_ids, granted.path_addresses, granted.path_incarnations, strict=True)
-            ancestors = [pb.Ancestor(id=i, address=a, incarnation=n) for i, a, n in path]
-            # This one works from here, whatever control believes of its own (0.0.0.0, for one).
-            ancestors[0].address = options.control
-            self.parent = Parent(
-                hub,
-                self._transport,
-                fingerprints,
-                ancestors,
-                orphan_timeout=options.orphan_timeout,
-                reports=self._reports,
-            )
-            self.ready.set()
-            log.info("%s joins %s (incarnation %d)", hub.id, ancestors[-1].id, hub.incarnation)
-            await self._live(self.parent)
+            self._address = options.advertise
+            if listener is not None and not self._address:
+                self._address = await asyncio.to_thread(_reachable, listener.address, options.control)
+            while not self._stop.is_set():
+                try:
+                    await self._take_part()
+                except StaleError as error:
+                    log.warning("enrolling anew: %s", error)
         finally:
-            if self._children is not None:
-                self._children.drain(LinkClosedError("the sphere ends"))
+            if self._leaving is not None:
+                self._leaving.cancel()
             if listener is not None:
                 await listener.aclose()
-            if worker is not None:
-                worker.close()
             await self._transport.aclose()
 
-    async def _live(self, parent: Parent) -> None:
-        running = asyncio.create_task(parent.run())
-        stopping = asyncio.create_task(self._stop.wait())
+    async def _take_part(self) -> None:
+        """One incarnation. Raises StaleError where control has given its id to another."""
+        options = self._options
+        granted = await self._enroll(self._address)
+        config = NodeConfig.from_proto(granted.configuration)
+        fingerprints = await asyncio.to_thread(self._prepare, config)
+        worker = None if options.relay or self._task is None else self._make_worker(config, self._task)
+        hub = self.hub = Hub(config, granted.sphere_id, incarnation=granted.incarnation, worker=worker)
+        hub.address = self._address
+        hub.watchdog.enabled = options.speculate
+        hub.hooks.directed, hub.hooks.stuck = self._directed, self._stuck
+        hub.hooks.clock, hub.hooks.call_later = (loop := asyncio.get_running_loop()).time, loop.call_later
+        lease = Lease(config.patience_seconds)
+        children = self._children = Children(hub, environment=fingerprints.environment, lease=lease)
+        path = zip(granted.path_ids, granted.path_addresses, granted.path_incarnations, strict=True)
+        ancestors = [pb.Ancestor(id=i, address=a, incarnation=n) for i, a, n in path]
+        # This one works from here, whatever control believes of its own (0.0.0.0, for one).
+        ancestors[0].address = options.control
+        self.parent = Parent(
+            hub,
+            self._transport,
+            fingerprints,
+            ancestors,
+            member=self._member(),
+            lease=lease,
+            orphan_timeout=options.orphan_timeout,
+            reports=self._reports,
+        )
+        children.alone = self.parent.alone
+        self.ready.set()
+        log.info("%s joins %s (incarnation %d)", hub.id, ancestors[-1].id, hub.incarnation)
         try:
-            await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await self._live(self.parent, children)
         finally:
-            for task in (running, stopping):
-                task.cancel()
-            results = await asyncio.gather(running, stopping, return_exceptions=True)
-        if isinstance(results[0], Exception) and not self._stop.is_set():
-            raise results[0]
+            children.drain(LinkClosedError("the sphere ends"))
+            if worker is not None:
+                worker.close()
+
+    async def _live(self, parent: Parent, children: Children) -> None:
+        def look(now: float) -> None:
+            parent.look(now)
+            children.hub.watch(now)
+
+        keeping = children.keep(fence=parent.cut, look=look)
+        jobs = [asyncio.ensure_future(job) for job in (parent.run(), keeping, self._stop.wait())]
+        try:
+            await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for job in jobs:
+                job.cancel()
+            results = await asyncio.gather(*jobs, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception) and not self._stop.is_set():
+                raise result
+
+    async def _leave(self, reason: str) -> None:
+        """Tell the parent, wait until nobody needs this node, let the children go to their fallbacks, end."""
+        hub = self.hub
+        if hub is not None and self.parent is not None and self._children is not None:
+            log.info("%s leaves: %s", hub.id, reason)
+            hub.leave(reason)
+            # Between two steps no step turns: then, after a while, it goes, and what it held can be computed again.
+            idle_until = asyncio.get_running_loop().time() + hub.config.patience_seconds
+            while self.parent.linked and not hub.may_leave:
+                now = asyncio.get_running_loop().time()
+                if hub.ledger.assigned and not hub.ledger.finished:
+                    idle_until = now + hub.config.patience_seconds
+                if now > idle_until:
+                    break
+                await asyncio.sleep(_LOOK_SECONDS)
+            self._children.drain(LinkClosedError(f"{hub.id} leaves"))
+        self._stop.set()
+
+    def _member(self) -> common_pb2.Member:
+        options = self._options
+        host = options.host or socket.gethostname()
+        return common_pb2.Member(host=host, zone=options.zone, relay=options.relay, pid=os.getpid())
 
     async def _enroll(self, address: str) -> control_pb2.EnrollSphereResponse:
         """Ask control for a place, patiently: control may be about to start."""
-        options = self._options
+        options, member = self._options, self._member()
         request = control_pb2.EnrollSphereRequest(
             protocol_version=PROTOCOL_VERSION,
             request_id=uuid.uuid4().hex,
-            host=options.host or socket.gethostname(),
-            zone=options.zone,
+            host=member.host,
+            zone=member.zone,
             address=address,
-            relay=options.relay,
-            pid=os.getpid(),
+            relay=member.relay,
+            pid=member.pid,
             agent=f"python {sys.version_info.major}.{sys.version_info.minor}",
         ).SerializeToString()
         deadline = asyncio.get_running_loop().time() + options.orphan_timeout
@@ -210,6 +269,15 @@ class Sphere:
             state = getattr(self._task, "state_dict", None)
             text = json.dumps(state()).encode() if callable(state) else b""
             self.hub.report(pb.StateReport(request_id=directive.request_id, report=self.report(), task_state=text))
+        elif directive.kind == pb.DIRECTIVE_KIND_DRAIN:
+            self.drain(directive.reason or "a directive")
+        elif directive.kind == pb.DIRECTIVE_KIND_MOVE:
+            assert self.parent is not None
+            self.parent.move(directive.parent)
+        elif directive.kind == pb.DIRECTIVE_KIND_REPORT_LOG:
+            assert self.hub is not None
+            lines = self._log_lines(directive.lines)
+            self.hub.log(pb.LogReport(request_id=directive.request_id, sphere_id=self.hub.id, lines=lines))
         else:
             log.warning("directive %d is not known here", directive.kind)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from spheres.blocks import Block
 from spheres.outbox import Outbox
 from spheres.v1 import common_pb2
 from spheres.v1 import work_pb2 as pb
@@ -36,21 +38,32 @@ class Child:
     #: ends its link, with the reason
     close: Callable[[Exception], None]
     environment: str = ""
+    member: common_pb2.Member = field(default_factory=common_pb2.Member)
+    #: when something last came from it, by the loop's clock
+    heard: float = 0.0
 
     @property
     def order(self) -> tuple[int, int]:
         return self.incarnation, self.session
 
-    def change(self, parent: str, *, lost: bool = False, reason: str = "") -> pb.SphereChange:
-        """Return what control is told where this link to ``parent`` opens, or ends."""
-        return pb.SphereChange(
-            sphere_id=self.id,
-            incarnation=self.incarnation,
-            session=self.session,
-            parent_id=parent,
-            lost=lost,
-            reason=reason,
-        )
+    def joined(self, parent: str) -> pb.SphereChange:
+        """Return what control is told where this link to ``parent`` opens."""
+        change = self._change(parent)
+        change.member.CopyFrom(self.member)
+        change.address = self.address
+        return change
+
+    def lost(self, parent: str, reason: str, *, step: int, computing: Block | None) -> pb.SphereChange:
+        """Return what control is told where this link to ``parent`` ends; ``computing`` is what the child was at."""
+        change = self._change(parent)
+        change.lost, change.reason = True, reason
+        if computing is not None:
+            change.step = step
+            change.computing.lo, change.computing.hi = computing
+        return change
+
+    def _change(self, parent: str) -> pb.SphereChange:
+        return pb.SphereChange(sphere_id=self.id, incarnation=self.incarnation, session=self.session, parent_id=parent)
 
 
 @dataclass
@@ -68,6 +81,11 @@ class Hooks:
     changed: Callable[[pb.SphereChange], None] = lambda _: None
     #: the subtree's capacity is another
     resized: Callable[[], None] = lambda: None
+    #: the last lines of a sphere's log, on their way to whoever asked
+    logged: Callable[[pb.LogReport], None] = lambda _: None
+    #: the loop's clock, in seconds, and a call after so many of them; without a loop at once
+    clock: Callable[[], float] = time.monotonic
+    call_later: Callable[[float, Callable[[], None]], object] = lambda _, call: call()
 
 
 @dataclass
@@ -77,4 +95,6 @@ class Counts:
     microbatches: int = 0
     samples: int = 0
     up_bytes: int = 0
+    #: attempts begun because a step was late
+    hurried: int = 0
     refused: Counter[str] = field(default_factory=Counter)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from control.cli import checkpoints, remote, start
+from control.cli import chaos, checkpoints, membership, remote, start
 from control.cli.doctor import doctor as doctor_command
 from control.cli.output import Command, group, run
 from control.cli.replay import replay as replay_command
@@ -45,6 +45,9 @@ configuration.command("show", cls=Command)(start.show_config)
 app.add_typer(configuration, name="config")
 for command in (remote.status, remote.watch, remote.spheres, remote.pause, remote.resume, remote.stop):
     app.command(cls=Command)(command)
+for change in (membership.spawn, membership.drain, membership.terminate, membership.rebalance, membership.logs):
+    app.command(cls=Command)(change)
+app.command(cls=Command)(chaos.chaos)
 app.add_typer(checkpoints.app, name="checkpoint")
 
 

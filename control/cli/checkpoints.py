@@ -1,9 +1,9 @@
-"""``checkpoint create|list|restore`` of a running control, ``checkpoint inspect|verify`` of a directory."""
+"""``checkpoint create|list|restore`` of a running control; ``inspect|verify|diff|export`` of a directory or URL."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,9 +13,11 @@ from spheres.errors import CheckpointError
 
 __all__ = ["app"]
 
-app = group("Save, list, restore, inspect and verify checkpoints.")
+app = group("Save, list, restore, inspect, verify, compare and export checkpoints.")
 
-PathArgument = Annotated[Path, typer.Argument(metavar="PATH", help="Checkpoint directory, such as .../step-000000123.")]
+PathArgument = Annotated[
+    str, typer.Argument(metavar="PATH", help="Checkpoint directory or URL, such as .../step-000000123.")
+]
 
 
 @app.command(cls=Command)
@@ -92,3 +94,60 @@ def verify(path: PathArgument, json: JsonFlag = False, verbose: VerboseFlag = 0)
         raise CheckpointError(f"{path} does not verify: {'; '.join(problems)}")
     if not json:
         typer.echo(f"{path}: every byte verifies")
+
+
+@app.command(cls=Command)
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="Checkpoint directory or URL.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    json: JsonFlag = False,
+    verbose: VerboseFlag = 0,
+) -> None:
+    """Say how two checkpoints differ. Exit code 1 where training would not go on from both to the same bits."""
+    from control.checkpoint_diff import diff as compare
+
+    found = compare(a, b)
+    if json:
+        put_json(found)
+    else:
+        _put_difference(found)
+    if not found["equal"]:
+        raise typer.Exit(1)
+
+
+def _put_difference(found: dict[str, Any]) -> None:
+    for key, (one, other) in {**found["values"], **found["config"]}.items():
+        typer.echo(f"{key}: {one} -> {other}")
+    for side in ("a", "b"):
+        for name in found[f"only_in_{side}"]:
+            typer.echo(f"{name}: only in {found[side]}")
+    for tensor in found["tensors"]:
+        if "shapes" in tensor:
+            typer.echo(f"{tensor['name']}: shape {tensor['shapes'][0]} -> {tensor['shapes'][1]}")
+            continue
+        numbers = {key: float(tensor[key]) for key in ("max_abs", "relative_norm")}  # "NaN" too
+        typer.echo(
+            f"{tensor['name']}: {tensor['differing']:,} of {tensor['elements']:,} elements differ, "
+            f"by at most {numbers['max_abs']:.3g} or {tensor['max_ulp']:,} ulp; "
+            f"relative norm {numbers['relative_norm']:.3g}"
+        )
+    if found["equal"]:
+        typer.echo("equal: training goes on from both to the same bits")
+
+
+@app.command(cls=Command)
+def export(
+    path: PathArgument,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write, such as weights.safetensors.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file where it exists.")] = False,
+    json: JsonFlag = False,
+    verbose: VerboseFlag = 0,
+) -> None:
+    """Write the weights of a checkpoint as a safetensors file, every byte checked first. Needs no control."""
+    from control.checkpoint import export as write
+
+    written = write(path, file, force=force)
+    if json:
+        put_json(written)
+    else:
+        typer.echo(written["path"])

@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 #: seconds between two steps that are printed, as with ``start``; the journal has them all
 STEP_SECONDS = 0.1
+#: seconds from which on the age of a report is worth a word
+OLD_SECONDS = 5.0
 
 AddressFlag = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", envvar="ARMILLARY_ADDRESS", help="Address of control.")
@@ -111,7 +113,11 @@ def watch(
 
 
 def spheres(
-    address: AddressFlag = None, run_dir: RunDirFlag = None, json: JsonFlag = False, verbose: VerboseFlag = 0
+    every: Annotated[bool, typer.Option("--all", help="Those that are lost too; with --json they always are.")] = False,
+    address: AddressFlag = None,
+    run_dir: RunDirFlag = None,
+    json: JsonFlag = False,
+    verbose: VerboseFlag = 0,
 ) -> None:
     """Show the tree of spheres and what each has done."""
     found = ask(address, run_dir, lambda client: client.spheres())
@@ -121,16 +127,23 @@ def spheres(
     from rich.tree import Tree
 
     top = Tree("control")
-    branches = {"": top, "control": top}
-    waiting = list(found)
-    # parents first; who has none that is known hangs below control
-    while waiting:
-        ready = [s for s in waiting if s.parent_id in branches]
-        for sphere in ready or waiting[:1]:
-            branch = branches.get(sphere.parent_id, top)
-            branches[sphere.sphere_id] = branch.add(_sphere_line(sphere))
-            waiting.remove(sphere)
+    lost = sum(1 for sphere in found if sphere.state == "lost")
+    if not every:
+        found = [sphere for sphere in found if sphere.state != "lost"]
+    below: dict[str, list[pb.Sphere]] = {}
+    names = {sphere.sphere_id for sphere in found}
+    for sphere in found:  # who has no parent that is known hangs below control
+        below.setdefault(sphere.parent_id if sphere.parent_id in names else "", []).append(sphere)
+    waiting = [(top, sphere) for sphere in reversed(below.pop("", []))]
+    while waiting or below:
+        if not waiting:  # a circle of old news
+            waiting = [(top, sphere) for sphere in below.pop(next(iter(below)))]
+        branch, sphere = waiting.pop()
+        new = branch.add(_sphere_line(sphere))
+        waiting += [(new, child) for child in reversed(below.pop(sphere.sphere_id, []))]
     console().print(top, markup=False)
+    if lost and not every:
+        typer.echo(f"{lost} lost; --all shows them")
 
 
 def put_run(run: pb.Run, *, json: bool, short: bool = False) -> None:
@@ -183,15 +196,19 @@ def _shares(seconds: Mapping[str, float]) -> str:
 
 def _sphere_line(sphere: pb.Sphere) -> str:
     report = sphere.report
+    age = sphere.report_age.ToNanoseconds() / 1e9
     texts = [
-        f"{sphere.sphere_id} {sphere.state}",
+        f"{sphere.sphere_id} {sphere.state}" + (f" ({sphere.reason})" if sphere.reason else ""),
         f"{report.role} on {report.host}:{report.pid}" if report.host else "",
         f"weights {report.weights_version}",
         f"{report.samples_count:,} samples",
         f"{report.resident_bytes / 2**20:.0f} MiB" if report.resident_bytes else "",
         _shares(report.phase_seconds),
-        report.activity,
+        report.activity if sphere.state in ("active", "draining") else "",
+        f"said {age:.0f} s ago" if age >= OLD_SECONDS else "",
     ]
+    if sphere.state == "aside":
+        texts = texts[:1]
     return "  ".join(text for text in texts if text)
 
 

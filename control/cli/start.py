@@ -160,9 +160,12 @@ def _resumed(resume: str, run_dir: str | None, file: Path | None) -> tuple[dict[
     """
     from control.checkpoint import read_snapshot
     from control.run_dir import BASE
+    from control.store_fsspec import is_url
 
     variable = {name: value for name, value in os.environ.items() if name == "ARMILLARY_RUN_DIR"}
     given = load_config({"run_dir": run_dir}, variable, file)[0].run_dir
+    if is_url(resume):
+        return flatten(RunConfig.from_json(read_snapshot(resume).run.config_json)), resume, run_dir
     path = Path(resume) if resume else given or BASE / "latest"
     if (path / "run.json").exists():
         if given is not None and given.resolve() != path.resolve():

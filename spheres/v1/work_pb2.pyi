@@ -219,7 +219,7 @@ class WorkRequest(_message.Message):
 
     @_builtins.property
     def task_failure(self) -> Global___TaskFailure:
-        """A task raised; the run will halt."""
+        """A task raised."""
 
     @_builtins.property
     def leaving(self) -> Global___Leaving:
@@ -368,7 +368,7 @@ class Hello(_message.Message):
     incarnation: _builtins.int
     """Incarnation given by control."""
     parent_id: _builtins.str
-    """The parent that the child means to reach (N11); a parent that is another answers ABORTED."""
+    """The parent that the child means to reach (N11); a parent that is another answers FAILED_PRECONDITION."""
     parent_incarnation: _builtins.int
     """Its incarnation; 0 where the child does not know it."""
     task_fingerprint: _builtins.str
@@ -931,7 +931,9 @@ Global___Leaving: _TypeAlias = Leaving  # noqa: Y015
 
 @_typing.final
 class TaskFailure(_message.Message):
-    """A task raised in gradient() or evaluate(). Goes up to control unchanged."""
+    """A task raised in gradient() or evaluate(). Goes up to control unchanged. What its sphere owed is computed elsewhere;
+    where it raises there too, the run halts.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -941,6 +943,7 @@ class TaskFailure(_message.Message):
     TRACEBACK_FIELD_NUMBER: _builtins.int
     SAMPLE_IDS_FIELD_NUMBER: _builtins.int
     INVALID_GRADIENT_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     sphere_id: _builtins.str
     """Where."""
     microbatch: _builtins.int
@@ -951,6 +954,8 @@ class TaskFailure(_message.Message):
     """The traceback, cut to 64 KiB."""
     invalid_gradient: _builtins.bool
     """A gradient that is not finite, or of a wrong shape or dtype, rather than an exception."""
+    step: _builtins.int
+    """The step."""
     @_builtins.property
     def sample_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The first sample ids of the microbatch, at most 64."""
@@ -964,10 +969,11 @@ class TaskFailure(_message.Message):
         traceback: _builtins.str = ...,
         sample_ids: _abc.Iterable[_builtins.int] | None = ...,
         invalid_gradient: _builtins.bool = ...,
+        step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "invalid_gradient", b"invalid_gradient", "microbatch", b"microbatch", "sample_ids", b"sample_ids", "sphere_id", b"sphere_id", "traceback", b"traceback"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "invalid_gradient", b"invalid_gradient", "microbatch", b"microbatch", "sample_ids", b"sample_ids", "sphere_id", b"sphere_id", "step", b"step", "traceback", b"traceback"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1132,16 +1138,20 @@ class HeartbeatResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SENT_NANOS_FIELD_NUMBER: _builtins.int
+    ALONE_SECONDS_FIELD_NUMBER: _builtins.int
     sent_nanos: _builtins.int
     """HeartbeatRequest.sent_nanos."""
+    alone_seconds: _builtins.float
+    """Seconds for which the parent itself has had no way to control; 0 where it has one."""
     def __init__(
         self,
         *,
         sent_nanos: _builtins.int = ...,
+        alone_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sent_nanos", b"sent_nanos"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone_seconds", b"alone_seconds", "sent_nanos", b"sent_nanos"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ class SphereServiceStub:
 
     FAILED_PRECONDITION: another protocol version, task, data or weights layout, or the child is in the parent's own
       path; the message says which. Do not retry unchanged.
-    ABORTED: an older incarnation or session of this sphere. Enroll again.
+    ABORTED: an older incarnation or session of this sphere. Where control says so: enroll again.
     NOT_FOUND: another run. Enroll again.
     INVALID_ARGUMENT: a malformed message, a wrong length, an unknown block. A fault of the sender.
     OUT_OF_RANGE: a chunk beyond credit. A fault of the sender.
@@ -55,7 +55,7 @@ class SphereServiceServicer(metaclass=_abc_1.ABCMeta):
 
         FAILED_PRECONDITION: another protocol version, task, data or weights layout, or the child is in the parent's own
           path; the message says which. Do not retry unchanged.
-        ABORTED: an older incarnation or session of this sphere. Enroll again.
+        ABORTED: an older incarnation or session of this sphere. Where control says so: enroll again.
         NOT_FOUND: another run. Enroll again.
         INVALID_ARGUMENT: a malformed message, a wrong length, an unknown block. A fault of the sender.
         OUT_OF_RANGE: a chunk beyond credit. A fault of the sender.

@@ -94,7 +94,7 @@ def test_a_leaf_lost_at_a_named_point(point, run, tmp_path):
             return silent if name == LEAF else MemoryTransport(network, name)
 
         async with local_tree(config(), task, transport, directory=tmp_path) as tree:
-            assert tree.tree.parents[LEAF] == "s-2"
+            assert tree.tree.parent_of(LEAF) == "s-2"
             training = asyncio.create_task(tree.run())
             await silent.reached.wait()
             assert tree.controller.step == STEP

@@ -22,6 +22,7 @@ from spheres.errors import (
 from spheres.frames import decode
 from spheres.grpc_link import GrpcTransport
 from spheres.hub import Hub
+from spheres.lease import Lease
 from spheres.numerics import crc32c, version_digest
 from spheres.parent import Fingerprints, Parent
 from spheres.transport import Handlers
@@ -158,6 +159,8 @@ class Below:
             self.transport,
             Fingerprints(config.task_fingerprint, config.data_fingerprint, "here"),
             [pb.Ancestor(id=name, incarnation=1, address=address) for name, address in ancestors],
+            member=common_pb2.Member(host="here"),
+            lease=Lease(config.patience_seconds),
             orphan_timeout=orphan_timeout,
             reports=lambda most: [common_pb2.SphereReport(sphere_id="s-1", activity=self.hub.activity)],
         )
@@ -428,7 +431,7 @@ def refuse(error):
     return part
 
 
-@pytest.mark.parametrize("error", [VersionMismatchError, FingerprintError, WrongRunError])
+@pytest.mark.parametrize("error", [VersionMismatchError, FingerprintError, WrongRunError, StaleError])
 def test_a_refusal_of_control_that_no_other_attempt_can_cure_ends_the_child(small, run, error):
     async def main():
         above = Above(small, refuse(error("install the same on both")))
@@ -458,7 +461,7 @@ def test_a_refusal_of_another_node_sends_the_child_to_the_next(small, run, error
     run(main())
 
 
-@pytest.mark.parametrize("error", [StaleError, RefusedError, LinkClosedError])
+@pytest.mark.parametrize("error", [RefusedError, LinkClosedError])
 def test_a_refusal_that_may_pass_is_tried_again(small, run, error):
     async def main():
         above = Above(small, refuse(error("not now")), refuse(error("not now")), train)

@@ -242,8 +242,16 @@ HELLOS = {
         "FAILED_PRECONDITION",
         "give it the same data set",
     ),
-    "another parent": (lambda raw: raw.hello(parent_id="s-7"), "ABORTED", "raw looks for s-7; this is control"),
-    "another life of the parent": (lambda raw: raw.hello(parent_incarnation=9), "ABORTED", "raw looks for control"),
+    "another parent": (
+        lambda raw: raw.hello(parent_id="s-7"),
+        "FAILED_PRECONDITION",
+        "raw looks for s-7; this is control",
+    ),
+    "a later life of control": (
+        lambda raw: raw.hello(parent_incarnation=9),
+        "FAILED_PRECONDITION",
+        "raw looks for control",
+    ),
     "the name of control": (
         lambda raw: raw.hello(sphere_id="control"),
         "FAILED_PRECONDITION",

@@ -124,7 +124,7 @@ def test_after_resume_the_parent_counts_its_attempts_from_0() -> None:
     made.resume([ALL])
     assert (made.attempt, made.frontier) == (0, 0)
     made.credit(0, 4)
-    assert made.begin(1, 0) == [SendReady(1, (), idle=True)]
+    assert made.begin(1, 0) == [SendReady(1, (), (), idle=True)]
 
 
 # ---- begin
@@ -146,10 +146,10 @@ def test_begin_without_children_is_answered_at_once() -> None:
     made.next_unit()
     made.computed(Block(0, 2))
     assert made.next_unit() == Block(4, 6)
-    assert made.begin(1, 0) == [SendReady(1, (Block(0, 2), Block(4, 6)), idle=False)]
+    assert made.begin(1, 0) == [SendReady(1, (Block(0, 2),), (Block(4, 6),), idle=False)]
     assert made.computing == Block(4, 6)
     made.computed(Block(4, 6))
-    assert made.begin(2, 0) == [SendReady(2, (Block(0, 2), Block(4, 6)), idle=True)]
+    assert made.begin(2, 0) == [SendReady(2, (Block(0, 2), Block(4, 6)), (), idle=True)]
 
 
 def test_begin_from_below_the_frontier_is_followed() -> None:
@@ -185,7 +185,7 @@ def test_assign_gives_held_blocks_to_their_holders_and_the_rest_to_the_idle() ->
     made.begin(1, 4)
     ready(made, "a", Block(0, 4), idle=False)
     ready(made, "b", idle=True)
-    assert ready(made, "c", Block(6, 8), idle=False) == [SendReady(1, (Block(0, 4), Block(6, 8)), idle=True)]
+    assert ready(made, "c", Block(6, 8), idle=False) == [SendReady(1, (Block(0, 4), Block(6, 8)), (), idle=True)]
     assert made.assign(1, 4, [ALL]) == [
         SendAssign("a", 1, 4, (Block(0, 4),)),
         SendAssign("b", 1, 4, (Block(4, 6),)),
@@ -412,7 +412,7 @@ def test_ready_merges_what_the_subtree_holds() -> None:
     made = started("a", "b")
     made.begin(1, 0)
     ready(made, "a", *(Block(i, i + 1) for i in range(5)), idle=False)
-    assert ready(made, "b", Block(5, 6), Block(6, 8), idle=False) == [SendReady(1, (ALL,), idle=False)]
+    assert ready(made, "b", Block(5, 6), Block(6, 8), idle=False) == [SendReady(1, (ALL,), (), idle=False)]
 
 
 # ---- child_changed

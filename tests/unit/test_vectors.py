@@ -27,6 +27,7 @@ from spheres.reducer import Held
 from spheres.sampling import Sampler
 from spheres.task import Sums
 from spheres.tensors import Manifest, TensorSpec
+from spheres.v1 import common_pb2
 from spheres.v1 import work_pb2 as pb
 from spheres.weights import Weights
 from spheres.worker import Failure, Unit
@@ -325,6 +326,7 @@ def exchanged() -> dict[str, bytes]:
         held=blocks_to(child.held()),
         capacity=child.ledger.capacity,
         address="127.0.0.1:5001",
+        member=common_pb2.Member(host="lab-1", pid=4242),
     )
     said = pb.WorkRequest(tag=child.tag, session=1, hello=hello)
     outbox = Outbox(root.weights)

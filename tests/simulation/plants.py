@@ -1,0 +1,152 @@
+"""Bugs to plant, one at a time: those that RECOVERY's model caught. Each is the shipped code with one rule broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from spheres.blocks import Block, BlockSet, halves
+from spheres.gradients import Gradients
+from spheres.hub import Hub
+from spheres.ledger import Ledger, SendCredit
+from spheres.reducer import Reducer
+
+Patches = list[tuple[Any, str, Any]]
+
+
+def from_chunk_lost() -> Patches:
+    """N4: a new attempt begins at chunk 0, not where the parent says."""
+    begin, assign = Ledger.begin, Ledger.assign
+
+    def lost_begin(self: Ledger, attempt: int, from_chunk: int) -> Any:
+        return begin(self, attempt, 0)
+
+    def lost_assign(self: Ledger, attempt: int, from_chunk: int, blocks: Any) -> Any:
+        return assign(self, attempt, 0, blocks)
+
+    return [(Ledger, "begin", lost_begin), (Ledger, "assign", lost_assign)]
+
+
+def credit_on_complete() -> Patches:
+    """N6: credit follows the lowest chunk that is not complete, whether or not it was sent up."""
+    on_step = Hub._on_step
+
+    def generous(self: Hub, child: Any, message: Any) -> None:
+        on_step(self, child, message)
+        ledger = self.ledger
+        if not ledger.assigned or ledger.waiting is not None or ledger.finished:
+            return
+        has = self.gradients.reducer.has
+
+        def complete(block: Block, index: int) -> int:
+            while index < ledger.chunks and has(block, index):
+                index += 1
+            return index
+
+        lowest = min(complete(block, index) for block, index in ledger.obligations.items())
+        through = lowest + ledger.window - 1
+        for name, edge in ledger.edges.items():
+            if edge.assigned and through > edge.credit:
+                edge.credit = through
+                self._carry_out([SendCredit(name, edge.attempt, through)])
+
+    return [(Hub, "_on_step", generous)]
+
+
+def siblings_merged_at_the_sender() -> Patches:
+    """N3: a parent names two halves, as it may; the child sends their sum instead."""
+    within, take = BlockSet.within, Ledger._take
+
+    def in_halves(self: BlockSet, tops: Any) -> list[Block]:
+        found = within(self, tops)
+        return [part for block in found for part in (halves(block) if block.width > 1 else (block,))]
+
+    def merged(self: Ledger, blocks: Any) -> Any:
+        return take(self, list(BlockSet(self.total, blocks)))
+
+    return [(BlockSet, "within", in_halves), (Ledger, "_take", merged)]
+
+
+def completion_by_counting() -> Patches:
+    """N8: a chunk is complete when as many have come as there are slots, whosever they are."""
+    has = Reducer.has
+
+    def counted(self: Reducer, block: Block, index: int) -> bool:
+        if block in self.slots:
+            return has(self, block, index)
+        inside = [slot for slot in self.slots if block.contains(slot)]
+        came = sum(len(a.chunks) if not a.absent else 1 for a in self.arrived.values())
+        return bool(inside) and came + sum(1 for slot in inside if slot in self.cache) >= len(inside)
+
+    return [(Reducer, "has", counted)]
+
+
+def attempt_not_raised() -> Patches:
+    """N5b: with a new parent, children go on with the attempt of the old one."""
+
+    def relinked(self: Ledger) -> None:
+        self._void()
+        self.attempt, self.ready_sent, self.waiting = 0, True, None
+
+    return [(Ledger, "relinked", relinked)]
+
+
+def block_major_sending() -> Patches:
+    """N6: a block is sent to its end before the next one begins."""
+
+    def sendable(self: Ledger, available: Callable[[Block, int], bool]) -> Any:
+        if self.waiting is not None:
+            return None
+        due = sorted((block, index) for block, index in self.obligations.items() if index < self.chunks)
+        for block, index in due[:1]:
+            if (self.root or index <= self.allowed) and available(block, index):
+                return block, index
+        return None
+
+    return [(Ledger, "sendable", sendable)]
+
+
+def weights_overwritten_early() -> Patches:
+    """N15: control writes the next weights chunk by chunk as the gradient comes, before all of it is there."""
+    collect = Gradients.collect
+
+    def eager(self: Gradients) -> Any:
+        ledger, weights = self._ledger, self._weights
+        before = ledger.frontier if ledger.assigned else 0
+        actions = collect(self)
+        if self._train and self._out is not None and ledger.assigned:
+            size = self._config.chunk_elements
+            for index in range(before, ledger.frontier):
+                early = slice(index * size, (index + 1) * size)
+                self.kept = getattr(self, "kept", {})
+                self.kept[index] = weights.flat[early].copy()
+                weights.flat[early] += self._out[early]
+            if ledger.finished:  # here the shipped update takes over, from what the weights were
+                for index, chunk in self.kept.items():
+                    weights.flat[index * size : index * size + chunk.size] = chunk
+                self.kept = {}
+        return actions
+
+    return [(Gradients, "collect", eager)]
+
+
+PLANTS: dict[str, Callable[[], Patches]] = {
+    "from-chunk-lost": from_chunk_lost,
+    "credit-on-complete": credit_on_complete,
+    "siblings-merged": siblings_merged_at_the_sender,
+    "completion-by-counting": completion_by_counting,
+    "attempt-not-raised": attempt_not_raised,
+    "block-major": block_major_sending,
+    "weights-overwritten": weights_overwritten_early,
+}
+
+
+@contextmanager
+def planted(name: str) -> Iterator[None]:
+    """Run with a bug; "" for none."""
+    with ExitStack() as stack:
+        for owner, attribute, changed in PLANTS[name]() if name else []:
+            stack.enter_context(patch.object(owner, attribute, changed))
+        yield
