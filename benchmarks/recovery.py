@@ -15,12 +15,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common import report
-
 import uvloop
+from common import report
 
 from control.config_sources import load_config
 from control.training import Training
@@ -85,7 +85,7 @@ class Recovery:
         around = self.times[before - 1 : before + 2]
         return {
             "next": self.times[before] - at,
-            "gap": max(b - a for a, b in zip(around, around[1:], strict=False)),
+            "gap": max(b - a for a, b in pairwise(around)),
             "quiet": quiet,
         }
 
@@ -119,8 +119,12 @@ async def measure(faults: int, stops: int) -> dict[str, Any]:
             await recovery.steps(20)
             quiet = [b - a for a, b in zip(recovery.times[-20:-1], recovery.times[-19:], strict=True)]
             figures["step"] = statistics.median(quiet)
-            plan = (("leaf killed", False, signal.SIGKILL, faults), ("inner killed", True, signal.SIGKILL, faults),
-                    ("leaf stopped", False, signal.SIGSTOP, stops), ("inner stopped", True, signal.SIGSTOP, stops))  # fmt: skip
+            plan = (
+                ("leaf killed", False, signal.SIGKILL, faults),
+                ("inner killed", True, signal.SIGKILL, faults),
+                ("leaf stopped", False, signal.SIGSTOP, stops),
+                ("inner stopped", True, signal.SIGSTOP, stops),
+            )
             for name, inner, sign, count in plan:
                 found = [await recovery.fault(rng, inner=inner, sign=sign) for _ in range(count)]
                 figures[name] = summary(found)
@@ -152,9 +156,12 @@ def main() -> None:
         print("fault          n   to the next commit: median, worst   longest gap: median, worst   in steps")
         for name, row in figures.items():
             if isinstance(row, dict) and row:
-                print(f"{name:14} {row['faults']:2}   {row['next_median'] * 1e3:8.0f} ms {row['next_worst'] * 1e3:8.0f} ms"
-                      f"            {row['gap_median'] * 1e3:8.0f} ms {row['gap_worst'] * 1e3:8.0f} ms"
-                      f"     {row['gap_median'] / row['quiet']:.1f}, {row['gap_worst'] / row['quiet']:.1f}")  # fmt: skip
+                next_, gap = ([row[f"{key}_{of}"] * 1e3 for of in ("median", "worst")] for key in ("next", "gap"))
+                steps = [value / row["quiet"] / 1e3 for value in gap]
+                print(
+                    f"{name:14} {row['faults']:2}   {next_[0]:8.0f} ms {next_[1]:8.0f} ms"
+                    f"            {gap[0]:8.0f} ms {gap[1]:8.0f} ms     {steps[0]:.1f}, {steps[1]:.1f}"
+                )
 
     report("recovery", figures, show)
 
