@@ -51,6 +51,8 @@ _LAST_REPORTS_SECONDS = 2.0
 #: seconds in which spheres of a control that was killed come back: they dial again with pauses of up to a second, and
 #: control's start has taken some of that time already
 _COME_BACK_SECONDS = 3.0
+#: seconds between two looks at which of them live
+_LOOK_SECONDS = 0.2
 #: seconds that spheres have to go once they are told that the run is over
 _FAREWELL_SECONDS = 5.0
 #: processes started by one request
@@ -275,16 +277,24 @@ class Training:
         """Wait for the local spheres that a control that was killed has left; return how many have come back."""
         if not self._came_back:
             return 0
-        host, spheres, left = socket.gethostname(), self._tree.spheres, set(spheres_of(self._tree.address))
+        host, spheres, address = socket.gethostname(), self._tree.spheres, self._tree.address
+        deadline = time.monotonic() + _COME_BACK_SECONDS
+        left: set[int] = set()
 
         def back() -> dict[int, str]:
             return {s.pid: s.id for s in spheres.values() if s.member.host == host and s.active}
 
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_COME_BACK_SECONDS if left else 0):
-                await self._tree.until(lambda: left <= back().keys())
-        # where processes cannot be looked at, all of this host count as ours, and nobody watches them
-        ours = {pid: id for pid, id in back().items() if self._local.adopt(pid) or not left}
+        def all_back() -> bool:
+            return left <= back().keys()
+
+        while time.monotonic() < deadline:
+            left = set(await asyncio.to_thread(spheres_of, address))  # again and again: some may die on the way
+            if all_back():
+                break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    await self._tree.until(all_back)
+        ours = {pid: id for pid, id in back().items() if self._local.adopt(pid)}
         if ours:
             log.info("adopted %s", ", ".join(ours.values()))
         return len(ours)

@@ -420,6 +420,7 @@ def test_a_sphere_reads_its_environment_and_refuses_to_be_seen(ask: Ask) -> None
 
 COMMANDS = (
     "", "start", "doctor", "replay", "status", "watch", "spheres", "pause", "resume", "stop", "config", "config show",
+    "spawn", "drain", "terminate", "rebalance", "logs", "chaos",
     "checkpoint", "checkpoint create", "checkpoint list", "checkpoint restore", "checkpoint inspect",
     "checkpoint verify", "checkpoint diff", "checkpoint export", "sphere", "sphere start",
 )  # fmt: skip

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from control import launcher, restarts
+from control.cli import app
+from control.cli.output import run as run_words
 from control.client import ControlClient
 from control.config import RunConfig
 from control.launcher import Ended, LocalSpheres
@@ -252,7 +254,7 @@ def test_a_task_that_no_sphere_can_load_any_more_ends_the_run_after_some_tries(r
     assert summary.steps == 5
 
 
-def test_commands_and_chaos_on_a_running_tree(run, tmp_path):
+def test_commands_and_chaos_on_a_running_tree(run, tmp_path, capsys):
     """spawn, drain, terminate, logs; then kills, a stop and a kill of control. The bits are the reference loop's."""
     process = _start(tmp_path, "--run-dir", "run", "--spheres", "3", "--fan-out", "2", "--steps", "300",
                      "--checkpoint-every", "20steps", "--task", "spheres.testing.synthetic:Synthetic",
@@ -281,8 +283,30 @@ def test_commands_and_chaos_on_a_running_tree(run, tmp_path):
             assert late == []
             assert isinstance(moved, list)
 
+    def cli(*words: str) -> tuple[int, str]:
+        """Return the exit code of a command, and what it printed."""
+        code = run_words(app, [*words, "--run-dir", str(directory)])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
     try:
         run(commands(), timeout=40)
+        code, tree = cli("spheres")
+        assert (code, tree.splitlines()[-1]) == (0, "2 lost; --all shows them")
+        assert len(tree.splitlines()) == 1 + 3 + 1  # control, who is there, and that line
+        assert "s-4 lost" in cli("spheres", "--all")[1]
+        # one that is there is told, whatever the others are
+        code, said = cli("drain", "s-44", "s-5")
+        assert code == 2
+        assert "s-5 is told" in said
+        assert "error: there is no sphere 's-44'; did you mean s-4" in said
+        code, said = cli("logs", "s-1", "-n", "2", "--json")
+        assert (code, json.loads(said)["sphere"], len(json.loads(said)["lines"])) == (0, "s-1", 2)
+        assert "s-5 joins" in cli("logs", "s-5")[1]  # it has gone; its file has not
+        assert cli("rebalance")[0] == 0
+        code, said = cli("chaos", "--kill", "often")
+        assert (code, said) == (2, "error: 'often' is no rate; give one such as 0.2/s, 6/m, 30/h\n")
+        assert "no fault in all that time" in cli("chaos")[1]
         flags = ["--kill", "0.5/s", "--stop", "0.4/s", "--stop-for", "0.5s", "--control-kill", "1", "--duration", "4s"]
         command = [sys.executable, "-m", "control", "chaos", *flags, "--seed", "6", "--run-dir", "run", "--json"]
         done = subprocess.run(
@@ -305,3 +329,7 @@ def test_commands_and_chaos_on_a_running_tree(run, tmp_path):
     summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
     wanted = reference(Synthetic(), RunConfig(steps=300)).weights_sha256  # as slow as its spheres, it learns the same
     assert (summary["state"], summary["weights_sha256"]) == ("completed", wanted)
+    assert "s-1 joins" in cli("logs", "s-1")[1]
+    code, said = cli("logs", "s-999")
+    assert code == 5
+    assert "completed" in said
