@@ -107,7 +107,7 @@ def _difference(a: Array, b: Array) -> dict[str, Any] | None:
             ulps = max(ulps, int(np.max(np.abs(_ordered(one) - _ordered(other)))))
     if not count:
         return None
-    relative = math.sqrt(squares / reference) if reference else math.inf if squares else 0.0
+    relative = math.sqrt(squares / reference) if reference else math.inf if squares > 0 else squares
     return {
         "differing": count,
         "max_abs": number(largest),

@@ -209,7 +209,7 @@ class RunConfig(_Model):
     """directory of the run; none: a new one below runs/"""
     checkpoint_every: Interval | None = Every(30, "seconds")
     """save every so many steps, epochs or minutes; one is always saved at the end"""
-    checkpoint_url: str | None = Field(None, pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://.")
+    checkpoint_url: str | None = Field(None, min_length=1)
     """save below this fsspec URL, such as s3://bucket/prefix (needs the extra fsspec); none: in the run directory"""
     keep: int = Field(3, ge=1)
     """newest checkpoints to keep, besides the best"""
@@ -241,6 +241,14 @@ class RunConfig(_Model):
         # by the clock, early stopping would end two equal runs at different steps
         if value is not None and value.unit == "seconds":
             raise ValueError("give a number of steps or epochs, such as 100steps or 1epochs")
+        return value
+
+    @field_validator("checkpoint_url")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        kind, found, place = (value or "").partition("://")
+        if value is not None and not (kind and found and place):
+            raise ValueError("give a URL such as s3://bucket/prefix; for a directory, --run-dir")
         return value
 
     @model_validator(mode="after")

@@ -93,7 +93,8 @@ class _Slot:
     number: int
     process: _Process | None = None
     adopted: bool = False
-    started: float = 0.0
+    #: when it joined in this life
+    joined: float | None = None
     restarts: Restarts = field(default_factory=Restarts)
     #: where in its log this life begins
     log_start: int = 0
@@ -175,12 +176,18 @@ class LocalSpheres:
         if number in self._slots:
             return False
         try:
-            slot = _Slot(number, _Adopted(pid), adopted=True, started=time.monotonic())
+            slot = _Slot(number, _Adopted(pid), adopted=True, joined=time.monotonic())
         except OSError:
             return False
         self._slots[number] = slot
         slot.keeper = asyncio.create_task(self._keep(slot))
         return True
+
+    def joined(self, pid: int) -> None:
+        """A sphere has joined: it lives from now on."""
+        for slot in self._slots.values():
+            if slot.process is not None and slot.process.pid == pid and slot.joined is None:
+                slot.joined = time.monotonic()
 
     def dismiss(self, pid: int, *, at_once: bool) -> bool:
         """A sphere was told to leave and is not started again; whether it is one of these.
@@ -224,7 +231,7 @@ class LocalSpheres:
                 start_new_session=True,
                 env=environment,
             )
-        slot.process, slot.adopted, slot.started = process, False, time.monotonic()
+        slot.process, slot.adopted, slot.joined = process, False, None
         slot.restarts.started()
         return process.pid
 
@@ -241,7 +248,8 @@ class LocalSpheres:
             if self._over.is_set() or slot.leaving:
                 break
             now = time.monotonic()
-            pause = slot.restarts.ended(now, lived=now - slot.started)
+            # what it took to load the task is no life: a task that takes long to fail fails all the same
+            pause = slot.restarts.ended(now, lived=0.0 if slot.joined is None else now - slot.joined)
             self._ended(Ended(name, code, path, error, slot.restarts.count))
             if slot.restarts.aside:
                 log.warning("%s is set aside: %s", name, slot.restarts.reason(now))
@@ -249,7 +257,7 @@ class LocalSpheres:
                 async with asyncio.timeout(pause):
                     await self._over.wait()
                     break
-            slot.started = time.monotonic()
+            slot.joined = None
             try:
                 await self._launch(slot)
             except OSError as failure:  # no memory, no processes, no disk: the next try is later

@@ -132,9 +132,7 @@ class Copies:
             try:
                 own = self._buffers[name] = aligned_zeros(size)
             except MemoryError:
-                raise CheckpointError(
-                    f"no memory for a copy of {name}: {4 * size} bytes; older checkpoints stand"
-                ) from None
+                raise CheckpointError(f"no memory to copy the {4 * size} bytes of {name}; older ones stand") from None
         return own
 
 

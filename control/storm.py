@@ -49,11 +49,15 @@ class Storm:
         self._outcomes: list[Outcome] = []
         #: those after which no step has been committed so far
         self._open: list[Outcome] = []
+        # whether events come from control
+        self._watched = False
         # control is on this machine, and so are its clock and each fault's time by it
         self._here = False
         self._nanos: dict[int, int] = {}
         self._stopped: dict[int, int] = {}  # pid -> its descriptor
         self._refused: set[str] = set()
+        #: for faults while control is away
+        self._last_seen: list[Target] = []
         #: controls that were started here; they go on
         self._controls: list[subprocess.Popen[bytes]] = []
         self._began = 0.0
@@ -124,10 +128,13 @@ class Storm:
                 self._address = self._flags[0] or find(None, self._run_dir)
                 async with ControlClient(self._address) as client:
                     async for response in client.watch(patience=0.0):
+                        self._watched = True
+                        self._news.set()
                         if response.event == "step":
                             self._committed(json.loads(response.record_json)["step"], response.time.ToNanoseconds())
                     self._over = True
             except ArmillaryError:
+                self._watched = False
                 # a control that was killed leaves its address behind, one that has ended does not
                 self._over = self._run_dir is not None and not (self._run_dir / "address").exists()
                 await asyncio.sleep(LOOK_SECONDS)
@@ -149,7 +156,7 @@ class Storm:
     async def _carry_out(self, fault: Fault, jobs: list[asyncio.Task[None]]) -> None:
 
         if fault.kind == "control":
-            await self._kill_control(fault)
+            jobs.append(asyncio.create_task(self._kill_control(fault)))
             return
         target = choose(fault, await self._living())
         if target is None:
@@ -184,7 +191,9 @@ class Storm:
             async with ControlClient(self._address) as client:
                 spheres = await client.spheres()
         except ArmillaryError:
-            return []  # control is being killed itself
+            return [
+                target for target in self._last_seen if target.pid not in self._stopped
+            ]  # control is being killed itself
         found = []
         for sphere in spheres:
             said = sphere.report
@@ -196,6 +205,7 @@ class Storm:
             role = said.role or "leaf"
             if self._targets in ("any", role):
                 found.append(Target(sphere.sphere_id, said.pid, role))
+        self._last_seen = found
         return found
 
     def _held(self, target: Target) -> int | None:
@@ -232,8 +242,15 @@ class Storm:
     # ---- control itself
 
     async def _kill_control(self, fault: Fault) -> None:
-        """Kill control and start it again, as whoever looks after it would, where it was and as it was."""
+        """Kill control and start it again, as whoever looks after it would, where it was and as it was.
+
+        One that is on its way back from the kill before is waited for.
+        """
         assert self._run_dir is not None
+        await self._until(lambda: self._watched or self._over, COMMIT_SECONDS)
+        if not self._watched:
+            return
+        self._watched = False
         pid = process_of(self._run_dir)
         words = command_of(pid) if pid is not None else []
         if pid is None or "start" not in words or not any(w.endswith(("control", "control-cli")) for w in words):

@@ -51,6 +51,8 @@ _LAST_REPORTS_SECONDS = 2.0
 #: seconds in which spheres of a control that was killed come back: they dial again with pauses of up to a second, and
 #: control's start has taken some of that time already
 _COME_BACK_SECONDS = 3.0
+#: seconds between two looks at which of them live
+_LOOK_SECONDS = 0.2
 #: seconds that spheres have to go once they are told that the run is over
 _FAREWELL_SECONDS = 5.0
 #: processes started by one request
@@ -253,7 +255,7 @@ class Training:
             self.controller.load(snapshot)
             self._allow_another_total(snapshot, node.sampler.steps_per_epoch, journal)
         self._first_step = self.controller.step
-        self._tree.changed = self.controller.sphere_changed
+        self._tree.changed = self._sphere_changed
         self._tree.dismissed = self._sphere_dismissed
         directory.write_address(self._tree.address)
         self._local = LocalSpheres(
@@ -275,35 +277,44 @@ class Training:
         """Wait for the local spheres that a control that was killed has left; return how many have come back."""
         if not self._came_back:
             return 0
-        host, spheres, left = socket.gethostname(), self._tree.spheres, set(spheres_of(self._tree.address))
+        host, spheres, address = socket.gethostname(), self._tree.spheres, self._tree.address
+        deadline = time.monotonic() + _COME_BACK_SECONDS
+        left: set[int] = set()
 
         def back() -> dict[int, str]:
             return {s.pid: s.id for s in spheres.values() if s.member.host == host and s.active}
 
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_COME_BACK_SECONDS if left else 0):
-                await self._tree.until(lambda: left <= back().keys())
-        # where processes cannot be looked at, all of this host count as ours, and nobody watches them
-        ours = {pid: id for pid, id in back().items() if self._local.adopt(pid) or not left}
+        def all_back() -> bool:
+            return left <= back().keys()
+
+        while time.monotonic() < deadline:
+            left = set(await asyncio.to_thread(spheres_of, address))  # again and again: some may die on the way
+            if all_back():
+                break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    await self._tree.until(all_back)
+        ours = {pid: id for pid, id in back().items() if self._local.adopt(pid)}
         if ours:
             log.info("adopted %s", ", ".join(ours.values()))
         return len(ours)
 
     async def _listen(self, last_address: str) -> None:
         """Listen where a control that was killed had listened: its spheres may still dial there (DESIGN section 5)."""
-        if last_address and self.config.listen.endswith(":0"):
-            try:
-                await self._tree.listen(last_address)
-            except ConfigError:
-                log.warning(
-                    "%s, where this run's control had listened, is taken: spheres that it left behind will not find "
-                    "this one, and end after --orphan-timeout",
-                    last_address,
-                )
-            else:
-                self._came_back = True
-                return
-        await self._tree.listen(self.config.listen)
+        any_port = self.config.listen.endswith(":0")
+        try:
+            await self._tree.listen(last_address if last_address and any_port else self.config.listen)
+        except ConfigError:
+            if not (last_address and any_port):
+                raise
+            log.warning(
+                "%s, where this run's control had listened, is taken: spheres that it left behind will not find this "
+                "one, and end after --orphan-timeout",
+                last_address,
+            )
+            await self._tree.listen(self.config.listen)
+        port = self._tree.address.rpartition(":")[2]
+        self._came_back = bool(last_address) and last_address.rpartition(":")[2] == port
 
     async def _open_directory(self, passed_over: list[str]) -> tuple[RunDirectory, Snapshot | None]:
         config, resume = self.config, self._resume
@@ -368,6 +379,11 @@ class Training:
             error = kind or ArmillaryError
             controller.fail(error(f"no sphere can be started: after {ended.count} tries {ended}"))
 
+    def _sphere_changed(self, event: str, sphere: str, reason: str) -> None:
+        if event == "sphere_joined":
+            self._local.joined(self._tree.spheres[sphere].pid)
+        self.controller.sphere_changed(event, sphere, reason)
+
     def _sphere_dismissed(self, sphere: str, at_once: bool) -> bool:
         """A sphere was told to leave by command: where it is a local one, it is not started again."""
         found = self._tree.spheres[sphere]
@@ -381,7 +397,7 @@ class Training:
 
     def _write_results(self) -> None:
         directory, controller, summary = self._directory, self.controller, self._summary
-        if controller.step:
+        if controller.step and self._tree.hub.weights.complete:
             write_safetensors(
                 directory.path / "weights.safetensors",
                 controller.node.manifest,
@@ -394,7 +410,7 @@ class Training:
 
     def _summarize(self) -> Summary:
         controller = self.controller
-        totals, rates = controller.totals, controller.totals.rates()
+        totals, rates, weights = controller.totals, controller.totals.rates(), self._tree.hub.weights
         spheres = [_sphere_summary(self._tree, name) for name in self._tree.names()]
         return Summary(
             state=str(controller.state),
@@ -403,7 +419,8 @@ class Training:
             samples=controller.samples,
             loss=controller.metrics.get("loss"),
             metrics=dict(controller.metrics),
-            weights_sha256=controller.node.manifest.sha256(self._tree.hub.weights.flat),
+            # not complete: an update that was not committed, which are the weights of no step
+            weights_sha256=controller.node.manifest.sha256(weights.flat) if weights.complete else "",
             wall_seconds=time.monotonic() - self._began,
             train_seconds=controller.train_seconds,
             samples_per_second=rates.get("samples_per_second", 0.0),

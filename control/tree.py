@@ -10,7 +10,7 @@ from difflib import get_close_matches
 
 from control.failures import Failures
 from control.membership import Membership, Sphere
-from control.placement import CONTROL, Member, natural
+from control.placement import CONTROL, Member
 from control.rebalance import batches, mending_moves
 from spheres.children import Children
 from spheres.config import PROTOCOL_VERSION, NodeConfig
@@ -20,6 +20,7 @@ from spheres.errors import (
     DecodeError,
     GradientError,
     RefusedError,
+    StaleError,
     UnreachableError,
     VersionMismatchError,
 )
@@ -75,6 +76,7 @@ class Tree:
         self.hub.hooks.logged = self._logged
         lease = Lease(config.patience_seconds)
         self.children = Children(self.hub, environment=environment_fingerprint(), lease=lease)
+        self.children.vet = self._vet
         self._keeping: asyncio.Task[None] | None = None
         #: told when a sphere joins or is lost, wherever in the tree: event, sphere, reason
         self.changed: Callable[[str, str, str], None] = lambda _event, _sphere, _reason: None
@@ -167,6 +169,12 @@ class Tree:
             term=self.term,
         )
 
+    def _vet(self, hello: pb.Hello) -> None:
+        """Raise StaleError where the id has been given to a later life: then the sphere enrolls anew."""
+        sphere = self.spheres.get(hello.sphere_id)
+        if sphere is not None and hello.incarnation < sphere.incarnation:
+            raise StaleError(f"{hello.sphere_id} is another sphere's by now: enroll anew")
+
     def _ancestor(self, id: str) -> pb.Ancestor:
         if id == CONTROL:
             return pb.Ancestor(id=CONTROL, incarnation=self.hub.incarnation, address=self.address)
@@ -208,7 +216,7 @@ class Tree:
 
     def names(self) -> list[str]:
         """Return the ids of all spheres, in the order in which people count."""
-        return sorted(self.spheres, key=natural)
+        return sorted(self.spheres, key=lambda name: self.spheres[name].rank[-1])
 
     def parent_of(self, sphere: str) -> str:
         """Return the parent that a sphere is linked to, or else where control has placed it."""

@@ -13,14 +13,17 @@ __all__ = ["cut"]
 
 Owner = TypeVar("Owner")
 
+#: microbatches up to which the best cut is looked for; that takes a time that grows with their square
+_MOST_EXACT = 64
+
 
 def cut(blocks: Sequence[Block], workers: Sequence[tuple[Owner, float]]) -> list[tuple[Owner, list[Block]]]:
     """Share ``blocks`` out over ``workers`` (owner, capacity > 0) in contiguous pieces, in the order given.
 
     The slowest worker gets as little as it can get, counted in microbatches per capacity; of the cuts that keep to that
     it is one with the fewest canonical blocks, since every block is one gradient on the wire; of those the one that
-    gives the earlier workers more. Workers that get nothing are left out. Each piece is a list of maximal canonical
-    blocks, none reaching across two of ``blocks``.
+    gives the earlier workers more. Of many microbatches it is one with few blocks, found border by border. Workers that
+    get nothing are left out. Each piece is a list of maximal canonical blocks, none reaching across two of ``blocks``.
     """
     # The same from step to step, for as long as nobody comes or goes.
     shares = _shares(tuple(sorted(blocks)), tuple(capacity for _, capacity in workers))
@@ -29,10 +32,35 @@ def cut(blocks: Sequence[Block], workers: Sequence[tuple[Owner, float]]) -> list
 
 @lru_cache(maxsize=64)
 def _shares(blocks: tuple[Block, ...], capacities: tuple[float, ...]) -> list[list[Block]]:
-    """Return each worker's blocks: from the last worker back, the best cut of all that may be left to it."""
     indices = [(i, block) for block in blocks for i in range(block.lo, block.hi)]
+    limits = _limits(len(indices), capacities)
+    return _best(indices, limits) if len(indices) <= _MOST_EXACT else _good(indices, limits)
+
+
+def _good(indices: Sequence[tuple[int, Block]], limits: Sequence[int]) -> list[list[Block]]:
+    """Return each worker's blocks: from the first worker on, the border where the largest blocks can end."""
     count = len(indices)
-    limits = _limits(count, capacities)
+
+    def alignment(border: int) -> int:
+        if border in (0, count) or indices[border - 1][1] is not indices[border][1]:
+            return count
+        index = indices[border][0]
+        return index & -index
+
+    shares: list[list[Block]] = []
+    start, later = 0, sum(limits)
+    for limit in limits:
+        later -= limit
+        borders = range(start + max(0, count - start - later), start + min(limit, count - start) + 1)
+        end = max(borders, key=lambda border: (alignment(border), border))
+        shares.append(list(_pieces(indices, start, end - start))[-1] if end > start else [])
+        start = end
+    return shares
+
+
+def _best(indices: Sequence[tuple[int, Block]], limits: Sequence[int]) -> list[list[Block]]:
+    """Return each worker's blocks: from the last worker back, the best cut of all that may be left to it."""
+    count = len(indices)
     pieces = [list(_pieces(indices, start, max(limits))) for start in range(count)]
     # fewest[start]: blocks that the workers from here on make of what begins at ``start``; None: too much for them
     fewest: list[int | None] = [None] * count + [0]

@@ -31,7 +31,7 @@ __all__ = ["EVALUATE", "TRAIN", "Array", "Child", "Hub", "Outgoing", "Work"]
 #: seconds that an attempt waits for the children of a lost child: about the round trips that they need (N13)
 _SETTLE_SECONDS = 0.25
 #: seconds for which a sphere whose task has failed computes nothing, doubled each time up to the longest
-_ASIDE_SECONDS, _LONGEST_ASIDE = 1.0, 60.0
+_ASIDE_SECONDS, _LONGEST_ASIDE = 2.0, 64.0
 #: changes below that are told again on a new link: the last ones may have been lost with the old one
 _CHANGES = 256
 
@@ -138,10 +138,12 @@ class Hub:
             raise WrongRunError(f"a message of run {tag.run_id!r}; this is run {self.config.run_id!r}")
         work = Work(tag.term, tag.step, tag.kind)
         header = message.HasField("weights_header")
-        if work < self.work or (work > self.work and not header):
+        if work < self.work:
             # Also what a parent sends that is behind: this node is parked until it has caught up (N14).
             self.counts.refused["stale"] += 1
             return
+        if work > self.work and not header:
+            raise ProtocolError(f"a message of step {work.step} came before its header")
         if header:
             if work.kind not in (TRAIN, EVALUATE):
                 raise ProtocolError(f"work of kind {work.kind} is not known here")

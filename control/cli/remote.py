@@ -113,7 +113,11 @@ def watch(
 
 
 def spheres(
-    address: AddressFlag = None, run_dir: RunDirFlag = None, json: JsonFlag = False, verbose: VerboseFlag = 0
+    every: Annotated[bool, typer.Option("--all", help="Those that are lost too; with --json they always are.")] = False,
+    address: AddressFlag = None,
+    run_dir: RunDirFlag = None,
+    json: JsonFlag = False,
+    verbose: VerboseFlag = 0,
 ) -> None:
     """Show the tree of spheres and what each has done."""
     found = ask(address, run_dir, lambda client: client.spheres())
@@ -123,6 +127,9 @@ def spheres(
     from rich.tree import Tree
 
     top = Tree("control")
+    lost = sum(1 for sphere in found if sphere.state == "lost")
+    if not every:
+        found = [sphere for sphere in found if sphere.state != "lost"]
     below: dict[str, list[pb.Sphere]] = {}
     names = {sphere.sphere_id for sphere in found}
     for sphere in found:  # who has no parent that is known hangs below control
@@ -135,6 +142,8 @@ def spheres(
         new = branch.add(_sphere_line(sphere))
         waiting += [(new, child) for child in reversed(below.pop(sphere.sphere_id, []))]
     console().print(top, markup=False)
+    if lost and not every:
+        typer.echo(f"{lost} lost; --all shows them")
 
 
 def put_run(run: pb.Run, *, json: bool, short: bool = False) -> None:

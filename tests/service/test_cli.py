@@ -419,9 +419,10 @@ def test_a_sphere_reads_its_environment_and_refuses_to_be_seen(ask: Ask) -> None
 # --- help and versions ------------------------------------------------------------------------------------------------
 
 COMMANDS = (
-    "", "start", "doctor", "status", "watch", "spheres", "pause", "resume", "stop", "config", "config show",
+    "", "start", "doctor", "replay", "status", "watch", "spheres", "pause", "resume", "stop", "config", "config show",
+    "spawn", "drain", "terminate", "rebalance", "logs", "chaos",
     "checkpoint", "checkpoint create", "checkpoint list", "checkpoint restore", "checkpoint inspect",
-    "checkpoint verify", "sphere", "sphere start",
+    "checkpoint verify", "checkpoint diff", "checkpoint export", "sphere", "sphere start",
 )  # fmt: skip
 
 #: prints after the help what was imported for it
@@ -743,6 +744,22 @@ def test_what_a_task_raises_in_a_step_is_told_with_its_traceback(ask: Ask, forks
     assert 'raise ZeroDivisionError("no such luck")' in done.err.partition(first)[2]
     assert json.loads(done.out.splitlines()[-1])["state"] == "error"
     assert processes(forks) == []
+
+
+def test_checkpoints_are_compared_and_exported(ask: Ask, folder: Path) -> None:
+    path = "ended/checkpoints/step-000000004"
+    assert ask("checkpoint", "diff", path, path).out == "equal: training goes on from both to the same bits\n"
+    words = ("checkpoint", "diff", "ended/checkpoints/step-000000002", path)
+    differ = ask(*words)
+    assert differ.code == 1
+    assert "\nw: 4 of 4 elements differ, by at most " in differ.out
+    found = json.loads(ask(*words, "--json").out)
+    assert (found["equal"], found["tensors"][0]["name"]) == (False, "w")
+    assert ask("checkpoint", "export", path, "out.safetensors").out == "out.safetensors\n"
+    again = ask("checkpoint", "export", path, "out.safetensors")
+    assert (again.code, "--force" in again.err) == (2, True)
+    assert json.loads(ask("checkpoint", "export", path, "out.safetensors", "--force", "--json").out)["step"] == 4
+    (folder / "out.safetensors").unlink()
 
 
 def test_checkpoints_are_looked_at_without_a_run(ask: Ask, run_dir: Path) -> None:

@@ -195,7 +195,7 @@ def test_spheres_end_by_themselves_after_control_was_killed_and_the_run_goes_on(
         "--orphan-timeout",
         "1s",
         "--steps",
-        "400",
+        "150",
         "--checkpoint-every",
         "20steps",
     )
@@ -214,11 +214,11 @@ def test_spheres_end_by_themselves_after_control_was_killed_and_the_run_goes_on(
     )
     assert resumed.returncode == 0, resumed.stderr
     summary = json.loads(resumed.stdout.splitlines()[-1])
-    config = RunConfig(task="digits", steps=400)
+    config = RunConfig(task="digits", steps=150)
     assert summary["weights_sha256"] == reference(load_task("digits"), config).weights_sha256
     journal = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
-    assert {r["step"] for r in journal} == set(range(400))
-    assert [r["replayed"] for r in journal if r["term"] == 2].count(True) == len(journal) - 400
+    assert {r["step"] for r in journal} == set(range(150))
+    assert [r["replayed"] for r in journal if r["term"] == 2].count(True) == len(journal) - 150
 
 
 UNGUARDED = """

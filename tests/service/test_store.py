@@ -33,6 +33,8 @@ from spheres.v1.checkpoint_pb2 import RunRecord, SphereRecord
 
 LAYOUT = Manifest.of({"w": np.zeros((3, 5), np.float32), "b": np.ones(7, "f4")})
 SECONDS = 20.0
+#: each request of S3 is a call of another process
+pytestmark = pytest.mark.timeout(180)
 
 
 @dataclass
@@ -401,7 +403,6 @@ def test_urls_that_cannot_be_used_say_what_to_do(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(180)
 def test_a_run_goes_on_from_s3_where_its_machine_is_gone(s3: str, tmp_path: Path) -> None:
     """The commands of a user: train, lose the run directory, resume from the URL, to the bits of an undisturbed run."""
 

@@ -675,9 +675,10 @@ class World:
     def _leave(self, fault: Fault) -> None:
         node = self._one(fault)
         if node is not None and node.sphere is not None:
-            self.say(f"FAULT {self.called(node)} leaves")
+            drains, sphere = fault.variant < 0.5, node.sphere
+            self.say(f"FAULT {self.called(node)} {'drains' if drains else 'leaves at once'}")
             node.leaving, node.again = True, False
-            node.process.context().run(node.sphere.stop)
+            node.process.context().run((lambda: sphere.drain("a fault")) if drains else sphere.stop)
 
     def _join(self, fault: Fault) -> None:
         self.say("FAULT join")

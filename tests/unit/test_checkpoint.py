@@ -12,11 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from control.checkpoint import CheckpointInfo, Checkpoints, inspect, read_snapshot, verify
+from control.checkpoint import CheckpointInfo, Checkpoints, export, inspect, read_snapshot, verify
+from control.checkpoint_diff import diff
+from control.config import RunConfig
 from control.records import RecordWriter
 from control.snapshot import NewerFormatError, Snapshot
+from control.weights_file import read_safetensors
 from spheres.config import manifest_to_proto
-from spheres.errors import CheckpointError
+from spheres.errors import CheckpointError, ConfigError
 from spheres.numerics import crc32c
 from spheres.tensors import Manifest
 from spheres.v1.checkpoint_pb2 import (
@@ -528,3 +531,90 @@ def test_arguments_that_make_no_sense(tmp_path: Path) -> None:
             Checkpoints(tmp_path, keep=keep, keep_every=keep_every)
     assert "keep=2" in repr(Checkpoints(tmp_path, keep=2))
     assert isinstance(saved(tmp_path, snapshot(1)).list()[0], CheckpointInfo)
+
+
+# --- comparing and exporting
+
+
+def numbers(root: Path, weights: Array, momentum: Array, **config: Any) -> Path:
+    put = snapshot(4, buffers={"weights": weights, "optimizer/momentum": momentum})
+    put.run.config_json = RunConfig(**{"steps": 99, **config}).to_json()
+    saved(root, put)
+    return root / "step-000000004"
+
+
+def test_equal_checkpoints_of_other_trees_are_equal(tmp_path: Path) -> None:
+    flat, momentum = np.ones(SMALL.size, np.float32), np.zeros(SMALL.size, np.float32)
+    a, b = (
+        numbers(tmp_path / "a", flat, momentum, spheres=1),
+        numbers(tmp_path / "b", flat, momentum, spheres=5, steps=200),
+    )
+    found = diff(a, b)
+    assert found["equal"] is True
+    assert found["config"] == {"steps": [99, 200], "spheres": [1, 5]}
+    assert (found["tensors"], found["values"], found["only_in_a"], found["only_in_b"]) == ([], {}, [], [])
+
+
+def test_a_diff_says_which_tensors_differ_and_by_how_much(tmp_path: Path) -> None:
+    flat, momentum = np.ones(SMALL.size, np.float32), np.zeros(SMALL.size, np.float32)
+    other, moved = flat.copy(), momentum.copy()
+    weight, bias = SMALL.tensors[0], SMALL.tensors[2]
+    other[weight.offset + 2] = np.nextafter(np.float32(1), np.float32(2))
+    other[weight.offset + 7] = 3.0
+    moved[bias.offset] = -0.0
+    moved[bias.offset + 1] = np.nan
+    other[weight.offset + weight.size] = 9.0  # padding belongs to no tensor
+    found = diff(numbers(tmp_path / "a", flat, momentum), numbers(tmp_path / "b", other, moved))
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["equal"] is False
+    assert found["tensors"] == [
+        {
+            "name": "w", "shape": [3, 5], "elements": 15, "differing": 2, "max_abs": 2.0,
+            "relative_norm": math.sqrt((4 + 2.0**-46) / 15), "max_ulp": 3 * 2**22,
+        },
+        {
+            "name": "optimizer/momentum/b", "shape": [7], "elements": 7, "differing": 2, "max_abs": "NaN",
+            "relative_norm": "NaN", "max_ulp": 0x7FC00000,
+        },
+    ]  # fmt: skip
+
+
+def test_what_counts_for_the_bits_makes_two_checkpoints_differ(tmp_path: Path) -> None:
+    flat, momentum = np.ones(SMALL.size, np.float32), np.zeros(SMALL.size, np.float32)
+    a = numbers(tmp_path / "a", flat, momentum)
+    assert diff(a, numbers(tmp_path / "rate", flat, momentum, learning_rate=0.5))["equal"] is False
+    cosine = [numbers(tmp_path / f"{n}", flat, momentum, schedule={"kind": "cosine"}, steps=n) for n in (9, 10)]
+    assert diff(*cosine)["equal"] is False
+    saved(tmp_path / "later", snapshot(5, buffers={"weights": flat}))
+    found = diff(a, tmp_path / "later" / "step-000000005")
+    assert (found["equal"], found["values"]["step"], found["values"]["optimizer_count"]) == (False, [4, 5], [4, 5])
+    assert found["only_in_a"] == ["optimizer/momentum/w", "optimizer/momentum/none", "optimizer/momentum/b"]
+    layout = Manifest.of({"w": np.zeros((5, 3), np.float32)})
+    saved(tmp_path / "shape", snapshot(4, layout=layout, buffers={"weights": np.ones(layout.size, np.float32)}))
+    found = diff(a, tmp_path / "shape" / "step-000000004")
+    assert found["tensors"] == [{"name": "w", "shapes": [[3, 5], [5, 3]]}]
+    damage(tmp_path / "a", 4)
+    with pytest.raises(CheckpointError, match=r"control\.pb record"):
+        diff(a, a)
+
+
+def test_weights_are_exported_whole_or_not_at_all(tmp_path: Path) -> None:
+    flat = noise(SMALL.size, 3)
+    home = numbers(tmp_path, flat, np.zeros(SMALL.size, np.float32))
+    file = tmp_path / "out.safetensors"
+    written = export(home, file)
+    assert (written["step"], written["parameters"]) == (4, 22)
+    arrays = read_safetensors(file)
+    assert {name: array.tobytes() for name, array in arrays.items()} == {
+        name: view.tobytes() for name, view in SMALL.views(flat).items()
+    }
+    before = file.read_bytes()
+    with pytest.raises(ConfigError, match=r"out\.safetensors exists already; give --force to overwrite it"):
+        export(home, file)
+    damage(tmp_path, 4)
+    with pytest.raises(CheckpointError, match=r"control\.pb record"):
+        export(home, file, force=True)
+    assert file.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "step-000000004"]
+    with pytest.raises(ConfigError, match="cannot write"):
+        export(numbers(tmp_path / "b", flat, flat), tmp_path / "missing" / "x")

@@ -244,7 +244,8 @@ def test_every_key_can_be_given_as_flag_and_as_variable() -> None:
         "eval_every": "none", "eval_microbatches": "2", "best_metric": "loss", "best_direction": "min", "spheres": "0",
         "min_spheres": "2", "fan_out": "1", "listen": "127.0.0.1:7", "insecure": "yes", "patience": "9s",
         "orphan_timeout": "0", "chunk_bytes": "4096", "window_bytes": "8KiB", "window_chunks": "3", "run_dir": "d",
-        "checkpoint_every": "5steps", "keep": "9", "keep_every": "100", "log_every": "1", "metrics_csv": "1",
+        "checkpoint_every": "5steps", "checkpoint_url": "s3://b/x", "keep": "9",
+            "keep_every": "100", "log_every": "1", "metrics_csv": "1",
         "tensorboard": "on", "on_callback_error": "raise",
     }  # fmt: skip
     assert set(other) == set(flat_paths()) - {"steps", "on_nonfinite"}  # the first excludes epochs, the second is fixed

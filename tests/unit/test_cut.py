@@ -49,6 +49,21 @@ def test_pieces_are_maximal_canonical_blocks_within_the_given_ones(
         assert all(is_canonical(piece, total) for piece in share)
 
 
+@given(st.integers(65, 700), st.lists(capacity, min_size=1, max_size=14))
+@settings(max_examples=40)
+def test_many_microbatches_are_shared_as_evenly_in_few_blocks(total: int, capacities: list[float]) -> None:
+    workers = [(f"w{k}", c) for k, c in enumerate(capacities)]
+    blocks = [Block(0, total)]
+    shares = cut(blocks, workers)
+    assert [i for _, share in shares for i in expand(share)] == list(range(total))
+    given = dict(workers)
+    slowest = max(len(expand(share)) / given[owner] for owner, share in shares)
+    assert slowest <= (total / sum(capacities)) + 1 / min(capacities)
+    for owner, share in shares:
+        assert share == decompose(set(expand(share)), Block(0, total)), owner
+        assert len(share) <= 2 * total.bit_length()
+
+
 @given(cases(most=16, workers=3))
 @settings(max_examples=60)
 def test_the_slowest_is_as_fast_as_it_can_be_and_then_blocks_are_few(

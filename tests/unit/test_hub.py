@@ -348,3 +348,125 @@ def test_a_loss_that_overflows_in_a_sum_is_passed_on_and_one_of_a_microbatch_is_
         else:
             assert not refused
             assert control.sums == Sums(float("inf"), 4)
+
+
+def test_a_message_of_a_step_that_has_not_begun_here_ends_the_link() -> None:
+    """Its header was lost or overtaken: ignoring it would leave the parent waiting for an answer for ever."""
+    leaf = Hub(config(), "leaf", worker=Patient())  # type: ignore[arg-type]
+    leaf.weights.publish(term=1, version=0)
+    leaf.relinked(1, CONTROL)
+    leaf.on_response(step(leaf, 0, Block(0, 4)))
+    tag = pb.Tag(run_id="run", term=1, step=1, kind=TRAIN)
+    with pytest.raises(ProtocolError, match="step 1 came before its header"):
+        leaf.on_response(pb.WorkResponse(tag=tag, begin=pb.Begin(attempt=1)))
+
+
+def test_changes_below_are_told_again_on_a_new_link() -> None:
+    """The last ones may have gone down with the old one; control knows old news by its session."""
+    inner = Hub(config(), "inner")
+    inner.relinked(1, CONTROL)
+    first, _ = join(inner, "a")
+    join(inner, "b")
+    inner.dismiss(first, "it went")
+    said = [(m.sphere_change.sphere_id, m.sphere_change.lost) for m in waiting(inner) if m.HasField("sphere_change")]
+    assert said == [("a", False), ("b", False), ("a", True)]
+    inner.relinked(2, CONTROL)
+    again = [m.sphere_change for m in waiting(inner) if m.HasField("sphere_change")]
+    assert [(c.sphere_id, c.lost) for c in again] == said
+    assert not again[0].HasField("computing")
+
+
+def test_a_control_that_came_back_is_told_of_all_links_and_of_no_old_news() -> None:
+    inner = Hub(config(), "inner")
+    inner.relinked(1, [pb.Ancestor(id="control", incarnation=1)])
+    first, _ = join(inner, "a")
+    join(inner, "b")
+    inner.dismiss(first, "it went")
+    waiting(inner)
+    inner.relinked(2, [pb.Ancestor(id="control", incarnation=2)])
+    said = [m.sphere_change for m in waiting(inner) if m.HasField("sphere_change")]
+    assert [(c.sphere_id, c.parent_id, c.lost) for c in said] == [("b", "inner", False)]
+    assert said[0].HasField("member")
+    # and where only the way to it is new, on a link that lives
+    inner.renewed([pb.Ancestor(id="control", incarnation=3), pb.Ancestor(id="x", incarnation=9)])
+    assert [m.sphere_change.sphere_id for m in waiting(inner)] == ["b"]
+
+
+def test_what_a_lost_leaf_was_computing_is_told() -> None:
+    root = Hub(config(), "control")
+    told: list[pb.SphereChange] = []
+    root.hooks.changed = told.append
+    root.weights.publish(term=1, version=0)
+    child, _ = join(root, "a")
+    join(root, "b")
+    root.start(Work(1, 5, TRAIN), np.zeros(48, np.float32))
+    root.dismiss(child, "it went")
+    assert (told[-1].lost, told[-1].step, told[-1].computing) == (True, 5, pb.Block(lo=0, hi=2))
+
+
+def test_an_interrupted_version_goes_on_where_it_broke_off() -> None:
+    """N17: over another link, to a child that says how many chunks it holds."""
+    above, below = Hub(config(5), "control"), Hub(config(5), "leaf", worker=Patient())  # type: ignore[arg-type]
+    above.weights.publish(term=1, version=0)
+    below.relinked(1, CONTROL)
+    child, _ = join(above, "leaf")
+    above.start(Work(1, 0, TRAIN), np.zeros(80, np.float32))
+    while below.weights.arrived < 2:
+        message = child.outbox.next()
+        assert message is not None
+        answer = decode(pb.WorkResponse, message)
+        if not answer.HasField("welcome"):
+            below.on_response(answer)
+    above.dismiss(child, "it broke off")
+    hello = pb.Hello(capacity=1.0, weights_version=0, weights_term=1, weights_chunks_held=2)
+    again = Child(id="leaf", incarnation=1, session=2, address="", outbox=Outbox(above.weights), close=lambda _: None)
+    above.admit(again, hello, below.tag)
+    below.relinked(2, CONTROL)
+    sent = above.sent_down_bytes
+    while (message := again.outbox.next()) is not None:
+        answer = decode(pb.WorkResponse, message)
+        if not answer.HasField("welcome"):
+            below.on_response(answer)
+    assert below.weights.complete
+    assert below.weights.digest == above.weights.digest
+    assert above.sent_down_bytes - sent == 3 * 64
+
+
+def test_a_node_may_leave_when_nobody_needs_what_it_holds() -> None:
+    worker = Patient()
+    leaf = Hub(config(), "leaf", worker=worker)  # type: ignore[arg-type]
+    leaf.weights.publish(term=1, version=0)
+    leaf.relinked(1, CONTROL)
+    assert leaf.may_leave
+    leaf.on_response(step(leaf, 0, Block(0, 4)))
+    leaf.leave("a test")
+    assert not leaf.may_leave
+    worker.done(worker.unit, Held(np.zeros(48, np.float32), Sums(0.0, 8)))
+    waiting(leaf)
+    assert not leaf.may_leave, "until the seal somebody may die who has it"
+    leaf.on_response(step(leaf, 1))
+    assert leaf.may_leave
+    assert leaf.leaving == "a test"
+
+
+def test_a_task_that_fails_rests_longer_each_time() -> None:
+    now, timers = 100.0, []
+    worker = Patient()
+    leaf = Hub(config(), "leaf", worker=worker)  # type: ignore[arg-type]
+    leaf.hooks.clock = lambda: now
+    leaf.hooks.call_later = lambda seconds, call: timers.append((now + seconds, call))
+    leaf.weights.publish(term=1, version=0)
+    leaf.relinked(1, CONTROL)
+    for number, seconds in enumerate((2.0, 4.0, 8.0)):
+        leaf.on_response(step(leaf, number, Block(0, 4)))
+        worker.done(worker.unit, Failure(0, "no luck", "", (), invalid=False))
+        assert leaf.ledger.capacity == 0
+        assert "set aside" in leaf.activity
+        when, call = timers.pop()
+        assert when == now + seconds
+        leaf.on_response(step(leaf, number + 100))
+        assert leaf.ledger.capacity == 0, "the next step is not its turn yet"
+        now = when
+        call()
+        assert leaf.ledger.capacity == 1
+        leaf.work = Work(1, number, TRAIN)  # let the next number follow

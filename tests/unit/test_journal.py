@@ -231,7 +231,7 @@ def test_no_flipped_bit_changes_what_is_read(tmp_path: Path) -> None:
     expected = {step: record(step, digest) for step, digest in enumerate(("aa", "bb", "cc"))}
     unnoticed = 0
     for at in range(len(whole) - 1):  # without the last line's end nothing says that it was ever whole
-        for bit in range(8):
+        for bit in (0, 3, 7):
             flipped = bytearray(whole)
             flipped[at] ^= 1 << bit
             path.write_bytes(flipped)
@@ -246,7 +246,7 @@ def test_no_flipped_bit_changes_what_is_read(tmp_path: Path) -> None:
             assert found.broken[0].line == line, at
             assert all(each == expected[step] for step, each in found.steps.items())
             assert len(found.steps) >= 1
-    assert unnoticed <= 3 * 8 * len("crc32c")
+    assert unnoticed <= 3 * 3 * len("crc32c")
 
 
 def test_a_line_without_a_checksum_counts(tmp_path: Path) -> None:

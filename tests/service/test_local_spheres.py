@@ -1,0 +1,335 @@
+"""Local processes: started again with back-off, set aside, adopted, told to leave; and chaos among them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from control import launcher, restarts
+from control.cli import app
+from control.cli.output import run as run_words
+from control.client import ControlClient
+from control.config import RunConfig
+from control.launcher import Ended, LocalSpheres
+from control.processes import command_of, is_sphere, log_of, spheres_of
+from control.reference import reference
+from control.run_dir import log_lines, process_of
+from control.training import run as run_training
+from spheres.errors import ConfigError, TaskError
+from spheres.task import load_task
+from spheres.testing.synthetic import Synthetic
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+
+DIES = "#!/bin/sh\necho 'error: no task here' >&2\nexit 3\n"
+SLEEPS = "#!/bin/sh\necho looking for control at nowhere\nexec sleep 60\n"
+
+
+async def eventually(condition: Callable[[], bool], *, seconds: float = 10.0) -> None:
+    """Wait for what another process does and nobody tells."""
+    for _ in range(int(seconds / 0.01)):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail(f"it did not come to that in {seconds:g} s")
+
+
+class Local:
+    """LocalSpheres whose spheres are a script, and what they said."""
+
+    def __init__(self, folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder.mkdir(exist_ok=True)
+        file = folder / "python"
+        file.write_text(script)
+        file.chmod(0o755)
+        monkeypatch.setattr(launcher.sys, "executable", str(file))
+        self.ended: list[Ended] = []
+        self.news = asyncio.Event()
+        self.spheres = LocalSpheres("127.0.0.1:1", folder / "logs", orphan_timeout=1.0, ended=self._ended)
+
+    def _ended(self, ended: Ended) -> None:
+        self.ended.append(ended)
+        self.news.set()
+
+    async def until_ended(self, count: int) -> None:
+        while len(self.ended) < count:
+            self.news.clear()
+            await self.news.wait()
+
+
+def test_a_sphere_that_cannot_live_is_tried_ever_more_rarely_and_set_aside(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(restarts, "_FIRST_PAUSE", 0.005)
+
+    async def main() -> None:
+        local = Local(tmp_path, DIES, monkeypatch)
+        await local.spheres.start(1)
+        times = []
+        for count in range(1, 7):
+            await local.until_ended(count)
+            times.append(time.monotonic())
+        assert [(e.code, e.error, e.count) for e in local.ended] == [(3, "no task here", n) for n in range(1, 7)]
+        assert str(local.ended[0]).startswith("local sphere 1 has ended (exit code 3): no task here; its log is ")
+        assert times[-1] - times[-2] > 4 * 0.005 * 2
+        ((name, reason),) = local.spheres.aside()
+        assert name == "local-1"
+        assert reason.startswith("ended 6 times in ")
+        assert local.spheres.all_aside
+        await local.spheres.aclose()  # in its pause: at once
+        assert len(local.ended) == 6
+
+    run(main())
+    assert (tmp_path / "logs" / "sphere-1.log").read_text().count("error: no task here") == 6
+
+
+def test_one_that_is_killed_comes_back_at_once_in_its_own_log(run, tmp_path, monkeypatch):
+    async def main() -> None:
+        local = Local(tmp_path, SLEEPS, monkeypatch)
+        first, _ = await local.spheres.start(2)
+        os.kill(first, signal.SIGKILL)
+        await local.until_ended(1)
+        assert (local.ended[0].code, local.ended[0].error) == (-signal.SIGKILL, "")
+        assert "(SIGKILL)" in str(local.ended[0])
+        await eventually(lambda: local.spheres.living == 2)
+        assert local.spheres.aside() == []
+        local.spheres.kill()
+        await local.spheres.aclose()
+
+    run(main())
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["sphere-1.log", "sphere-2.log"]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_who_is_told_to_leave_is_not_started_again(run, tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(launcher, "_GRACE_SECONDS", (0.1, 5.0, 5.0))
+
+    async def main() -> None:
+        local = Local(tmp_path, SLEEPS, monkeypatch)
+        first, second = await local.spheres.start(2)
+        assert not local.spheres.dismiss(1, at_once=at_once)  # somebody else's
+        assert local.spheres.dismiss(first, at_once=at_once)
+        if not at_once:  # at once: deaf as it is, it is killed
+            os.kill(first, signal.SIGTERM)
+        await eventually(lambda: local.spheres.living == 1)
+        assert local.ended == []
+        (third,) = await local.spheres.start(1)  # takes the place that is free
+        assert third != second
+        await local.spheres.aclose()
+
+    run(main())
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["sphere-1.log", "sphere-2.log"]
+
+
+def test_only_spheres_of_this_run_are_taken_for_that(run, tmp_path, monkeypatch):
+    async def main(patch: pytest.MonkeyPatch) -> None:
+        local = Local(tmp_path, SLEEPS, patch)
+        assert not local.spheres.adopt(os.getpid())
+        assert not local.spheres.adopt(1 << 22)
+
+    with monkeypatch.context() as patch:
+        run(main(patch))
+    command = [sys.executable, "-m", "spheres", "start", "--control", "127.0.0.1:9", "--orphan-timeout", "30"]
+    (tmp_path / "logs").mkdir(exist_ok=True)
+    with (tmp_path / "logs" / "sphere-4.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 10
+        while not command_of(process.pid) or command_of(process.pid)[1:3] != ["-m", "spheres"]:  # between fork and exec
+            assert time.monotonic() < deadline
+        assert is_sphere(process.pid, "127.0.0.1:9")
+        assert is_sphere(process.pid, "localhost:9")
+        assert not is_sphere(process.pid, "127.0.0.1:90")
+        assert not is_sphere(os.getpid(), "127.0.0.1:9")
+        assert process.pid in spheres_of("127.0.0.1:9")
+        assert log_of(process.pid) == tmp_path / "logs" / "sphere-4.log"
+    finally:
+        process.kill()
+        process.wait()
+    assert command_of(process.pid) == []
+
+
+def test_the_log_of_a_sphere_that_is_gone_is_found_in_the_files(tmp_path):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    text = "{0} INFO spheres.cli: looking for control at h:1\n{0} INFO spheres.sphere: {1} joins control (1)\n{0} {2}\n"
+    (logs / "sphere-1.log").write_text(text.format("t1", "s-1", "one") + text.format("t2", "s-11", "two"))
+    (logs / "sphere-2.log").write_text(text.format("t1", "s-2", "three"))
+    assert log_lines(tmp_path, "s-1", 10)[-1] == "t1 one"
+    assert len(log_lines(tmp_path, "s-1", 10)) == 3
+    assert log_lines(tmp_path, "s-11", 1) == ["t2 two"]
+    assert len(log_lines(tmp_path, "local-1", 100)) == 6
+    assert log_lines(tmp_path, "s-3", 10) == log_lines(tmp_path, "local-9", 10) == []
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def _start(directory: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "control", "start", "--json", *flags]
+    return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _until(process: subprocess.Popen[str], step: int) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        record = json.loads(line)
+        if record["event"] == "step" and record["step"] >= step:
+            return
+    pytest.fail(f"the run ended before step {step}: {process.stderr.read() if process.stderr else ''}")
+
+
+async def _spheres(directory: Path) -> dict[str, int]:
+    async with ControlClient((directory / "run" / "address").read_text().split()[0]) as client:
+        return {sphere.sphere_id: sphere.report.pid for sphere in await client.spheres()}
+
+
+def test_spheres_of_a_control_that_was_killed_go_on_under_the_next(run, tmp_path):
+    """DESIGN section 5: they keep their lives, their ids and their processes, and so do the weights their bits."""
+    flags = ("--spheres", "4", "--fan-out", "2", "--steps", "160", "--checkpoint-every", "20steps")
+    process = _start(tmp_path, "--run-dir", "run", *flags)
+    _until(process, 50)
+    before = run(_spheres(tmp_path))
+    process.kill()
+    process.communicate(timeout=10)
+    os.kill(before["s-4"], signal.SIGKILL)  # one does not come back, and is started anew
+    resumed = _start(tmp_path, "--resume", "run", "-v")
+    _until(resumed, 60)
+    after = run(_spheres(tmp_path))
+    out, err = resumed.communicate(timeout=60)
+    assert resumed.returncode == 0, err
+    assert {name: after[name] for name in ("s-1", "s-2", "s-3")} == {n: p for n, p in before.items() if n != "s-4"}
+    assert set(after) == {"s-1", "s-2", "s-3", "s-2.1"}
+    assert "adopted " in err
+    summary = json.loads(out.splitlines()[-1])
+    wanted = reference(load_task("digits"), RunConfig(task="digits", steps=160)).weights_sha256
+    assert summary["weights_sha256"] == wanted
+    for pid in after.values():  # told to end, as if they had been this control's own
+        assert not is_sphere(pid, "")
+        assert command_of(pid) == []
+
+
+STUBBORN = """
+    import os
+    from pathlib import Path
+    from spheres.tasks.digits import Digits
+
+    class Stubborn(Digits):
+        '''Once it has been made so often, it cannot be made any more.'''
+        def __init__(self, marks="", most="0"):
+            with open(marks, "a") as file:
+                file.write("x")
+            if Path(marks).stat().st_size > int(most):
+                raise RuntimeError("no more")
+            super().__init__()
+
+        def gradient(self, weights, samples, rng, out):
+            if rng.bit_generator.state["state"]["key"][1] == 5:
+                os._exit(9)
+            return super().gradient(weights, samples, rng, out)
+"""
+
+
+def test_a_task_that_no_sphere_can_load_any_more_ends_the_run_after_some_tries(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(restarts, "_FIRST_PAUSE", 0.001)
+    (tmp_path / "stubborn.py").write_text(textwrap.dedent(STUBBORN))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    options = {"marks": str(tmp_path / "marks"), "most": "2"}  # control's and that of one sphere
+    config = RunConfig(task="stubborn:Stubborn", task_options=options, steps=9, spheres=1, run_dir=tmp_path / "run")
+    summary = run(run_training(config), timeout=60)
+    assert summary.state == "error"
+    assert "no sphere can be started: after 5 tries local sphere 1 has ended (exit code 3)" in str(summary.error)
+    assert isinstance(summary.error, TaskError)
+    assert "no more" in str(summary.error)
+    assert summary.steps == 5
+
+
+def test_commands_and_chaos_on_a_running_tree(run, tmp_path, capsys):
+    """spawn, drain, terminate, logs; then kills, a stop and a kill of control. The bits are the reference loop's."""
+    process = _start(tmp_path, "--run-dir", "run", "--spheres", "3", "--fan-out", "2", "--steps", "300",
+                     "--checkpoint-every", "20steps", "--task", "spheres.testing.synthetic:Synthetic",
+                     "--task-option", "compute_seconds=0.004")  # fmt: skip
+    _until(process, 20)
+    directory = tmp_path / "run"
+
+    async def commands() -> None:
+        async with ControlClient((directory / "address").read_text().split()[0]) as client:
+            pids = await client.spawn(2, "once")
+            assert await client.spawn(2, "once") == pids
+            with pytest.raises(ConfigError, match="cannot start 0 spheres: give a number from 1 to 1000"):
+                await client.spawn(0)
+            names: dict[int, str] = {}
+            async for _ in client.watch():
+                names = {s.report.pid: s.sphere_id for s in await client.spheres() if s.state == "active"}
+                if names.keys() >= set(pids):
+                    break
+            await client.drain(names[pids[0]])
+            await client.terminate(names[pids[1]])
+            with pytest.raises(ConfigError, match=r"there is no sphere 's-9'; did you mean"):
+                await client.drain("s-9")
+            await eventually(lambda: not any(is_sphere(pid, client.address) for pid in pids))
+            assert any("s-1 joins control" in line for line in await client.logs("s-1"))
+            moved, late = await client.rebalance()
+            assert late == []
+            assert isinstance(moved, list)
+
+    def cli(*words: str) -> tuple[int, str]:
+        """Return the exit code of a command, and what it printed."""
+        code = run_words(app, [*words, "--run-dir", str(directory)])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    try:
+        run(commands(), timeout=40)
+        code, tree = cli("spheres")
+        assert (code, tree.splitlines()[-1]) == (0, "2 lost; --all shows them")
+        assert len(tree.splitlines()) == 1 + 3 + 1  # control, who is there, and that line
+        assert "s-4 lost" in cli("spheres", "--all")[1]
+        # one that is there is told, whatever the others are
+        code, said = cli("drain", "s-44", "s-5")
+        assert code == 2
+        assert "s-5 is told" in said
+        assert "error: there is no sphere 's-44'; did you mean s-4" in said
+        code, said = cli("logs", "s-1", "-n", "2", "--json")
+        assert (code, json.loads(said)["sphere"], len(json.loads(said)["lines"])) == (0, "s-1", 2)
+        assert "s-5 joins" in cli("logs", "s-5")[1]  # it has gone; its file has not
+        assert cli("rebalance")[0] == 0
+        code, said = cli("chaos", "--kill", "often")
+        assert (code, said) == (2, "error: 'often' is no rate; give one such as 0.2/s, 6/m, 30/h\n")
+        assert "no fault in all that time" in cli("chaos")[1]
+        flags = ["--kill", "0.5/s", "--stop", "0.4/s", "--stop-for", "0.5s", "--control-kill", "1", "--duration", "4s"]
+        command = [sys.executable, "-m", "control", "chaos", *flags, "--seed", "6", "--run-dir", "run", "--json"]
+        done = subprocess.run(
+            [*command, "--report", "report.json"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+    finally:
+        process.kill()
+        process.communicate(timeout=10)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {**report, "event": "chaos"} == records[-1]
+    faults = report["faults"]
+    assert [fault["kind"] for fault in faults] == ["kill", "stop", "control", "kill"]
+    assert all(fault["seconds"] is not None and fault["seconds"] > 0 for fault in faults)
+    assert sum(row["faults"] for row in report["table"]) == len(faults)
+    started = next(record["pid"] for record in records if record["event"] == "control_started")
+    assert process_of(directory) in (started, None)
+    run(eventually(lambda: process_of(directory) is None, seconds=60), timeout=70)
+    summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
+    wanted = reference(Synthetic(), RunConfig(steps=300)).weights_sha256  # as slow as its spheres, it learns the same
+    assert (summary["state"], summary["weights_sha256"]) == ("completed", wanted)
+    assert "s-1 joins" in cli("logs", "s-1")[1]
+    code, said = cli("logs", "s-999")
+    assert code == 5
+    assert "completed" in said

@@ -1,0 +1,224 @@
+"""Rows of DESIGN section 5 over whole trees in one process: a drain, a move, a task that raises, an id given twice.
+
+Each ends with the weights of the undisturbed run, bit for bit.
+"""
+
+import asyncio
+import contextlib
+import json
+from itertools import pairwise
+
+import pytest
+
+from control.config import RunConfig
+from control.reference import reference
+from control.testing import local_tree
+from spheres.errors import GradientError, StaleError
+from spheres.testing.memory import MemoryNetwork, MemoryTransport
+from spheres.testing.synthetic import Synthetic
+from spheres.v1 import control_pb2
+from spheres.v1 import work_pb2 as pb
+
+PARAMETERS, SAMPLES = 13_000, 200
+
+
+def config(**changes):
+    settings = {"task": "synthetic", "steps": 8, "batch_size": 48, "microbatches": 12, "spheres": 6, "fan_out": 2}
+    small = {"chunk_bytes": 4096, "window_chunks": 2, "eval_every": None, "checkpoint_every": None}
+    return RunConfig(**{**settings, **small, **changes})
+
+
+def journal(directory):
+    records = [json.loads(line) for line in (directory / "journal.jsonl").read_text().splitlines()]
+    for record in records:  # every microbatch once
+        parts = sorted(tuple(part[:2]) for part in record["contributions"])
+        assert (parts[0][0], parts[-1][1]) == (0, 12)
+        assert all(before[1] == after[0] for before, after in pairwise(parts))
+    return records
+
+
+def contributors(record):
+    return {part[2] for part in record["contributions"]}
+
+
+@contextlib.asynccontextmanager
+async def tree_of(directory, task=None, **options):
+    network = MemoryNetwork()
+    task = task or Synthetic(parameters=PARAMETERS, samples=SAMPLES)
+    settings = options.pop("config", config())
+    async with local_tree(
+        settings, task, lambda name: MemoryTransport(network, name), directory=directory, **options
+    ) as tree:
+        yield tree
+
+
+@pytest.fixture
+def expected():
+    return reference(Synthetic(parameters=PARAMETERS, samples=SAMPLES), config()).weights_sha256
+
+
+@pytest.mark.parametrize("who", ["s-5", "s-1"])
+def test_a_sphere_that_drains_hands_over_and_goes(who, run, tmp_path, expected):
+    """A leaf, and an inner sphere with its children: what it computed goes up, and nothing is computed twice for it."""
+
+    async def main():
+        async with tree_of(tmp_path) as tree:
+            controller = tree.controller
+            controller.pause()
+            training = asyncio.create_task(tree.run())
+            await controller.advance(3)
+            going = asyncio.create_task(controller.advance(3))
+            tree.spheres[who].drain("a test")
+            await going
+            await asyncio.wait_for(asyncio.shield(tree.tasks[who]), 10)  # it ends by itself, without an error
+            del tree.tasks[who]
+            controller.resume()
+            sha256 = await training
+            return sha256, set(tree.tree.shape())
+
+    sha256, members = run(main())
+    assert sha256 == expected
+    assert members == {f"s-{n}" for n in range(1, 7)} - {who}
+    records = journal(tmp_path)
+    assert who in contributors(records[2])
+    assert who not in contributors(records[-1])
+    if who == "s-5":
+        assert [record["attempts"] for record in records] == [0] * 8, "nobody had to ask anybody again"
+
+
+def test_a_sphere_told_to_drain_by_a_directive_goes(run, tmp_path, expected):
+    async def main():
+        async with tree_of(tmp_path) as tree:
+            tree.controller.pause()
+            training = asyncio.create_task(tree.run())
+            await tree.controller.advance(2)
+            tree.tree.drain("s-6", "a test")
+            tree.controller.resume()
+            sha256 = await training
+            await asyncio.wait_for(asyncio.shield(tree.tasks.pop("s-6")), 10)
+            return sha256
+
+    assert run(main()) == expected
+
+
+def test_a_sphere_that_is_moved_takes_its_children_along(run, tmp_path, expected):
+    """N11: between steps. s-1, with s-3 and s-4, goes below s-2's child s-5."""
+
+    async def main():
+        async with tree_of(tmp_path) as tree:
+            controller, root = tree.controller, tree.tree
+            controller.pause()
+            training = asyncio.create_task(tree.run())
+            await controller.advance(2)
+            target = tree.spheres["s-5"].hub
+            new = pb.Ancestor(id="s-5", incarnation=target.incarnation, address=target.address)
+            root.hub.direct(pb.Directive(target_sphere_id="s-1", kind=pb.DIRECTIVE_KIND_MOVE, parent=new))
+            await asyncio.wait_for(root.until(lambda: root.parent_of("s-1") == "s-5"), 10)
+            assert [node.id for node in tree.spheres["s-3"].hub.path] == ["control", "s-2", "s-5", "s-1", "s-3"]
+            controller.resume()
+            return await training, root.shape()
+
+    sha256, shape = run(main())
+    assert sha256 == expected
+    assert shape == {"s-1": "s-5", "s-2": "control", "s-3": "s-1", "s-4": "s-1", "s-5": "s-2", "s-6": "s-2"}
+    assert [record["attempts"] for record in journal(tmp_path)] == [0] * 8
+
+
+def test_a_move_to_where_nobody_is_ends_at_the_old_parent(run, tmp_path, expected):
+    async def main():
+        async with tree_of(tmp_path) as tree:
+            controller, root = tree.controller, tree.tree
+            controller.pause()
+            training = asyncio.create_task(tree.run())
+            await controller.advance(2)
+            nobody = pb.Ancestor(id="s-9", incarnation=1, address="127.0.0.1:1")
+            root.hub.direct(pb.Directive(target_sphere_id="s-3", kind=pb.DIRECTIVE_KIND_MOVE, parent=nobody))
+            # it has a new link to the same parent: the second time that it joined
+            await asyncio.wait_for(
+                root.until(lambda: root.spheres["s-3"].link[1] > 1 and root.spheres["s-3"].active), 10
+            )
+            controller.resume()
+            return await training, root.parent_of("s-3")
+
+    assert run(main()) == (expected, "s-1")
+
+
+def test_a_sphere_whose_id_control_has_given_to_another_enrolls_anew(run, tmp_path, expected):
+    async def main():
+        async with tree_of(tmp_path) as tree:
+            controller, root, sphere = tree.controller, tree.tree, tree.spheres["s-2"]
+            controller.pause()
+            training = asyncio.create_task(tree.run())
+            await controller.advance(2)
+            root.grant(
+                control_pb2.EnrollSphereRequest(protocol_version=1, request_id="x", sphere_id="s-2", host="else")
+            )
+            sphere.parent.cut(StaleError("a test"))
+            await asyncio.wait_for(root.until(lambda: "s-7" in root.shape()), 10)
+            controller.resume()
+            return await training, sphere.hub.id
+
+    assert run(main()) == (expected, "s-7")
+
+
+class Fails(Synthetic):
+    """Raises in step 3, so often, on whatever it is given."""
+
+    times = 1
+
+    def gradient(self, weights, samples, rng, out):
+        if self.times and rng.bit_generator.state["state"]["key"][1] == 3:
+            self.times -= 1
+            raise ArithmeticError("no luck")
+        return super().gradient(weights, samples, rng, out)
+
+
+@pytest.mark.parametrize("who", ["s-5", "s-1"])
+def test_a_task_that_raises_on_one_sphere_is_computed_elsewhere(who, run, tmp_path, expected):
+    """DESIGN section 5: an exception is no death. s-1 has children: they compute what it could not."""
+    bad = Fails(parameters=PARAMETERS, samples=SAMPLES)
+    good = Fails(parameters=PARAMETERS, samples=SAMPLES)
+    good.times = 0
+
+    async def main():
+        async with tree_of(tmp_path, good, sphere_task=lambda name: bad if name == who else good) as tree:
+            sha256 = await tree.run()
+            return sha256, tree.spheres[who].hub.activity, who in tree.tree.shape()
+
+    sha256, activity, there = run(main())
+    assert sha256 == expected
+    assert bad.times == 0
+    assert who not in contributors(journal(tmp_path)[3])
+    assert there
+    assert "set aside" in activity or "done" in activity
+
+
+def test_a_task_that_raises_on_two_spheres_halts_the_run(run, tmp_path):
+    bad = Fails(parameters=PARAMETERS, samples=SAMPLES)
+    bad.times = 100
+
+    async def main():
+        async with tree_of(tmp_path, bad) as tree:
+            with pytest.raises(
+                GradientError, match=r"task failed on s-\d (and before that on s-\d )?in step 3"
+            ) as info:
+                await tree.run()
+            assert tree.controller.step == 3
+            return info.value.details, 100 - bad.times
+
+    details, tried = run(main())
+    assert "raise ArithmeticError" in details
+    assert tried <= 6, "never a run through all microbatches on all spheres"
+
+
+def test_a_task_that_raises_where_there_is_nobody_else_halts_the_run(run, tmp_path):
+    bad = Fails(parameters=PARAMETERS, samples=SAMPLES)
+    bad.times = 100
+
+    async def main():
+        async with tree_of(tmp_path, bad, config=config(spheres=1)) as tree:
+            with pytest.raises(GradientError, match=r"task failed on s-1 in step 3, microbatch 0"):
+                await tree.run()
+
+    run(main())
+    assert bad.times == 99
