@@ -58,8 +58,9 @@ run: $(VENV)/.runtime ## Train digits on a tree of six spheres (ARGS="..." adds 
 test: $(VENV)/.dev ## Run the tests (ARGS="-k name" narrows them)
 	$(BIN)/python -m pytest $(ARGS)
 
-simulate: $(VENV)/.dev ## Run SEEDS=1000 seeded runs with faults on virtual time (ARGS="--kinds ..." chooses faults)
+simulate: $(VENV)/.dev ## Run SEEDS=1000 seeded runs with faults on virtual time, then 1,000 spheres
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS) $(ARGS)
+	$(BIN)/python -m tests.simulation --spheres 10,100,1000
 
 clean: ## Remove environments, caches and build output; runs/ stays
 	@echo 'clean: removing environments, caches and build output'
