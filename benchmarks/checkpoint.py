@@ -65,11 +65,11 @@ async def measure(parameters: int, rounds: int, directory: Path) -> dict[str, An
     checkpoints = Checkpoints(directory / "checkpoints", keep=2)
     saver = Saver(checkpoints, lambda _, record: told.append(record))
     saver.copies.reserve(training.weights, training.optimizer)
-    alone = [await asyncio.to_thread(training.step) for _ in range(10)]
+    alone: list[float] = []
     blocking: list[float] = []
     beside: list[list[float]] = []
     for number in range(rounds + 1):
-        await asyncio.to_thread(training.step)
+        alone += [await asyncio.to_thread(training.step) for _ in range(3)]
         # as training stood still before: everything but the copy, and waited for
         began = time.perf_counter()
         await saver.begin(training.snapshot, no_spheres(), copied=False)
@@ -87,7 +87,7 @@ async def measure(parameters: int, rounds: int, directory: Path) -> dict[str, An
             assert checkpoints.load().run.weights_sha256 == sha256
     training.journal.close()
     background = told[1::2]
-    del blocking[0], background[0], beside[0]  # the first of each kind warms up
+    del blocking[0], background[0], beside[0], alone[:3]  # the first of each kind warms up
     stalls = [record["stall_seconds"] for record in background]
     steps = [seconds for each in beside for seconds in each]
     return {

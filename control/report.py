@@ -302,12 +302,14 @@ def _sphere_table(spheres: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _event_table(events: Sequence[Mapping[str, Any]]) -> str:
-    """List what is out of the ordinary: lost spheres, failed checkpoints, errors."""
+    """List what is out of the ordinary: lost spheres, what is not finite, failed checkpoints, errors."""
     odd, over = [], False
     for e in events:
         if e.get("event") == "state":
             over = e.get("state") in ("completed", "stopped", "error")
-        elif e.get("event") == "error" or e.get("ok") is False or (e.get("event") == "sphere_lost" and not over):
+        elif e.get("event") in ("error", "nonfinite") or e.get("ok") is False:
+            odd.append(e)
+        elif e.get("event") == "sphere_lost" and not over:
             odd.append(e)  # spheres that leave when all is over do as they were told
     if not odd:
         return ""

@@ -20,6 +20,7 @@ from spheres.errors import (
     DecodeError,
     GradientError,
     RefusedError,
+    StaleError,
     UnreachableError,
     VersionMismatchError,
 )
@@ -75,6 +76,7 @@ class Tree:
         self.hub.hooks.logged = self._logged
         lease = Lease(config.patience_seconds)
         self.children = Children(self.hub, environment=environment_fingerprint(), lease=lease)
+        self.children.vet = self._vet
         self._keeping: asyncio.Task[None] | None = None
         #: told when a sphere joins or is lost, wherever in the tree: event, sphere, reason
         self.changed: Callable[[str, str, str], None] = lambda _event, _sphere, _reason: None
@@ -166,6 +168,12 @@ class Tree:
             path_incarnations=[node.incarnation for node in path],
             term=self.term,
         )
+
+    def _vet(self, hello: pb.Hello) -> None:
+        """Raise StaleError where the id has been given to a later life: then the sphere enrolls anew."""
+        sphere = self.spheres.get(hello.sphere_id)
+        if sphere is not None and hello.incarnation < sphere.incarnation:
+            raise StaleError(f"{hello.sphere_id} is another sphere's by now: enroll anew")
 
     def _ancestor(self, id: str) -> pb.Ancestor:
         if id == CONTROL:

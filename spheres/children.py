@@ -79,8 +79,6 @@ class Children:
 
     def look(self, now: float) -> None:
         """End the links of children whose lease has run out (N10)."""
-        if not self._lease.judges(now):
-            return  # their signs of life may lie here unread
         for child in list(self._hub.children.values()):
             if self._lease.silent(child.heard, now):
                 error = LinkClosedError(f"{child.id} gave no sign of life for {now - child.heard:.1f} s (--patience)")
@@ -89,7 +87,7 @@ class Children:
                 self._hub.dismiss(child, str(error))
 
     async def keep(self, *, fence: Callable[[ArmillaryError], None], look: Callable[[float], None]) -> None:
-        """Keep this node's lease and those of its children until cancelled; ``look`` is called at each tick.
+        """Keep this node's lease and those of its children until cancelled; ``look`` is called at most ticks.
 
         Where this node itself was away for too long all links below end, and ``fence`` ends the one above (N10).
         """
@@ -97,13 +95,16 @@ class Children:
         lease.tick(loop.time())
         while True:
             await asyncio.sleep(lease.interval)
-            self.look(loop.time())
-            error = lease.tick(loop.time())
+            now = loop.time()
+            attentive = lease.judges(now)
+            error = lease.tick(now)
             if error is not None:
                 log.warning("%s: %s", self._hub.id, error)
                 self.drop(error)
                 fence(error)
-            look(loop.time())
+            if attentive:  # else the signs of life of others may lie here unread
+                self.look(now)
+                look(now)
 
     async def work(self, link: Link) -> None:
         """Serve one Work stream. What it raises is the reason with which the link is closed."""
@@ -159,7 +160,7 @@ class Children:
 
     async def _write(self, child: Child, link: Link) -> None:
         outbox, now = child.outbox, asyncio.get_running_loop().time
-        while True:
+        while self._hub.children.get(child.id) is child:  # what was fenced sends nothing more (N10)
             self._lease.check(now())
             data = outbox.next()
             if data is not None:

@@ -200,9 +200,10 @@ class _Totals:
         return copy
 
     def add(self, record: Mapping[str, Any]) -> None:
-        samples = record["batch_samples"]
+        # a mean is over what was not left out
+        samples = record.get("used_samples", record["batch_samples"])
         self.steps += 1
-        self.samples += samples
+        self.samples += record["batch_samples"]
         self.bytes += record["bytes_up"] + record["bytes_down"]
         self.weight += samples
         self.last = record

@@ -228,6 +228,26 @@ def abandon(tasks: Iterable[asyncio.Task[Any]]) -> None:
             break
 
 
+_CLOCKS = {
+    name: getattr(time, name) for name in ("time", "monotonic", "perf_counter", "monotonic_ns", "perf_counter_ns")
+}
+#: where this project's modules have them, by the number of modules that were there to look through
+_places: tuple[int, list[tuple[Any, str, str]]] = (0, [])
+
+
+def _find_clocks() -> list[tuple[Any, str, str]]:
+    """Return module, attribute and clock of each place that must show another time."""
+    global _places  # noqa: PLW0603 - looking through every module costs as much as a small run
+    if _places[0] != len(sys.modules):
+        found = [(time, name, name) for name in _CLOCKS]
+        for module_name, module in list(sys.modules.items()):
+            if module_name.partition(".")[0] in ("spheres", "control"):
+                for attribute, value in vars(module).items():
+                    found += [(module, attribute, name) for name, real in _CLOCKS.items() if value is real]
+        _places = (len(sys.modules), found)
+    return _places[1]
+
+
 @contextlib.contextmanager
 def virtual_time(loop: VirtualLoop) -> Iterator[None]:
     """Let all clocks that this project's modules read show the loop's time."""
@@ -238,16 +258,11 @@ def virtual_time(loop: VirtualLoop) -> Iterator[None]:
         "monotonic_ns": lambda: int(loop.time() * 1e9),
         "perf_counter_ns": lambda: int(loop.time() * 1e9),
     }
-    reals = {name: getattr(time, name) for name in fakes}
-    places: list[tuple[Any, str, str]] = [(time, name, name) for name in fakes]
-    for module_name, module in list(sys.modules.items()):
-        if module_name.partition(".")[0] in ("spheres", "control"):
-            for attribute, value in vars(module).items():
-                places += [(module, attribute, name) for name, real in reals.items() if value is real]
+    places = _find_clocks()
     try:
         for module, attribute, name in places:
             setattr(module, attribute, fakes[name])
         yield
     finally:
         for module, attribute, name in places:
-            setattr(module, attribute, reals[name])
+            setattr(module, attribute, _CLOCKS[name])

@@ -419,7 +419,7 @@ def test_a_sphere_reads_its_environment_and_refuses_to_be_seen(ask: Ask) -> None
 # --- help and versions ------------------------------------------------------------------------------------------------
 
 COMMANDS = (
-    "", "start", "doctor", "status", "watch", "spheres", "pause", "resume", "stop", "config", "config show",
+    "", "start", "doctor", "replay", "status", "watch", "spheres", "pause", "resume", "stop", "config", "config show",
     "spawn", "drain", "terminate", "rebalance", "logs", "chaos",
     "checkpoint", "checkpoint create", "checkpoint list", "checkpoint restore", "checkpoint inspect",
     "checkpoint verify", "checkpoint diff", "checkpoint export", "sphere", "sphere start",

@@ -1,6 +1,7 @@
-"""One suite for Link and Transport: what their docstrings say, in memory and over gRPC."""
+"""One suite for Link and Transport: what their docstrings say, in memory (with delays too) and over gRPC."""
 
 import asyncio
+import random
 import socket
 from contextlib import asynccontextmanager
 
@@ -21,6 +22,7 @@ from spheres.errors import (
 )
 from spheres.grpc_link import GrpcTransport
 from spheres.testing.memory import MemoryNetwork, MemoryTransport
+from spheres.testing.network import FaultyNetwork
 from spheres.transport import Handlers, Rpc
 
 ANY_PORT = "127.0.0.1:0"
@@ -29,9 +31,11 @@ ERRORS = [getattr(errors, name) for name in errors.__all__]
 over_grpc_only = pytest.mark.parametrize("transport", ["grpc"], indirect=True)
 
 
-@pytest.fixture(params=["memory", "grpc"])
+@pytest.fixture(params=["memory", "delayed", "grpc"])
 def transport(request):
-    return MemoryTransport(MemoryNetwork()) if request.param == "memory" else GrpcTransport()
+    if request.param == "grpc":
+        return GrpcTransport()
+    return MemoryTransport(MemoryNetwork() if request.param == "memory" else FaultyNetwork(random.Random(0)))
 
 
 class Ends:

@@ -378,3 +378,25 @@ def test_a_disk_that_is_full_leaves_no_checkpoint_of_a_step_that_was_not_committ
 
     assert run(train()) == reference(task, chosen).weights_sha256
     assert [r["step"] for r in records(tmp_path)] == [0, 1, 2, 2, 3, 4, 5]
+
+
+@pytest.mark.processes
+def test_what_was_not_committed_is_no_result_either(run, tmp_path, monkeypatch):
+    """The weights in memory are a step ahead of the journal: they are neither written nor named."""
+    from control.journal import Journal
+    from control.training import run as run_training
+
+    append = Journal.append
+
+    def full(journal: Journal, record: Any) -> None:
+        if record["step"] == 3:
+            raise ArmillaryError("cannot write journal.jsonl: No space left on device; make room, then go on")
+        append(journal, record)
+
+    monkeypatch.setattr(Journal, "append", full)
+    settings = config("halt", spheres=1, run_dir=tmp_path / "run")
+    summary = run(run_training(settings))
+    assert (summary.state, summary.steps, summary.weights_sha256) == ("error", 3, "")
+    assert "No space left" in str(summary.error)
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))

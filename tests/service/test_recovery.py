@@ -16,6 +16,7 @@ from control.testing import local_tree
 from spheres.errors import GradientError, StaleError
 from spheres.testing.memory import MemoryNetwork, MemoryTransport
 from spheres.testing.synthetic import Synthetic
+from spheres.v1 import control_pb2
 from spheres.v1 import work_pb2 as pb
 
 PARAMETERS, SAMPLES = 13_000, 200
@@ -149,12 +150,9 @@ def test_a_sphere_whose_id_control_has_given_to_another_enrolls_anew(run, tmp_pa
             controller.pause()
             training = asyncio.create_task(tree.run())
             await controller.advance(2)
-
-            def vet(hello):
-                if hello.sphere_id == "s-2":
-                    raise StaleError("s-2 is another now")
-
-            root.children.vet = vet
+            root.grant(
+                control_pb2.EnrollSphereRequest(protocol_version=1, request_id="x", sphere_id="s-2", host="else")
+            )
             sphere.parent.cut(StaleError("a test"))
             await asyncio.wait_for(root.until(lambda: "s-7" in root.shape()), 10)
             controller.resume()

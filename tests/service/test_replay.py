@@ -389,3 +389,21 @@ def test_the_command_has_the_exit_codes_of_its_errors(digits, capsys):
     ):
         assert run_command(app, ["replay", *words]) == code
         assert said in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_can_be_replayed(run, tmp_path):
+    """Nothing is locked or written: what is in the journal by now is compared."""
+
+    async def train() -> list[ReplayedStep]:
+        async with tree_of(config(), tmp_path) as tree:
+            running = asyncio.create_task(tree.run())
+            await tree.controller.advance(6)
+            before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+            steps = await asyncio.to_thread(replayed, tmp_path, 5)
+            assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+            tree.controller.resume()
+            await running
+            return steps
+
+    steps = run(train())
+    assert [(s.step, s.equal) for s in steps] == [(n, True) for n in range(6)]

@@ -15,7 +15,7 @@ from collections import Counter
 from functools import partial
 from typing import Any
 
-from tests.simulation.plan import KINDS, WORKING, make_plan
+from tests.simulation.plan import KINDS, make_plan
 from tests.simulation.plants import PLANTS, planted
 from tests.simulation.scale import scale, table
 from tests.simulation.world import SeedError, World
@@ -42,7 +42,7 @@ def shrink(seed: int, kinds: tuple[str, ...], drop: list[int], plant: str) -> li
 
 def command(seed: int, arguments: argparse.Namespace, drop: list[int]) -> str:
     text = f"python -m tests.simulation --seed {seed} --trace"
-    if arguments.kinds != ",".join(WORKING):
+    if arguments.kinds != ",".join(KINDS):
         text += f" --kinds {arguments.kinds}"
     if drop:
         text += f" --drop {','.join(map(str, sorted(drop)))}"
@@ -56,7 +56,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1000, help="how many")
     parser.add_argument("--start", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="only this one")
-    parser.add_argument("--kinds", default=",".join(WORKING), help=f"faults, of {', '.join(KINDS)}; +KIND adds one")
+    parser.add_argument(
+        "--kinds", default=",".join(KINDS), help=f"faults, of {', '.join(KINDS)}; -KIND,... leaves some out"
+    )
     parser.add_argument("--drop", default="", help="numbers of faults to leave out")
     parser.add_argument("--trace", action="store_true", help="print what happens, with virtual times")
     parser.add_argument("--messages", action="store_true", help="print every message too")
@@ -66,10 +68,8 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=5, help="failures after which to stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
-    if arguments.kinds.startswith("+"):
-        arguments.kinds = ",".join((*WORKING, *arguments.kinds[1:].split(",")))
-    if arguments.kinds == "all":
-        arguments.kinds = ",".join(KINDS)
+    if arguments.kinds.startswith("-"):
+        arguments.kinds = ",".join(kind for kind in KINDS if kind not in arguments.kinds[1:].split(","))
     kinds = tuple(arguments.kinds.split(","))
     unknown = set(kinds) - set(KINDS)
     if unknown:

@@ -2,16 +2,16 @@
 
 import pytest
 
-from tests.simulation.plan import WORKING, make_plan
+from tests.simulation.plan import make_plan
 from tests.simulation.world import World
 
 
 @pytest.mark.parametrize("first", range(0, 150, 15))
 def test_any_tree_with_any_faults_gives_the_weights_of_the_plain_loop(first: int) -> None:
     for seed in range(first, first + 15):
-        World(make_plan(seed, WORKING)).run()
+        World(make_plan(seed)).run()
 
 
 def test_a_seed_is_the_same_run_each_time() -> None:
-    plan = make_plan(17, WORKING)
+    plan = make_plan(17)
     assert World(plan).run() == World(plan).run()

@@ -32,7 +32,7 @@ from control.testing import HOST, ControlNode, control_node
 from spheres.blocks import Block, halves
 from spheres.config import NodeConfig
 from spheres.environment import environment_fingerprint
-from spheres.errors import ArmillaryError, CheckpointError
+from spheres.errors import ArmillaryError, CheckpointError, GradientError
 from spheres.frames import decode
 from spheres.numerics import add_sums
 from spheres.sphere import Sphere, SphereOptions
@@ -138,6 +138,7 @@ class World:
         self.finished: asyncio.Future[None]
         self.network: FaultyNetwork
         self.over = False
+        self.halted = False
         #: for each commit: when, and control's messages and turns of the loop so far
         self.steps: list[tuple[float, int, int]] = []
         self.control_turns = 0
@@ -273,10 +274,21 @@ class World:
             self.over = True
             if not self.finished.done():
                 self.finished.set_result(None)
+        elif isinstance(error, GradientError) and self._may_halt(str(error)):
+            self.over = self.halted = True
+            self.counts["halted"] += 1
+            if not self.finished.done():
+                self.finished.set_result(None)
         elif isinstance(error, ArmillaryError) and self.counts["disk"]:
             self.loop.call_later(1.0, self._control_again)
         elif not self.finished.done():
             self.finished.set_exception(error)
+
+    def _may_halt(self, reason: str) -> bool:
+        """Whether a run is to end so: a gradient is not finite, or two spheres raised on one microbatch."""
+        if "not finite" in reason:
+            return self.counts["nan"] > 0
+        return self.counts["raise"] > 1 and "and before that on" in reason
 
     def _control_again(self) -> None:
         if self.disk.full:
@@ -351,6 +363,8 @@ class World:
         trouble, _, always = node.trouble.partition(" ")
         if not always:
             node.trouble = ""
+        if trouble:
+            self.network.changes += 2  # once more elsewhere, and here again after a rest
         return trouble
 
     def _sphere_ended(self, node: Node) -> None:
@@ -540,6 +554,8 @@ class World:
     def _check_end(self) -> None:
         try:
             self._check_refusals()
+            if self.halted:
+                return
             self._check_journal(reference(self.task, self.config))
         except AssertionError as error:
             raise SeedError(self._story(error)) from None
@@ -659,9 +675,10 @@ class World:
     def _leave(self, fault: Fault) -> None:
         node = self._one(fault)
         if node is not None and node.sphere is not None:
-            self.say(f"FAULT {self.called(node)} leaves")
+            drains, sphere = fault.variant < 0.5, node.sphere
+            self.say(f"FAULT {self.called(node)} {'drains' if drains else 'leaves at once'}")
             node.leaving, node.again = True, False
-            node.process.context().run(node.sphere.stop)
+            node.process.context().run((lambda: sphere.drain("a fault")) if drains else sphere.stop)
 
     def _join(self, fault: Fault) -> None:
         self.say("FAULT join")

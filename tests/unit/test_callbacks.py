@@ -473,3 +473,19 @@ def test_who_is_registered_or_unregistered_by_a_callback_counts_from_the_next_ev
     assert heard == ["first", "last"]
     registry.emit(Event("epoch_end", 19, 1), run)
     assert heard == ["first", "last", "first", "new"]
+
+
+def test_progress_says_what_is_not_finite_and_its_means_leave_out_what_was_left_out() -> None:
+    stream = io.StringIO()
+    progress, run = Progress(json_lines=True, stream=stream, clock=lambda: 0.0), FakeRun(Path())
+    progress.on_train_start(Event("train_start", 0, 0), run)
+    whole = {**step_record(0, loss=0.5), "used_samples": 60}
+    skipped = {**step_record(1), "loss": None, "metrics": {}, "used_samples": 0}
+    for record in (whole, skipped):
+        progress._totals.add(record)
+    assert progress._totals.means()["loss"] == 0.5
+    assert progress._totals.samples == whole["batch_samples"] + skipped["batch_samples"]
+    for loud in (True, False):
+        told = {"decision": "skipped_step", "reason": "microbatch 3 of s-2 is not finite", "loud": loud}
+        progress.on_nonfinite(Event("nonfinite", 1, 0, told), run)
+    assert stream.getvalue().count("microbatch 3 of s-2") == 1
