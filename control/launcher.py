@@ -10,12 +10,12 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from control.processes import is_sphere, log_of
+from control.processes import is_sphere, log_of, spheres_of
 from control.restarts import Restarts
 
 __all__ = ["Ended", "LocalSpheres"]
@@ -26,6 +26,11 @@ log = logging.getLogger(__name__)
 SINGLE_THREAD = dict.fromkeys(
     ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
 )
+#: seconds in which spheres of a control that was killed come back: they dial again with pauses of up to a second, and
+#: control's start has taken some of that time already
+_COME_BACK_SECONDS = 3.0
+#: seconds between two looks at which of them live
+_LOOK_SECONDS = 0.2
 #: seconds that spheres have to end by themselves, after a signal, and after SIGKILL
 _GRACE_SECONDS = (1.0, 5.0, 5.0)
 
@@ -165,6 +170,30 @@ class LocalSpheres:
                 raise
             slot.keeper = asyncio.create_task(self._keep(slot))
         return pids
+
+    async def adopt_who_comes_back(
+        self, linked: Callable[[], set[int]], until: Callable[[Callable[[], bool]], Awaitable[None]]
+    ) -> int:
+        """Wait for spheres that a control that was killed has left, and keep them; return how many.
+
+        ``linked`` gives the processes of this machine that have a way to control; ``until`` waits for a change there.
+        """
+        deadline = time.monotonic() + _COME_BACK_SECONDS
+        left: set[int] = set()
+
+        def all_back() -> bool:
+            return left <= linked()
+
+        while time.monotonic() < deadline:
+            left = set(await asyncio.to_thread(spheres_of, self._address))  # each time: some may die on the way
+            if all_back():
+                break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    await until(all_back)
+        adopted = [pid for pid in linked() if self.adopt(pid)]
+        log.info("adopted %d spheres", len(adopted))
+        return len(adopted)
 
     def adopt(self, pid: int) -> bool:
         """Keep a sphere that an earlier control had started for this run; False where that is another process."""

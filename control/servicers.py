@@ -193,9 +193,9 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         yield pb.DownloadWeightsResponse(weights_sha256=sha256)
 
     async def _once(self, request_id: str, work: Callable[[], Coroutine[Any, Any, Any]], context: Any) -> Any:
-        """Do ``work`` and return its answer; a retry of the same request gets the answer of the first."""
+        """Do ``work`` and return its answer; a retry of the same request gets it too, unless it was an error."""
         task = self._answers.get(request_id)
-        if task is None:
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
             task = asyncio.create_task(work())
             if request_id:
                 self._answers[request_id] = task

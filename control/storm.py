@@ -91,6 +91,7 @@ class Storm:
             await self._until(lambda: self._step > self._first_step, COMMIT_SECONDS)
             if self._step == self._first_step:
                 raise RunStateError(f"no step was committed in {COMMIT_SECONDS:g} s; see control-cli status")
+            await self._living()  # for a fault that comes when control is away
             self._began = loop.time()
             for fault in faults:
                 await self._until(lambda: self._over, self._began + fault.at - loop.time())
@@ -158,13 +159,11 @@ class Storm:
         if fault.kind == "control":
             jobs.append(asyncio.create_task(self._kill_control(fault)))
             return
-        target = choose(fault, await self._living())
-        if target is None:
+        found = await self._hold_one(fault)
+        if found is None:
             self._say({"event": "nobody", "kind": fault.kind, "why": "no sphere of that kind is here now"})
             return
-        descriptor = self._held(target)
-        if descriptor is None:
-            return
+        target, descriptor = found
         if fault.kind == "kill":
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(descriptor, signal.SIGKILL)
@@ -174,6 +173,16 @@ class Storm:
             self._stopped[target.pid] = descriptor
             jobs.append(asyncio.create_task(self._go_on_later(target.pid)))
         self._note(fault, target)
+
+    async def _hold_one(self, fault: Fault) -> tuple[Target, int] | None:
+        """Return who is hit, and a descriptor of its process; None where nobody is there."""
+        targets = await self._living()
+        while (target := choose(fault, targets)) is not None:
+            descriptor = self._held(target)
+            if descriptor is not None:
+                return target, descriptor
+            targets.remove(target)
+        return None
 
     def _note(self, fault: Fault, target: Target) -> None:
 
@@ -206,7 +215,7 @@ class Storm:
             if self._targets in ("any", role):
                 found.append(Target(sphere.sphere_id, said.pid, role))
         self._last_seen = found
-        return found
+        return list(found)
 
     def _held(self, target: Target) -> int | None:
         """Return a descriptor of a target's process, once it is sure that it is a sphere of this run."""

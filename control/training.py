@@ -27,7 +27,6 @@ from control.events import Callback, CallbackRegistry
 from control.initial import initial_weights, node_config
 from control.journal import EventLog, Journal
 from control.launcher import Ended, LocalSpheres
-from control.processes import spheres_of
 from control.report import write_report
 from control.run_dir import RunDirectory
 from control.schedules import follows_total
@@ -48,11 +47,6 @@ log = logging.getLogger(__name__)
 
 #: seconds that spheres have to say for the last time what they have done
 _LAST_REPORTS_SECONDS = 2.0
-#: seconds in which spheres of a control that was killed come back: they dial again with pauses of up to a second, and
-#: control's start has taken some of that time already
-_COME_BACK_SECONDS = 3.0
-#: seconds between two looks at which of them live
-_LOOK_SECONDS = 0.2
 #: seconds that spheres have to go once they are told that the run is over
 _FAREWELL_SECONDS = 5.0
 #: processes started by one request
@@ -274,30 +268,15 @@ class Training:
         await self._local.start(max(0, config.spheres - await self._adopt()))
 
     async def _adopt(self) -> int:
-        """Wait for the local spheres that a control that was killed has left; return how many have come back."""
+        """Take back the local spheres that a control that was killed has left; return how many there are."""
         if not self._came_back:
             return 0
-        host, spheres, address = socket.gethostname(), self._tree.spheres, self._tree.address
-        deadline = time.monotonic() + _COME_BACK_SECONDS
-        left: set[int] = set()
+        host, spheres = socket.gethostname(), self._tree.spheres
 
-        def back() -> dict[int, str]:
-            return {s.pid: s.id for s in spheres.values() if s.member.host == host and s.active}
+        def linked() -> set[int]:
+            return {sphere.pid for sphere in spheres.values() if sphere.active and sphere.member.host == host}
 
-        def all_back() -> bool:
-            return left <= back().keys()
-
-        while time.monotonic() < deadline:
-            left = set(await asyncio.to_thread(spheres_of, address))  # again and again: some may die on the way
-            if all_back():
-                break
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_SECONDS):
-                    await self._tree.until(all_back)
-        ours = {pid: id for pid, id in back().items() if self._local.adopt(pid)}
-        if ours:
-            log.info("adopted %s", ", ".join(ours.values()))
-        return len(ours)
+        return await self._local.adopt_who_comes_back(linked, self._tree.until)
 
     async def _listen(self, last_address: str) -> None:
         """Listen where a control that was killed had listened: its spheres may still dial there (DESIGN section 5)."""

@@ -34,6 +34,8 @@ _SETTLE_SECONDS = 0.25
 _ASIDE_SECONDS, _LONGEST_ASIDE = 2.0, 64.0
 #: changes below that are told again on a new link: the last ones may have been lost with the old one
 _CHANGES = 256
+#: spheres of which it is known by which child they are reached; directives to others go to all children
+_MOST_WAYS = 20_000
 
 
 class Hub:
@@ -69,6 +71,8 @@ class Hub:
         self._aside_until = 0.0
         self.leaving = ""
         self._said: deque[pb.SphereChange] = deque(maxlen=_CHANGES)
+        # sphere further down -> the child that leads there
+        self._ways: dict[str, str] = {}
         self.watchdog = Watchdog(config.patience_seconds)
         self._capacity = self.ledger.capacity
         self._down_bytes = 0
@@ -123,8 +127,10 @@ class Hub:
         self.ledger.active = False
 
     def direct(self, directive: pb.Directive) -> None:
-        """Send a directive down, hop by hop."""
-        self._notice(pb.WorkResponse(directive=directive))
+        """Send a directive down, hop by hop: to the child that leads to its sphere, to all where that is not known."""
+        target = directive.target_sphere_id
+        child = self.children.get(target) or self.children.get(self._ways.get(target, ""))
+        self._notice(pb.WorkResponse(directive=directive), [child] if child is not None else None)
 
     # ---- parent edge: what came down
 
@@ -330,6 +336,7 @@ class Hub:
             self.log(message.log_report)
             return
         if message.HasField("sphere_change"):
+            self._note_way(message.sphere_change, child)
             self.change(message.sphere_change)
             return
         if message.HasField("capacity"):
@@ -417,9 +424,18 @@ class Hub:
         self._up.append(message)
         self.wake_up()
 
-    def _notice(self, message: pb.WorkResponse) -> None:
-        """Send all children what belongs to no step; the link of one that has stopped reading ends."""
-        for child in self.children.values():
+    def _note_way(self, change: pb.SphereChange, child: Child) -> None:
+        """Remember by which child a sphere further down is reached."""
+        if not change.lost:
+            self._ways[change.sphere_id] = child.id
+            if len(self._ways) > _MOST_WAYS:
+                del self._ways[next(iter(self._ways))]
+        elif self._ways.get(change.sphere_id) == child.id:
+            del self._ways[change.sphere_id]
+
+    def _notice(self, message: pb.WorkResponse, children: Iterable[Child] | None = None) -> None:
+        """Send children, all or these, what belongs to no step; the link of one that has stopped reading ends."""
+        for child in self.children.values() if children is None else children:
             try:
                 child.outbox.notice(message)
             except LinkClosedError as error:

@@ -261,7 +261,7 @@ class Parent:
 
     async def _write(self, link: Link) -> None:
         hub, now = self._hub, asyncio.get_running_loop().time
-        while True:
+        while self._cut is not None and not self._cut.done():
             self._lease.check(now())  # an item that is taken counts as sent
             item = hub.next_up()
             if item is None:

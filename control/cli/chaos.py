@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json as json_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,6 +34,8 @@ def chaos(
     verbose: VerboseFlag = 0,
 ) -> None:
     """Kill and stop spheres of this machine at random; say how long each time until the next step is committed."""
+    import asyncio
+
     from control.chaos import parse_rate, schedule
     from control.storm import Storm
     from control.units import parse_duration

@@ -470,3 +470,33 @@ def test_a_task_that_fails_rests_longer_each_time() -> None:
         call()
         assert leaf.ledger.capacity == 1
         leaf.work = Work(1, number, TRAIN)  # let the next number follow
+
+
+def test_a_directive_goes_the_way_to_its_sphere_and_to_all_where_that_is_not_known() -> None:
+    hub = Hub(config(), "control")
+    left, _ = join(hub, "left")
+    right, _ = join(hub, "right")
+
+    def told(target: str) -> list[str]:
+        hub.direct(pb.Directive(target_sphere_id=target, kind=pb.DIRECTIVE_KIND_DRAIN))
+        found = []
+        for child in (left, right):
+            while (message := child.outbox.next()) is not None:
+                if decode(pb.WorkResponse, message).HasField("directive"):
+                    found.append(child.id)
+        return found
+
+    def change(child: Child, *, lost: bool = False) -> None:
+        news = pb.SphereChange(sphere_id="deep", incarnation=1, session=1, parent_id=child.id, lost=lost)
+        hub.on_request(child, pb.WorkRequest(sphere_change=news))
+
+    assert told("left") == ["left"]
+    assert told("") == ["left", "right"]
+    assert told("deep") == ["left", "right"]
+    change(right)
+    assert told("deep") == ["right"]
+    change(left)  # it has moved; the news of the old link comes late
+    change(right, lost=True)
+    assert told("deep") == ["left"]
+    hub.dismiss(left, "it went")
+    assert told("deep") == ["right"], "who knows where it is by now"
