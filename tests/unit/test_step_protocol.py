@@ -23,7 +23,6 @@ from spheres.config import PROTOCOL_VERSION, NodeConfig
 from spheres.errors import ProtocolError
 from spheres.frames import blocks_to, decode
 from spheres.hub import EVALUATE, TRAIN, Child, Hub, Outgoing, Work
-from spheres.ledger import SELF
 from spheres.outbox import Outbox
 from spheres.reducer import Held
 from spheres.sampling import evaluation_slice
@@ -31,6 +30,7 @@ from spheres.task import Sums
 from spheres.tensors import Manifest
 from spheres.v1 import work_pb2 as pb
 from spheres.worker import Failure, Unit
+from tests.invariants import HubWatch
 
 #: elements per row; a chunk is whole rows
 ROW = 16
@@ -106,6 +106,7 @@ class Node:
         self.slowness = sim.rng.choice([1, 1, 1, 1, 8, 60])
         self.worker = None if relay or name == CONTROL else InlineWorker(self)
         self.hub = Hub(sim.config, name, incarnation=incarnation, worker=self.worker)  # type: ignore[arg-type]
+        self.held_to = HubWatch(self.hub, None if self.worker is None else self.worker.given)
         self.hub.address = name
         self.hub.wake_up = lambda: self.link.wake(UP) if self.link else None
         self.hub.hooks.stuck = lambda: self.link.cut() if self.link else None
@@ -114,9 +115,6 @@ class Node:
         self.link: Link | None = None
         self.session = 0
         self.ancestors: list[Any] = []
-        #: slots that were checked
-        self.slots: Mapping[Block, str] = {}
-        self.below = 0
         #: a partition: until then it reaches nobody above it, and nobody reaches it
         self.alone_until = self.hidden_until = 0.0
         self.leaving = False
@@ -628,28 +626,11 @@ class Simulation:
 
     def check(self, node: Node) -> None:
         """What must hold whenever a node's hub was called."""
-        hub, ledger, reducer = node.hub, node.hub.ledger, node.hub.gradients.reducer
+        hub, ledger = node.hub, node.hub.ledger
         assert hub.weights.version <= max(0, self.step + 1), "I8"
-        assert ledger.held <= reducer.cache.keys(), "I9"
         if hub.work.step == self.step:
             assert ledger.attempts <= self.changes - self.changes_before + 1, "I12"
-        if node.worker is not None:
-            cached = sum(1 for held in reducer.cache.values() if held.array is not None)
-            assert len(node.worker.given) == cached, "a gradient buffer was lost"
-        if not ledger.assigned or ledger.waiting is not None or ledger.stuck:
-            assert not ledger.slots
-            return
-        if ledger.slots is not node.slots:  # given out anew
-            node.slots = ledger.slots
-            node.below = sum(1 for owner in ledger.slots.values() if owner != SELF)
-            open_ones = [block for block, index in ledger.obligations.items() if index < ledger.chunks]
-            indices = sorted(i for slot in ledger.slots for i in range(*slot))
-            assert indices == sorted(i for block in open_ones for i in range(*block)), "I2"
-            assert all(any(block.contains(slot) for block in open_ones) for slot in ledger.slots), "I2"
-        if ledger.edges:
-            assert reducer.pending <= self.window * node.below, f"I4: {reducer.pending} chunks, {node.below} slots"
-            most = ledger.frontier + self.window - 1
-            assert all(edge.credit <= most for edge in ledger.edges.values()), "I3"
+        node.held_to.check()
 
 
 def sums_bits(sums: Sums) -> Any:
