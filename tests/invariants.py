@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from spheres.hub import Hub
 from spheres.ledger import SELF
 
 __all__ = ["HubWatch"]
-
-#: what changes a hub's state
-_ENTRIES = (
-    "on_response", "on_request", "relinked", "admit", "dismiss", "start", "seal", "watch", "next_up", "_computed",
-    "_rested",
-)  # fmt: skip
 
 
 class HubWatch:
@@ -29,23 +22,8 @@ class HubWatch:
         #: child -> its link, work and attempt
         self.edges: dict[str, tuple[Any, ...]] = {}
         self.mark: Any = None
-        #: whether it was called since the last look
-        self.called = True
-        for name in _ENTRIES:
-            if hasattr(hub, name):
-                setattr(hub, name, self._noted(getattr(hub, name)))
-
-    def _noted(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*arguments: Any, **named: Any) -> Any:
-            self.called = True
-            return method(*arguments, **named)
-
-        return called
 
     def check(self) -> None:
-        if not self.called:
-            return
-        self.called = False
         hub, ledger, reducer = self.hub, self.hub.ledger, self.hub.gradients.reducer
         assert ledger.held <= reducer.cache.keys(), "I9"
         if self.given is not None:
