@@ -243,7 +243,7 @@ class Computed(Synthetic):
 
 
 async def one_fault(rng: random.Random, *, inner: bool) -> Figures:
-    """Kill one of 8 spheres at fan-out 2 at a random moment of a step; return that step's figures less a quiet one's."""
+    """Kill one of 8 spheres at fan-out 2 at a random moment of a step; return its figures, in chunks."""
     network, task = Counting(), Computed(0.01)
     config = RunConfig(
         task="digits",  # not used: the task is given
@@ -333,9 +333,9 @@ def rates(megabytes: int, rounds: int) -> Figures:
 
 
 @contextmanager
-def clocks() -> Iterator[Counter[str]]:
+def clocks() -> Iterator[dict[str, float]]:
     """Count the CPU seconds of each check, wherever the shipped modules call it."""
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
 
     def clocked(name: str, check: Callable[..., Any]) -> Callable[..., Any]:
         def call(*values: Any) -> Any:
@@ -349,7 +349,7 @@ def clocks() -> Iterator[Counter[str]]:
 
     held = []
     for name in CHECKS:
-        check = getattr(numerics, name)
+        check: Callable[..., Any] = getattr(numerics, name)
         for module in list(sys.modules.values()):
             ours = getattr(module, "__name__", "").partition(".")[0] in ("spheres", "control")
             if ours and module is not numerics and getattr(module, name, None) is check:
@@ -419,9 +419,7 @@ def show_memory(f: Figures) -> None:
 
 
 def show_faults(f: Figures) -> None:
-    print(
-        f"\nFaults: 8 spheres at fan-out 2, {f['chunks']} chunks, window {f['window']}, {f['faults']} kills of each kind"
-    )
+    print(f"\nFaults: 8 spheres at fan-out 2, {f['chunks']} chunks, window {f['window']}, {f['faults']} kills of each")
     print("  median (least to worst), chunks       more than undisturbed       sent again by the same sphere")
     for kind in ("leaf", "inner"):
         row = f[kind]

@@ -1,7 +1,7 @@
 """A worker is killed: restarting everything, as torchrun does, against going on with what is left.
 
-Four torchrun workers over gloo, with a checkpoint every step or every 10 steps, and four spheres in two levels, all with
-steps of about 50 ms. The kinds take turns, a kill each, and only one of them runs at a time.
+Four torchrun workers over gloo, with a checkpoint every step or every 10 steps, and four spheres in two levels, all
+with steps of about 50 ms. The kinds take turns, a kill each, and only one of them runs at a time.
 
     python benchmarks/restart.py --torch-python PATH [--kills 10] [--json]
 
@@ -83,7 +83,7 @@ def torchrun(python: Path, every: int) -> Iterator[Torchrun]:
                    "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", WORKER,
                    f"--events={events}", f"--checkpoint={directory / 'checkpoint.pt'}", f"--every={every}",
                    f"--seconds={COMPUTE_SECONDS}", f"--parameters={PARAMETERS}"]  # fmt: skip
-        # Without the second, workers that come back wait for ever; so they do with a port given for good (--master-port).
+        # Without the second, workers that come back wait for ever; so they do where --master-port is given.
         environment = {"GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
         with log.open("wb") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **environment})
