@@ -71,7 +71,7 @@ class Torchrun:
 
     def last(self, event: str) -> float:
         """Return when the last worker was so far."""
-        return max(e["time"] for e in self.events if e["event"] == event)
+        return float(max(e["time"] for e in self.events if e["event"] == event))
 
 
 @contextmanager
@@ -79,11 +79,11 @@ def torchrun(python: Path, every: int) -> Iterator[Torchrun]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         events, log = directory / "events.jsonl", directory / "torchrun.log"
-        command = [python, "-m", "torch.distributed.run", f"--nproc-per-node={WORKERS}", "--max-restarts=3",
-                   "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", WORKER,
+        command = [str(python), "-m", "torch.distributed.run", f"--nproc-per-node={WORKERS}", "--max-restarts=3",
+                   "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", str(WORKER),
                    f"--events={events}", f"--checkpoint={directory / 'checkpoint.pt'}", f"--every={every}",
                    f"--seconds={COMPUTE_SECONDS}", f"--parameters={PARAMETERS}"]  # fmt: skip
-        # Without the second, workers that come back wait for ever; so they do where --master-port is given.
+        # Without the second, workers that come back wait for ever; so they did with --master-port.
         environment = {"GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
         with log.open("wb") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **environment})
