@@ -1,8 +1,9 @@
 """A network on one machine: hosts are network namespaces, one process is their switch and their cables.
 
-Linux, as root, with `ip` (Debian: iproute2) and /dev/net/tun; the kernel needs no netem. Host N has one interface, eth0,
-with the address 10.77.0.N and no way out of the lab. `python tests/fault/lab.py 3` makes three hosts and takes commands
-from its standard input, each answered by one line; when that ends it kills what runs on the hosts and removes them:
+Linux, as root, with `ip` (Debian: iproute2) and /dev/net/tun; the kernel needs no netem. Host N has one interface,
+eth0, with the address 10.77.0.N and no way out of the lab. `python tests/fault/lab.py 3` makes three hosts and takes
+commands from its standard input, each answered by one line; when that ends it kills what runs on the hosts and removes
+them:
 
     slow N MS MBIT PERCENT   cable of host N, each direction: delay, rate (0: any), loss
     cut N [from|to]          nothing comes through any more, or only nothing from it, or to it
@@ -47,8 +48,15 @@ def missing() -> str:
         return "a lab of network namespaces needs Linux and root"
     if shutil.which("ip") is None:
         return "a lab of network namespaces needs the command ip: apt-get install iproute2"
-    if not TUN.exists():
-        return f"a lab of network namespaces needs {TUN}: modprobe tun"
+    name = f"{_PREFIX}-{os.getpid()}-probe"
+    try:
+        os.close(os.open(TUN, os.O_RDWR))
+        _ip("netns", "add", name)
+        _ip("netns", "delete", name)
+    except OSError as error:
+        return f"a lab of network namespaces needs {TUN}: {error}"
+    except subprocess.SubprocessError as error:  # root of a container, without the right to
+        return f"a lab of network namespaces cannot be made: {error}"
     return ""
 
 
@@ -259,6 +267,11 @@ class Lab:
                 raise RuntimeError(f"the lab cannot be made: {self._switch.stderr.read()}")
         return self
 
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The names of the namespaces."""
+        return tuple(self._hosts)
+
     def __exit__(self, *_: object) -> None:
         try:
             self._switch.communicate(timeout=20)  # closes its input, and waits until all is removed
@@ -268,6 +281,11 @@ class Lab:
         for process in self._processes:
             process.kill()
             process.communicate()
+
+    def kill(self) -> None:
+        """Kill the switch, as a fault: the hosts stay behind, without a network."""
+        self._switch.kill()
+        self._switch.wait()
 
     def tell(self, command: str) -> str:
         """Give a command to the switch; return its answer once it holds."""
@@ -286,11 +304,6 @@ class Lab:
         process = subprocess.Popen(command, text=True, start_new_session=True, **options)
         self._processes.append(process)
         return process
-
-    def call(self, host: int, words: Sequence[str], *, timeout: float) -> str:
-        """Run a command on a host and return what it printed. Raises subprocess.SubprocessError."""
-        command = ["ip", "netns", "exec", self._hosts[host - 1], *words]
-        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=timeout).stdout
 
 
 if __name__ == "__main__":
