@@ -34,11 +34,12 @@ __all__ = ["GrpcListener", "GrpcTransport"]
 SERVICE = "spheres.v1.SphereService"
 ENROLL = "/spheres.v1.ControlService/EnrollSphere"
 
-#: A stopped peer is noticed by a ping without an answer; keepalive alone would wait a minute (docs/assumptions.md).
+#: Who has gone silent is for leases to say (N10): these pings are a net below them, for ends that have no lease yet, and
+#: must leave a longer --patience its time. Keepalive alone would wait a minute for a ping (docs/assumptions.md).
 _KEEPALIVE = [
-    ("grpc.keepalive_time_ms", 2_000),
-    ("grpc.keepalive_timeout_ms", 4_000),
-    ("grpc.http2.ping_timeout_ms", 4_000),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 30_000),
+    ("grpc.http2.ping_timeout_ms", 30_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]

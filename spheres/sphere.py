@@ -152,6 +152,7 @@ class Sphere:
         try:
             await self._live(self.parent, children)
         finally:
+            hub.ledger.active = False  # what children leave open is for others now
             children.drain(LinkClosedError("the sphere ends"))
             if worker is not None:
                 worker.close()
