@@ -48,7 +48,7 @@ help: ## List the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 # ---------------------------------------------------------------------------------------------------------------------
-.PHONY: setup run test simulate clean
+.PHONY: setup run test test-slow simulate storm clean
 
 setup: $(VENV)/.dev ## Make .venv with both commands and the tools of development
 
@@ -57,6 +57,12 @@ run: $(VENV)/.runtime ## Train digits on a tree of six spheres (ARGS="..." adds 
 
 test: $(VENV)/.dev ## Run the tests (ARGS="-k name" narrows them)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.dev ## Run the tests that take longer: cut networks, S3, kills of whole processes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+storm: $(VENV)/.dev ## Real processes under SIGKILL every second, control killed twice: the same bits
+	$(BIN)/python benchmarks/storm.py $(ARGS)
 
 simulate: $(VENV)/.dev ## Run SEEDS=1000 seeded runs with faults on virtual time, then 1,000 spheres
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS) $(ARGS)

@@ -552,6 +552,7 @@ KILL_POINTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("point", KILL_POINTS)

@@ -211,7 +211,9 @@ def test_the_points_are_those_that_are_named(tmp_path: Path, old: Path) -> None:
     assert points_of(tmp_path / "again", 20, 1) == [point for point in POINTS if point not in removed]
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["waited for", "beside steps"])
+@pytest.mark.parametrize(
+    "background", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["waited for", "beside steps"]
+)
 @pytest.mark.parametrize(("step", "seed"), SAVES)
 def test_a_save_that_is_killed_at_any_point_leaves_the_old_or_the_new_whole(
     tmp_path: Path, old: Path, order: Order, step: int, seed: int, background: bool

@@ -27,6 +27,7 @@ from spheres.testing.synthetic import Synthetic
 from tests.fault.lab import Lab, missing
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.processes,
     pytest.mark.timeout(60),
     pytest.mark.skipif(bool(missing()), reason=missing()),

@@ -65,6 +65,7 @@ def expected() -> str:
     return reference(Synthetic(parameters=PARAMETERS, samples=200), config).weights_sha256
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("plant", ["", "block-major", "siblings-merged"])

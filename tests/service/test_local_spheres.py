@@ -254,6 +254,7 @@ def test_a_task_that_no_sphere_can_load_any_more_ends_the_run_after_some_tries(r
     assert summary.steps == 5
 
 
+@pytest.mark.slow
 def test_commands_and_chaos_on_a_running_tree(run, tmp_path, capsys):
     """spawn, drain, terminate, logs; then kills, a stop and a kill of control. The bits are the reference loop's."""
     process = _start(tmp_path, "--run-dir", "run", "--spheres", "3", "--fan-out", "2", "--steps", "300",

@@ -85,7 +85,7 @@ def _endpoint(server: subprocess.Popen[str]) -> str:
     return found.get(timeout=SECONDS)
 
 
-@pytest.fixture(params=["local", "memory", "fsspec-file", "fsspec-s3"])
+@pytest.fixture(params=["local", "memory", "fsspec-file", pytest.param("fsspec-s3", marks=pytest.mark.slow)])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     kind = request.param
     if kind == "local":
@@ -402,6 +402,7 @@ def test_urls_that_cannot_be_used_say_what_to_do(monkeypatch: pytest.MonkeyPatch
         store_at("s3://b/x")
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_run_goes_on_from_s3_where_its_machine_is_gone(s3: str, tmp_path: Path) -> None:
     """The commands of a user: train, lose the run directory, resume from the URL, to the bits of an undisturbed run."""

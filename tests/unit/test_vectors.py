@@ -313,7 +313,7 @@ def exchanged() -> dict[str, bytes]:
     root.weights.flat[:3] = 1.0, -2.0, 0.5
     root.weights.publish(term=1, version=3)
     root.renewed([])
-    child = Hub(config, "s-1", incarnation=1_000_001, worker=InlineWorker())  # type: ignore[arg-type]
+    child = Hub(config, "s-1", incarnation=1_000_000_001, worker=InlineWorker())  # type: ignore[arg-type]
     hello = pb.Hello(
         protocol_version=1,
         sphere_id=child.id,
