@@ -34,8 +34,8 @@ __all__ = ["GrpcListener", "GrpcTransport"]
 SERVICE = "spheres.v1.SphereService"
 ENROLL = "/spheres.v1.ControlService/EnrollSphere"
 
-#: Who has gone silent is for leases to say (N10). These pings are a net below them, for ends that have no lease yet, and
-#: leave a longer --patience its time. gRPC's keepalive alone would wait a minute for a ping (docs/assumptions.md).
+#: Who has gone silent is for leases to say (N10). These pings are a net below them, for ends that have no lease yet;
+#: they leave a longer --patience its time. gRPC's keepalive alone would wait a minute for a ping (docs/assumptions.md).
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 30_000),
