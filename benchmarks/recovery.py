@@ -26,7 +26,7 @@ from control.config_sources import load_config
 from control.training import Training
 
 #: seconds that each microbatch takes; one per sphere
-COMPUTE_SECONDS = 0.04
+COMPUTE_SECONDS = 0.025
 #: steps without a fault before the next one
 QUIET = 6
 SPHERES = 12
@@ -93,7 +93,7 @@ class Recovery:
 def settings(directory: str) -> dict[str, Any]:
     return {
         "task": "spheres.testing.synthetic:Synthetic",
-        "task_options": {"parameters": "20000", "samples": "997", "compute_seconds": str(COMPUTE_SECONDS)},
+        "task_options": {"parameters": "5000", "samples": "997", "compute_seconds": str(COMPUTE_SECONDS)},
         "steps": 1_000_000,
         "batch_size": 48,
         "microbatches": 12,

@@ -23,8 +23,8 @@ from control.reference import reference
 from spheres.testing.synthetic import Synthetic
 
 #: seconds that one microbatch takes; twelve of them on twelve spheres make steps of about 50 ms
-COMPUTE_SECONDS = 0.04
-PARAMETERS = 20_000
+COMPUTE_SECONDS = 0.025
+PARAMETERS = 5_000
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:

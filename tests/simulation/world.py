@@ -156,7 +156,9 @@ class World:
         self.events: deque[str] = deque(maxlen=150)
         self._log, self._messages = log, messages
         self.last_move = 0.0
-        self.failures: list[str] = []
+        #: version, block and chunk -> checksum of the present step's frames, and who sent it first
+        self.checksums: dict[tuple[int, ...], tuple[int, str]] = {}
+        self.checksums_of: tuple[int, ...] = ()
 
     # ---- small things
 
@@ -477,8 +479,7 @@ class World:
             bytes_per_second=plan.rate,
             keepalive=plan.keepalive,
         )
-        if self._messages:
-            self.network.heard = self._heard
+        self.network.heard = self._heard
         self.start_control()
         jobs = [self.loop.create_task(job) for job in (self._start(), self._faults(), self._look())]
         try:
@@ -789,6 +790,20 @@ class World:
     # ---- the story of a failure
 
     def _heard(self, pipe: Pipe, message: bytes) -> None:
+        """Two frames with one key must have one checksum, whoever sent them."""
+        connection = pipe.connection
+        if pipe.up and (frame := decode_or_none(pb.WorkRequest, message)) and frame.HasField("gradient_chunk"):
+            tag, chunk = frame.tag, frame.gradient_chunk
+            if (tag.term, tag.step, tag.kind) != self.checksums_of:
+                self.checksums_of = (tag.term, tag.step, tag.kind)
+                self.checksums.clear()
+            key = (tag.weights_version, chunk.block.lo, chunk.block.hi, chunk.index)
+            checksum, sender = self.checksums.setdefault(key, (chunk.crc32c, connection.dialler))
+            assert checksum == chunk.crc32c, f"{sender} and {connection.dialler} sent other bytes as chunk {key}"
+        if self._messages:
+            self._tell(pipe, message)
+
+    def _tell(self, pipe: Pipe, message: bytes) -> None:
         connection = pipe.connection
         if pipe.up:
             text = f"{connection.dialler} -> {connection.listener}: {brief(decode_or_none(pb.WorkRequest, message))}"
