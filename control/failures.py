@@ -7,10 +7,10 @@ replaced; but what every sphere fails on must not run through all of them one by
 |--------------------------|---------------------------------|---------------------------------------------|
 | start                    | nothing of the step before      | no                                          |
 | an invalid gradient      | -                               | yes: it is the same everywhere              |
-| raised                   | the sphere, for that microbatch | where another sphere has raised on it       |
+| raised                   | who, for that microbatch        | with the second try: another sphere, or the |
+|                          |                                 | same after its rest, if nobody else came    |
 | lost, while it computed  | that life of it, for that block | with the third                              |
 | back                     | only its link had broken        | no                                          |
-| nobody                   | -                               | where one has raised: there is no elsewhere |
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Failures:
     #: lives lost on one block that halt the run
     most_lost: int = 3
     step: int = -1
-    #: microbatch -> sphere -> what it said
-    _raised: dict[int, dict[str, pb.TaskFailure]] = field(default_factory=dict)
+    #: microbatch -> (sphere, its count of failures) of each try
+    _raised: dict[int, dict[tuple[str, int], None]] = field(default_factory=dict)
     #: first microbatch of a block -> (sphere, incarnation) that were lost at it
     _lost: dict[int, set[tuple[str, int]]] = field(default_factory=dict)
 
@@ -45,12 +45,11 @@ class Failures:
         """A task raised, or gave something that is no gradient."""
         if failure.step != self.step:
             return None  # the step went on without it
-        of = self._raised.setdefault(failure.microbatch, {})
-        of[failure.sphere_id] = failure
-        if failure.invalid_gradient:
-            return self._error(failure, ())
-        others = [sphere for sphere in of if sphere != failure.sphere_id]
-        return self._error(failure, others) if others else None
+        tries = self._raised.setdefault(failure.microbatch, {})
+        tries.setdefault((failure.sphere_id, failure.failures_count))
+        if failure.invalid_gradient or len(tries) > 1:
+            return self._error(failure, [sphere for sphere, _ in list(tries)[:-1]])
+        return None
 
     def lost(self, change: pb.SphereChange) -> GradientError | None:
         """A link ended; what its child was computing is in ``change``."""
@@ -70,13 +69,6 @@ class Failures:
         """The same life has a link again: it did not die."""
         for lives in self._lost.values():
             lives.discard((change.sphere_id, change.incarnation))
-
-    def nobody(self) -> GradientError | None:
-        """Nobody is left who can compute what is owed."""
-        for of in self._raised.values():
-            for failure in of.values():
-                return self._error(failure, ())
-        return None
 
     def _error(self, failure: pb.TaskFailure, others: Sequence[str]) -> GradientError:
         ids = failure.sample_ids

@@ -42,8 +42,6 @@ _SETTLE_SECONDS, _LOOK_SECONDS = 1.0, 5.0
 _REST_SECONDS = 30.0
 #: of a full rebalance: moves under way at a time, and seconds that they have
 _REBALANCE_MOVES, _REBALANCE_SECONDS = 256, 5.0
-#: seconds that spheres on their way to another parent have, before nobody can compute what a task failed on
-_ELSEWHERE_SECONDS = 1.0
 #: seconds that a sphere has to send the end of its log
 _LOG_SECONDS = 5.0
 
@@ -69,7 +67,6 @@ class Tree:
         self.failures = Failures()
         self.hub.hooks.sealed = self._sealed
         self.hub.hooks.failed = self._failed
-        self.hub.hooks.stuck = self._stuck
         self.hub.hooks.reported = self._reported
         self.hub.hooks.changed = self._changed
         self.hub.hooks.resized = self._resized
@@ -392,18 +389,6 @@ class Tree:
     def _failed(self, failure: pb.TaskFailure) -> None:
         log.warning("task failed on %s, microbatch %d: %s", failure.sphere_id, failure.microbatch, failure.error)
         self._halt(self.failures.raised(failure))
-        self._stuck()
-
-    def _stuck(self) -> None:
-        """Nobody can compute what is owed: where that lasts, and not for want of spheres, the run halts."""
-        step = self.hub.work.step
-
-        def look() -> None:
-            if self.hub.ledger.stuck and self.hub.work.step == step:
-                self._halt(self.failures.nobody())
-
-        if self.hub.ledger.stuck:
-            asyncio.get_running_loop().call_later(_ELSEWHERE_SECONDS, look)
 
     def _halt(self, error: GradientError | None) -> None:
         if error is not None and self._done is not None and not self._done.done():

@@ -515,7 +515,9 @@ class Hub:
         self.counts.microbatches += unit.microbatches
         self.counts.samples += unit.samples
         if isinstance(result, Failure):
+            self._failures += 1
             self._failure = pb.TaskFailure(
+                failures_count=self._failures,
                 sphere_id=self.id,
                 microbatch=result.microbatch,
                 error=result.error,
@@ -535,7 +537,6 @@ class Hub:
 
     def _set_aside(self) -> None:
         """An exception is no death: what this node owes is computed once more elsewhere, and it rests for a while."""
-        self._failures += 1
         seconds = min(_ASIDE_SECONDS * 2 ** (self._failures - 1), _LONGEST_ASIDE)
         self._aside_until = self.hooks.clock() + seconds
         self._do(self.ledger.unable())

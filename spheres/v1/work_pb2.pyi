@@ -944,6 +944,7 @@ class TaskFailure(_message.Message):
     SAMPLE_IDS_FIELD_NUMBER: _builtins.int
     INVALID_GRADIENT_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
+    FAILURES_COUNT_FIELD_NUMBER: _builtins.int
     sphere_id: _builtins.str
     """Where."""
     microbatch: _builtins.int
@@ -956,6 +957,8 @@ class TaskFailure(_message.Message):
     """A gradient that is not finite, or of a wrong shape or dtype, rather than an exception."""
     step: _builtins.int
     """The step."""
+    failures_count: _builtins.int
+    """How often a task has failed on this sphere in its life: tells another failure from one that is told again."""
     @_builtins.property
     def sample_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The first sample ids of the microbatch, at most 64."""
@@ -970,10 +973,11 @@ class TaskFailure(_message.Message):
         sample_ids: _abc.Iterable[_builtins.int] | None = ...,
         invalid_gradient: _builtins.bool = ...,
         step: _builtins.int = ...,
+        failures_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "invalid_gradient", b"invalid_gradient", "microbatch", b"microbatch", "sample_ids", b"sample_ids", "sphere_id", b"sphere_id", "step", b"step", "traceback", b"traceback"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "failures_count", b"failures_count", "invalid_gradient", b"invalid_gradient", "microbatch", b"microbatch", "sample_ids", b"sample_ids", "sphere_id", b"sphere_id", "step", b"step", "traceback", b"traceback"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -203,16 +203,14 @@ def test_a_task_that_raises_on_two_spheres_halts_the_run(run, tmp_path):
 
     async def main():
         async with tree_of(tmp_path, bad) as tree:
-            with pytest.raises(
-                GradientError, match=r"task failed on s-\d (and before that on s-\d )?in step 3"
-            ) as info:
+            with pytest.raises(GradientError, match=r"task failed on s-\d and before that on s-\d in step 3") as info:
                 await tree.run()
             assert tree.controller.step == 3
             return info.value.details, 100 - bad.times
 
     details, tried = run(main())
     assert "raise ArithmeticError" in details
-    assert tried <= 6, "never a run through all microbatches on all spheres"
+    assert tried <= 12, "never a run through all microbatches on all spheres"
 
 
 def test_a_task_that_raises_where_there_is_nobody_else_halts_the_run(run, tmp_path):
@@ -221,8 +219,8 @@ def test_a_task_that_raises_where_there_is_nobody_else_halts_the_run(run, tmp_pa
 
     async def main():
         async with tree_of(tmp_path, bad, config=config(spheres=1)) as tree:
-            with pytest.raises(GradientError, match=r"task failed on s-1 in step 3, microbatch 0"):
+            with pytest.raises(GradientError, match=r"task failed on s-1 and before that on s-1 in step 3"):
                 await tree.run()
 
     run(main())
-    assert bad.times == 99
+    assert bad.times == 98

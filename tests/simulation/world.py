@@ -287,10 +287,10 @@ class World:
             self.finished.set_exception(error)
 
     def _may_halt(self, reason: str) -> bool:
-        """Whether a run is to end so: a gradient is not finite, or two spheres raised on one microbatch."""
+        """Whether a run is to end so: a gradient is not finite, or a task raised twice on one microbatch."""
         if "not finite" in reason:
             return self.counts["nan"] > 0
-        return self.counts["raise"] > 1 and "and before that on" in reason
+        return self.counts["raise"] > 0 and "and before that on" in reason
 
     def _control_again(self) -> None:
         if self.disk.full:

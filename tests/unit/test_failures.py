@@ -4,10 +4,12 @@ from control.failures import Failures
 from spheres.v1 import work_pb2 as pb
 
 
-def failure(sphere: str, *, microbatch: int = 3, step: int = 7, invalid: bool = False) -> pb.TaskFailure:
+def failure(
+    sphere: str, *, microbatch: int = 3, step: int = 7, invalid: bool = False, count: int = 1
+) -> pb.TaskFailure:
     return pb.TaskFailure(
         sphere_id=sphere, microbatch=microbatch, step=step, error="no luck", traceback="the whole of it",
-        sample_ids=range(20), invalid_gradient=invalid,
+        sample_ids=range(20), failures_count=count, invalid_gradient=invalid,
     )  # fmt: skip
 
 
@@ -43,10 +45,8 @@ def test_two_spheres_that_fail_on_two_microbatches_are_no_reason_to_halt(failure
 
 def test_what_a_step_before_failed_on_does_not_count(failures: Failures) -> None:
     assert failures.raised(failure("s-1", step=6)) is None
-    assert failures.nobody() is None
     failures.raised(failure("s-1"))
     failures.start(8)
-    assert failures.nobody() is None
     assert failures.raised(failure("s-2", step=8)) is None
 
 
@@ -54,10 +54,11 @@ def test_an_invalid_gradient_halts_at_once(failures: Failures) -> None:
     assert "task failed on s-1 in step 7" in str(failures.raised(failure("s-1", invalid=True)))
 
 
-def test_with_nobody_else_the_first_failure_halts(failures: Failures) -> None:
-    assert failures.nobody() is None, "spheres are missing, but no task has failed"
-    failures.raised(failure("s-1"))
-    assert "task failed on s-1" in str(failures.nobody())
+def test_the_same_sphere_may_try_once_more_where_nobody_else_came(failures: Failures) -> None:
+    assert failures.raised(failure("s-1", count=4)) is None
+    assert failures.raised(failure("s-1", count=4)) is None, "told again over another link"
+    error = failures.raised(failure("s-1", count=5))
+    assert "task failed on s-1 and before that on s-1 in step 7" in str(error)
 
 
 def test_three_deaths_on_one_microbatch_halt(failures: Failures) -> None:
