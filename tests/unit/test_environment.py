@@ -72,9 +72,9 @@ def test_numpys_version_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_resident_memory_follows_what_is_allocated() -> None:
     now, peak = resident_bytes()
     assert 10 << 20 < now <= peak
-    block = np.ones(16 << 20, np.uint8)
+    block = np.ones(128 << 20, np.uint8)  # far more than an allocator may have kept
     more, _ = resident_bytes()
-    assert more - now > 12 << 20
+    assert more - now > 64 << 20
     del block
     assert resident_bytes()[1] >= more - (4 << 20)  # the kernel counts in batches
 
