@@ -66,7 +66,8 @@ class Hub:
         self._up: list[pb.WorkRequest] = []
         #: of the present step's computation here
         self._failure: pb.TaskFailure | None = None
-        self._failures = 0
+        #: how often the task has failed here
+        self.failures = 0
         #: until when this node computes nothing, by the loop's clock
         self._aside_until = 0.0
         self.leaving = ""
@@ -91,7 +92,7 @@ class Hub:
         if self._unit is not None:
             return f"computing {self._unit.block} of step {self.work.step}"
         if (left := self._aside_until - self.hooks.clock()) > 0:
-            return f"set aside for {left:.0f} s: its task has failed {self._failures} times"
+            return f"set aside for {left:.0f} s: its task has failed {self.failures} times"
         if not self.weights.complete:
             return "receiving weights"
         if self.ledger.waiting:
@@ -515,9 +516,9 @@ class Hub:
         self.counts.microbatches += unit.microbatches
         self.counts.samples += unit.samples
         if isinstance(result, Failure):
-            self._failures += 1
+            self.failures += 1
             self._failure = pb.TaskFailure(
-                failures_count=self._failures,
+                failures_count=self.failures,
                 sphere_id=self.id,
                 microbatch=result.microbatch,
                 error=result.error,
@@ -537,7 +538,7 @@ class Hub:
 
     def _set_aside(self) -> None:
         """An exception is no death: what this node owes is computed once more elsewhere, and it rests for a while."""
-        seconds = min(_ASIDE_SECONDS * 2 ** (self._failures - 1), _LONGEST_ASIDE)
+        seconds = min(_ASIDE_SECONDS * 2 ** (self.failures - 1), _LONGEST_ASIDE)
         self._aside_until = self.hooks.clock() + seconds
         self._do(self.ledger.unable())
         self._tell_capacity()

@@ -418,9 +418,9 @@ class World:
         work, changes = self.changes_before
         if hub.work == work:
             most = self.network.changes - changes + 1
-            if hub.ledger.attempts > most:  # a hurry of any node above begins one here too
+            if hub.ledger.attempts > most:  # a hurry of any node begins one, and so does a task that fails
                 hubs = (control.tree.hub, *(node.sphere.hub for node in self.nodes.values()))
-                most += sum(found.watchdog.firings for found in hubs if found is not None)
+                most += sum(found.watchdog.firings + found.failures for found in hubs if found is not None)
             assert hub.ledger.attempts <= most, f"I12: {hub.ledger.attempts} attempts after {most - 1} changes"
 
     def _watch_control(self, control: ControlNode) -> Callable[[], None]:
