@@ -9,7 +9,8 @@ replaced; but what every sphere fails on must not run through all of them one by
 | an invalid gradient      | -                               | yes: it is the same everywhere              |
 | raised                   | who, for that microbatch        | with the second try: another sphere, or the |
 |                          |                                 | same after its rest, if nobody else came    |
-| lost, while it computed  | that life of it, for that block | with the third                              |
+| lost, while it computed  | that life of it, for that block | no: perhaps only its link broke             |
+| dead, some time later    | -                               | where three lives have not come back        |
 | back                     | only its link had broken        | no                                          |
 """
 
@@ -51,19 +52,22 @@ class Failures:
             return self._error(failure, [sphere for sphere, _ in list(tries)[:-1]])
         return None
 
-    def lost(self, change: pb.SphereChange) -> GradientError | None:
+    def lost(self, change: pb.SphereChange) -> None:
         """A link ended; what its child was computing is in ``change``."""
-        if not change.HasField("computing") or change.step != self.step:
-            return None
-        lives = self._lost.setdefault(change.computing.lo, set())
-        lives.add((change.sphere_id, change.incarnation))
-        if len(lives) < self.most_lost:
-            return None
-        names = ", ".join(sorted(name for name, _ in lives))
-        return GradientError(
-            f"{len(lives)} spheres ({names}) were lost while they computed microbatch {change.computing.lo} of step "
-            f"{self.step}: the task seems to end its process there (out of memory?)"
-        )
+        if change.HasField("computing") and change.step == self.step:
+            lives = self._lost.setdefault(change.computing.lo, set())
+            lives.add((change.sphere_id, change.incarnation))
+
+    def dead(self) -> GradientError | None:
+        """Those that were lost have had the time to come back."""
+        for microbatch, lives in self._lost.items():
+            if len(lives) >= self.most_lost:
+                names = ", ".join(sorted(name for name, _ in lives))
+                return GradientError(
+                    f"{len(lives)} spheres ({names}) were lost while they computed microbatch {microbatch} of step "
+                    f"{self.step}: the task seems to end its process there (out of memory?)"
+                )
+        return None
 
     def back(self, change: pb.SphereChange) -> None:
         """The same life has a link again: it did not die."""

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 #: moves that are told between two steps, at most, and seconds that training waits for their arrival
 _MOST_MOVES, _MOVE_SECONDS = 32, 1.0
+#: seconds that a sphere whose link has ended has to come back, before it counts as dead
+_BACK_SECONDS = 3.0
 #: seconds without a change after which the shape is looked at, and those after which it is in any case
 _SETTLE_SECONDS, _LOOK_SECONDS = 1.0, 5.0
 #: seconds for which a sphere that did not arrive is left alone
@@ -232,7 +234,9 @@ class Tree:
             return
         if change.lost:
             self._asked.discard(change.sphere_id)  # what it was asked went with its link
-            self._halt(self.failures.lost(change))
+            self.failures.lost(change)
+            # A sphere that steps aside ends its link too, and comes back at once.
+            asyncio.get_running_loop().call_later(_BACK_SECONDS, lambda: self._halt(self.failures.dead()))
         else:
             self.failures.back(change)
         now = asyncio.get_running_loop().time()

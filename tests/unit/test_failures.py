@@ -62,18 +62,23 @@ def test_the_same_sphere_may_try_once_more_where_nobody_else_came(failures: Fail
 
 
 def test_three_deaths_on_one_microbatch_halt(failures: Failures) -> None:
-    assert failures.lost(lost("s-1")) is None
-    assert failures.lost(lost("s-2", lo=8)) is None
-    assert failures.lost(lost("s-2", step=6)) is None
-    assert failures.lost(pb.SphereChange(sphere_id="s-9", lost=True, step=7)) is None
-    assert failures.lost(lost("s-3")) is None
-    assert "(s-1, s-2, s-3) were lost while they computed microbatch 4 of step 7" in str(failures.lost(lost("s-2")))
+    failures.lost(lost("s-1"))
+    failures.lost(lost("s-2", lo=8))
+    failures.lost(lost("s-2", step=6))
+    failures.lost(pb.SphereChange(sphere_id="s-9", lost=True, step=7))
+    failures.lost(lost("s-3"))
+    assert failures.dead() is None
+    failures.lost(lost("s-2"))
+    assert "(s-1, s-2, s-3) were lost while they computed microbatch 4 of step 7" in str(failures.dead())
+    failures.start(8)
+    assert failures.dead() is None
 
 
 def test_a_life_that_comes_back_did_not_die(failures: Failures) -> None:
-    failures.lost(lost("s-1"))
-    failures.lost(lost("s-2"))
+    for name in ("s-1", "s-2", "s-3"):
+        failures.lost(lost(name))
     failures.back(pb.SphereChange(sphere_id="s-1", incarnation=1))
     failures.back(pb.SphereChange(sphere_id="s-2", incarnation=2))  # another life of it
-    assert failures.lost(lost("s-3")) is None
-    assert failures.lost(lost("s-4")) is not None
+    assert failures.dead() is None
+    failures.lost(lost("s-4"))
+    assert failures.dead() is not None
