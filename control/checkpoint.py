@@ -25,7 +25,7 @@ from control.snapshot import (
     read_term,
     write_files,
 )
-from control.store import Fault, LocalStore, Store
+from control.store import Fault, LocalStore, Store, no_fault
 from control.store_fsspec import is_url, store_at
 from control.weights_file import write_safetensors
 from spheres.config import manifest_from_proto
@@ -84,7 +84,7 @@ class Checkpoints:
         self._store = LocalStore(directory, fault) if isinstance(directory, Path) else directory
         self._keep = keep
         self._keep_every = keep_every
-        self._fault = fault or _no_fault
+        self._fault = fault or no_fault
 
     def __repr__(self) -> str:
         return f"<Checkpoints {self._store!r} keep={self._keep} keep_every={self._keep_every}>"
@@ -331,7 +331,3 @@ def as_json(text: str) -> Any:
         return json.loads(text) if text else None
     except ValueError:
         return text
-
-
-def _no_fault(point: str) -> None:
-    pass

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from control.store import Fault, LocalStore, Store
+from control.store import Fault, LocalStore, Store, no_fault
 from spheres.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class FsspecStore:
         except (ImportError, ValueError) as error:
             raise ConfigError(f"cannot use {url}: {error}") from error
         self._root = self._root.rstrip("/")
-        self._fault = fault or _no_fault
+        self._fault = fault or no_fault
 
     def __repr__(self) -> str:
         return f"<FsspecStore {self._url}>"
@@ -246,7 +246,3 @@ def _os_errors(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}", where) from error
-
-
-def _no_fault(point: str) -> None:
-    pass

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from control.store import Fault
+from control.store import Fault, no_fault
 
 __all__ = ["MemoryStore"]
 
@@ -26,7 +26,7 @@ class MemoryStore:
 
     def __init__(self, fault: Fault | None = None, files: Files | None = None) -> None:
         self.files: Files = {} if files is None else files
-        self._fault = fault or _no_fault
+        self._fault = fault or no_fault
 
     def __repr__(self) -> str:
         return f"<MemoryStore {sorted(self.files)}>"
@@ -97,7 +97,3 @@ class MemoryDraft:
             self._store.files.pop(self._name, None)
         else:
             self._store.files[self._name] = self._replaced
-
-
-def _no_fault(point: str) -> None:
-    pass

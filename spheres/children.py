@@ -52,7 +52,7 @@ class Children:
     """
 
     def __init__(self, hub: Hub, *, environment: str, lease: Lease) -> None:
-        self._hub = self.hub = hub
+        self._hub = hub
         self._environment, self._lease = environment, lease
         #: raises where a child's hello is to be refused; the owner's
         self.vet: Callable[[pb.Hello], None] = lambda _: None
@@ -74,8 +74,12 @@ class Children:
     def drop(self, reason: ArmillaryError) -> None:
         """End the links that live; nothing that comes in on them counts from now on."""
         for child in list(self._hub.children.values()):
-            child.close(reason)
-            self._hub.dismiss(child, str(reason))
+            self._end(child, reason)
+
+    def _end(self, child: Child, reason: ArmillaryError) -> None:
+        """End a link, and what it had, at once: its tasks end a moment later."""
+        child.close(reason)
+        self._hub.dismiss(child, str(reason))
 
     def look(self, now: float) -> None:
         """End the links of children whose lease has run out (N10)."""
@@ -83,8 +87,7 @@ class Children:
             if self._lease.silent(child.heard, now):
                 error = LinkClosedError(f"{child.id} gave no sign of life for {now - child.heard:.1f} s (--patience)")
                 log.warning("%s: %s", self._hub.id, error)
-                child.close(error)
-                self._hub.dismiss(child, str(error))
+                self._end(child, error)
 
     async def keep(self, *, fence: Callable[[ArmillaryError], None], look: Callable[[float], None]) -> None:
         """Keep this node's lease and those of its children until cancelled; ``look`` is called at most ticks.

@@ -252,10 +252,6 @@ class Gradients:
                 parts += self._contributions.get(slot, [])
         return sorted(parts)
 
-    def contributors(self, within: Block) -> list[tuple[Block, str]]:
-        """Return the same without checksums."""
-        return [(part.block, part.sphere) for part in self.contributions(within)]
-
 
 def _fit(message: pb.WorkRequest, room: int) -> None:
     """Leave out what can be done without, where a step of very many parts would make a message too large.

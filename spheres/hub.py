@@ -414,7 +414,6 @@ class Hub:
         late = self.ledger.laggards(self.gradients.reducer.has)
         if late:
             self.watchdog.fire(now)
-            self.counts.hurried += 1
             self._do(self.ledger.hurry(late))
 
     def _send_up(self, message: pb.WorkRequest, *, replaces: Literal["", "ready", "capacity"] = "") -> None:
@@ -569,7 +568,3 @@ class Hub:
         """Note that a gradient message has left."""
         self.phases.add("send_up", seconds)
         self.counts.up_bytes += item.payload_bytes
-
-    def contributors_of_all(self) -> list[tuple[Block, str]]:
-        """Return who computed which part of the step."""
-        return self.gradients.contributors(Block(0, self.ledger.total))

@@ -150,17 +150,17 @@ class Sphere:
         self.ready.set()
         log.info("%s joins %s (incarnation %d)", hub.id, ancestors[-1].id, hub.incarnation)
         try:
-            await self._live(self.parent, children)
+            await self._live(hub, self.parent, children)
         finally:
             hub.ledger.active = False  # what children leave open is for others now
             children.drain(LinkClosedError("the sphere ends"))
             if worker is not None:
                 worker.close()
 
-    async def _live(self, parent: Parent, children: Children) -> None:
+    async def _live(self, hub: Hub, parent: Parent, children: Children) -> None:
         def look(now: float) -> None:
             parent.look(now)
-            children.hub.watch(now)
+            hub.watch(now)
 
         keeping = children.keep(fence=parent.cut, look=look)
         jobs = [asyncio.ensure_future(job) for job in (parent.run(), keeping, self._stop.wait())]

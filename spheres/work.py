@@ -95,6 +95,4 @@ class Counts:
     microbatches: int = 0
     samples: int = 0
     up_bytes: int = 0
-    #: attempts begun because a step was late
-    hurried: int = 0
     refused: Counter[str] = field(default_factory=Counter)

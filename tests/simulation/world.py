@@ -28,6 +28,7 @@ import spheres.sphere
 from control.config import RunConfig
 from control.reference import ReferenceResult, reference
 from control.run_state import RunState
+from control.store_memory import MemoryStore
 from control.testing import HOST, ControlNode, control_node
 from spheres.blocks import Block, halves
 from spheres.config import NodeConfig
@@ -45,8 +46,8 @@ from spheres.transport import Rpc
 from spheres.v1 import work_pb2 as pb
 from spheres.worker import Computer, Unit, limit_threads
 from tests.invariants import HubWatch
+from tests.simulation.disk import Disk, DiskFile
 from tests.simulation.plan import Fault, Plan
-from tests.simulation.store import Disk, DiskFile, MemoryStore
 from tests.simulation.task import ROW, RowTask, share
 
 ADDRESS = "127.0.0.1:40000"
@@ -127,7 +128,8 @@ class World:
         self.task = self._task()
         self.directory = Path(tempfile.mkdtemp(prefix="simulation-", dir=ROOT))
         self.disk = Disk()
-        self.store = MemoryStore(self.disk)
+        # what is published outlives control
+        self.store = MemoryStore(lambda _: self.disk.check())
         self.nodes: dict[str, Node] = {}
         self.control: ControlNode | None = None
         self.controls: list[ControlNode] = []
@@ -440,8 +442,9 @@ class World:
         """I1: each microbatch once, in every row."""
         hub, sampler = control.tree.hub, control.controller.node.sampler
         out = hub.gradients._out
-        parts = [i for block, _ in hub.contributors_of_all() for i in range(*block)]
-        assert parts == list(range(hub.ledger.total)), f"contributions of {hub.work}: {hub.contributors_of_all()}"
+        contributions = hub.gradients.contributions(Block(0, hub.ledger.total))
+        parts = [i for part in contributions for i in range(*part.block)]
+        assert parts == list(range(hub.ledger.total)), f"contributions of {hub.work}: {contributions}"
         if out is None:
             return
         used = out[: self.plan.elements]

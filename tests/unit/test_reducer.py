@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spheres.blocks import Block, halves
+from spheres.blocks import Block
 from spheres.ledger import SELF
 from spheres.reducer import Held, Reducer
 from spheres.task import Sums
+from tests.sums import canonical
 
 CHUNK = 4
 Array = npt.NDArray[np.float32]
@@ -42,15 +43,6 @@ def give(made: Reducer, block: Block, array: Array | None, index: int = 0) -> No
     made.header(block, None if array is None else sums(block.lo), absent=array is None)
     if array is not None:
         made.chunk(block, index, array.copy())
-
-
-def canonical(block: Block, leaves: dict[int, Array | None]) -> Array | None:
-    if block.width == 1:
-        return leaves[block.lo]
-    left, right = (canonical(half, leaves) for half in halves(block))
-    if left is None or right is None:
-        return left if right is None else right
-    return left + right
 
 
 @given(st.integers(1, 24), st.data())

@@ -592,8 +592,8 @@ class Simulation:
         self.later(1.0, self.root, finish)
 
     def contributions(self, hub: Hub) -> None:
-        parts = hub.contributors_of_all()
-        assert [i for block, _ in parts for i in range(*block)] == list(range(hub.ledger.total)), parts
+        parts = hub.gradients.contributions(Block(0, hub.ledger.total))
+        assert [i for part in parts for i in range(*part.block)] == list(range(hub.ledger.total)), parts
 
     # ---- the task
 

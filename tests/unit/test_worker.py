@@ -15,11 +15,12 @@ from control.config import RunConfig
 from control.gradients import Outcome, outcome
 from control.initial import initial_weights, node_config
 from control.reference import CanonicalSum
-from spheres.blocks import Block, decompose, halves
+from spheres.blocks import Block, decompose
 from spheres.numerics import crc32c
 from spheres.reducer import Held
 from spheres.task import Sums
 from spheres.worker import Failure, Unit, Worker
+from tests.sums import canonical
 
 Array = npt.NDArray[np.float32]
 
@@ -61,15 +62,6 @@ def made(total: int, bad_microbatches: set[int], *, skips: bool = True) -> tuple
     sample = {index: int(node.sampler.microbatch(0, index)[0]) for index in range(total)}
     task.bad = {sample[index] for index in bad_microbatches}
     return node, task, sample
-
-
-def canonical(block: Block, leaves: dict[int, Array | None]) -> Array | None:
-    if block.width == 1:
-        return leaves[block.lo]
-    left, right = (canonical(half, leaves) for half in halves(block))
-    if left is None or right is None:
-        return left if right is None else right
-    return left + right
 
 
 @given(st.integers(1, 24), st.data())
