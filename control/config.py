@@ -203,6 +203,14 @@ class RunConfig(_Model):
     """bytes of gradients in flight on one edge"""
     window_chunks: int | None = Field(None, ge=1)
     """the same in chunks; none: from window_bytes, at least 2"""
+    wire: Literal["auto", "inline", "shm"] = "auto"
+    """how payload travels: in messages (inline), in memory shared on one host (shm), or shm where it can be (auto)"""
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    """type that gradients are rounded to for the wire"""
+    weights_wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    """type that weights are rounded to for the wire; control keeps float32"""
+    hosts_per_host: int | None = Field(None, ge=1)
+    """most other hosts that hang on one host; 1 makes a chain of hosts; none: as fan_out allows"""
 
     # what is kept and said
     run_dir: Path | None = None
@@ -221,6 +229,8 @@ class RunConfig(_Model):
     """write metrics.csv to the run directory"""
     tensorboard: bool = False
     """write TensorBoard events to the run directory (needs the extra tensorboard)"""
+    trace: bool = False
+    """write trace.json to the run directory: what every node did when, for ui.perfetto.dev"""
     on_callback_error: Literal["log", "raise"] = "log"
     """whether an exception in a callback is logged or stops the run"""
 
@@ -333,7 +343,7 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 #: what the bits of the weights follow from, besides the totals; all else may differ on --resume
 _IDENTITY = (
     "task", "task_options", "seed", "batch_size", "microbatches", "learning_rate", "clip_norm", "clip_value",
-    "on_nonfinite",
+    "on_nonfinite", "wire_dtype", "weights_wire_dtype",
 )  # fmt: skip
 
 

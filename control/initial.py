@@ -64,4 +64,8 @@ def node_config(task: Task, config: RunConfig, manifest: Manifest, *, run_id: st
         patience_seconds=config.patience,
         fan_out=config.fan_out,
         skips_nonfinite=config.on_nonfinite != "halt",
+        wire=config.wire,
+        gradient_dtype=config.wire_dtype,
+        weights_dtype=config.weights_wire_dtype,
+        trace=config.trace,
     )

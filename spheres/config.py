@@ -60,6 +60,14 @@ class NodeConfig:
     fan_out: int = 12
     #: a microbatch that is not finite is left out and told of; else it is a failure of the task (N16)
     skips_nonfinite: bool = False
+    #: "auto", "inline" or "shm"
+    wire: str = "auto"
+    #: what gradients are rounded to at every canonical node, "float32" or "bfloat16" (N21)
+    gradient_dtype: str = "float32"
+    #: what weights are rounded to before spheres see them, "float32" or "bfloat16" (N21)
+    weights_dtype: str = "float32"
+    #: whether this node records what it does
+    trace: bool = False
 
     @cached_property
     def chunk_elements(self) -> int:
@@ -91,6 +99,10 @@ class NodeConfig:
             data_fingerprint=self.data_fingerprint,
             fan_out=self.fan_out,
             skips_nonfinite=self.skips_nonfinite,
+            gradient_dtype=_DTYPES[self.gradient_dtype],
+            weights_dtype=_DTYPES[self.weights_dtype],
+            wire=_WIRES[self.wire],
+            trace=self.trace,
         )
         message.heartbeat_interval.FromNanoseconds(round(self.heartbeat_seconds * 1e9))
         message.patience.FromNanoseconds(round(self.patience_seconds * 1e9))
@@ -117,7 +129,25 @@ class NodeConfig:
             patience_seconds=message.patience.ToNanoseconds() / 1e9,
             fan_out=message.fan_out,
             skips_nonfinite=message.skips_nonfinite,
+            wire=_named(_WIRES, message.wire, "auto", "wire"),
+            gradient_dtype=_named(_DTYPES, message.gradient_dtype, "float32", "type on the wire"),
+            weights_dtype=_named(_DTYPES, message.weights_dtype, "float32", "type on the wire"),
+            trace=message.trace,
         )
+
+
+_WIRES = {"auto": control_pb2.WIRE_AUTO, "inline": control_pb2.WIRE_INLINE, "shm": control_pb2.WIRE_SHM}
+_DTYPES = {"float32": control_pb2.WIRE_DTYPE_FLOAT32, "bfloat16": control_pb2.WIRE_DTYPE_BFLOAT16}
+
+
+def _named(names: Mapping[str, int], number: int, default: str, what: str) -> str:
+    """Return the name of an enum's number. Raises DecodeError for one that is not known here."""
+    if number == 0:
+        return default
+    for name, value in names.items():
+        if value == number:
+            return name
+    raise DecodeError(f"{what} {number} is not known here; install the same release on both")
 
 
 def manifest_to_proto(manifest: Manifest) -> common_pb2.Manifest:

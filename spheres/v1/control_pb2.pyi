@@ -74,6 +74,58 @@ RUN_STATE_ERROR: RunState.ValueType  # 9
 """Ended by an error."""
 Global___RunState: _TypeAlias = RunState  # noqa: Y015
 
+class _WireDtype:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WireDtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WireDtype.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WIRE_DTYPE_UNSPECIFIED: _WireDtype.ValueType  # 0
+    """As float32."""
+    WIRE_DTYPE_FLOAT32: _WireDtype.ValueType  # 1
+    """4 bytes."""
+    WIRE_DTYPE_BFLOAT16: _WireDtype.ValueType  # 2
+    """2 bytes: the upper half of a float32, rounded to nearest, ties to even."""
+
+class WireDtype(_WireDtype, metaclass=_WireDtypeEnumTypeWrapper):
+    """Type of the elements of a chunk."""
+
+WIRE_DTYPE_UNSPECIFIED: WireDtype.ValueType  # 0
+"""As float32."""
+WIRE_DTYPE_FLOAT32: WireDtype.ValueType  # 1
+"""4 bytes."""
+WIRE_DTYPE_BFLOAT16: WireDtype.ValueType  # 2
+"""2 bytes: the upper half of a float32, rounded to nearest, ties to even."""
+Global___WireDtype: _TypeAlias = WireDtype  # noqa: Y015
+
+class _Wire:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WireEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Wire.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WIRE_UNSPECIFIED: _Wire.ValueType  # 0
+    """As auto."""
+    WIRE_AUTO: _Wire.ValueType  # 1
+    """In shared memory where both ends see the same, else inline."""
+    WIRE_INLINE: _Wire.ValueType  # 2
+    """In the messages."""
+    WIRE_SHM: _Wire.ValueType  # 3
+    """In shared memory; a child that does not share it with its parent is refused."""
+
+class Wire(_Wire, metaclass=_WireEnumTypeWrapper):
+    """How payload travels between parent and child."""
+
+WIRE_UNSPECIFIED: Wire.ValueType  # 0
+"""As auto."""
+WIRE_AUTO: Wire.ValueType  # 1
+"""In shared memory where both ends see the same, else inline."""
+WIRE_INLINE: Wire.ValueType  # 2
+"""In the messages."""
+WIRE_SHM: Wire.ValueType  # 3
+"""In shared memory; a child that does not share it with its parent is refused."""
+Global___Wire: _TypeAlias = Wire  # noqa: Y015
+
 @_typing.final
 class SphereConfiguration(_message.Message):
     """What a sphere must know of the run."""
@@ -118,6 +170,10 @@ class SphereConfiguration(_message.Message):
     PATIENCE_FIELD_NUMBER: _builtins.int
     FAN_OUT_FIELD_NUMBER: _builtins.int
     SKIPS_NONFINITE_FIELD_NUMBER: _builtins.int
+    GRADIENT_DTYPE_FIELD_NUMBER: _builtins.int
+    WEIGHTS_DTYPE_FIELD_NUMBER: _builtins.int
+    WIRE_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
     task: _builtins.str
@@ -146,6 +202,14 @@ class SphereConfiguration(_message.Message):
     """Most children of one sphere."""
     skips_nonfinite: _builtins.bool
     """Whether a microbatch whose gradient is not finite is left out and reported; else it is a task failure."""
+    gradient_dtype: Global___WireDtype.ValueType
+    """Type of gradients on the wire: each microbatch's gradient and each canonical sum is rounded to it (N21)."""
+    weights_dtype: Global___WireDtype.ValueType
+    """Type of weights on the wire: spheres compute on weights rounded to it (N21)."""
+    wire: Global___Wire.ValueType
+    """How payload travels."""
+    trace: _builtins.bool
+    """Whether spheres record what they do, for a trace."""
     @_builtins.property
     def task_options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Options of the task."""
@@ -183,10 +247,14 @@ class SphereConfiguration(_message.Message):
         patience: _duration_pb2.Duration | None = ...,
         fan_out: _builtins.int = ...,
         skips_nonfinite: _builtins.bool = ...,
+        gradient_dtype: Global___WireDtype.ValueType = ...,
+        weights_dtype: Global___WireDtype.ValueType = ...,
+        wire: Global___Wire.ValueType = ...,
+        trace: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "manifest", b"manifest", "patience", b"patience"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "chunk_bytes", b"chunk_bytes", "data_fingerprint", b"data_fingerprint", "evaluation_microbatches_count", b"evaluation_microbatches_count", "fan_out", b"fan_out", "heartbeat_interval", b"heartbeat_interval", "manifest", b"manifest", "microbatches_count", b"microbatches_count", "patience", b"patience", "run_id", b"run_id", "seed", b"seed", "skips_nonfinite", b"skips_nonfinite", "task", b"task", "task_fingerprint", b"task_fingerprint", "task_options", b"task_options", "test_size", b"test_size", "train_size", b"train_size", "window_chunks", b"window_chunks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "chunk_bytes", b"chunk_bytes", "data_fingerprint", b"data_fingerprint", "evaluation_microbatches_count", b"evaluation_microbatches_count", "fan_out", b"fan_out", "gradient_dtype", b"gradient_dtype", "heartbeat_interval", b"heartbeat_interval", "manifest", b"manifest", "microbatches_count", b"microbatches_count", "patience", b"patience", "run_id", b"run_id", "seed", b"seed", "skips_nonfinite", b"skips_nonfinite", "task", b"task", "task_fingerprint", b"task_fingerprint", "task_options", b"task_options", "test_size", b"test_size", "trace", b"trace", "train_size", b"train_size", "weights_dtype", b"weights_dtype", "window_chunks", b"window_chunks", "wire", b"wire"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

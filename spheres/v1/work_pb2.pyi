@@ -141,7 +141,9 @@ class Chunk(_message.Message):
     crc32c: _builtins.int
     """CRC-32C of data (N17)."""
     data: _builtins.bytes
-    """Little-endian float32 elements. The last field, so that an encoder can append it without a copy."""
+    """Little-endian elements in the run's type on the wire (float32 or bfloat16, for gradients and weights apart). The
+    last field, so that an encoder can append it without a copy.
+    """
     @_builtins.property
     def block(self) -> Global___Block:
         """The block that a gradient chunk belongs to; absent for weights."""
@@ -164,6 +166,122 @@ class Chunk(_message.Message):
 Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
 
 @_typing.final
+class Segment(_message.Message):
+    """A piece of shared memory that another process of this host has made: file fd of process pid, which begins with the
+    nonce. Who can open it and finds the nonce there shares memory with its maker (docs/protocol.md, Wires).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PID_FIELD_NUMBER: _builtins.int
+    FD_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    pid: _builtins.int
+    """Process that made it."""
+    fd: _builtins.int
+    """Its file descriptor there."""
+    nonce: _builtins.bytes
+    """16 random bytes, the first of the segment."""
+    def __init__(
+        self,
+        *,
+        pid: _builtins.int = ...,
+        fd: _builtins.int = ...,
+        nonce: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fd", b"fd", "nonce", b"nonce", "pid", b"pid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Segment: _TypeAlias = Segment  # noqa: Y015
+
+@_typing.final
+class GradientReference(_message.Message):
+    """Chunks of a gradient block that lie in shared memory, back to back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_FIELD_NUMBER: _builtins.int
+    FROM_CHUNK_FIELD_NUMBER: _builtins.int
+    THROUGH_CHUNK_FIELD_NUMBER: _builtins.int
+    SEGMENT_FIELD_NUMBER: _builtins.int
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    from_chunk: _builtins.int
+    """First chunk."""
+    through_chunk: _builtins.int
+    """Last chunk."""
+    offset_bytes: _builtins.int
+    """First byte of from_chunk in the segment's payload. Elements are float32 in memory, whatever the wire's type is."""
+    @_builtins.property
+    def block(self) -> Global___Block:
+        """The block."""
+
+    @_builtins.property
+    def segment(self) -> Global___Segment:
+        """Where they lie."""
+
+    def __init__(
+        self,
+        *,
+        block: Global___Block | None = ...,
+        from_chunk: _builtins.int = ...,
+        through_chunk: _builtins.int = ...,
+        segment: Global___Segment | None = ...,
+        offset_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "segment", b"segment"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "from_chunk", b"from_chunk", "offset_bytes", b"offset_bytes", "segment", b"segment", "through_chunk", b"through_chunk"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GradientReference: _TypeAlias = GradientReference  # noqa: Y015
+
+@_typing.final
+class WeightsReference(_message.Message):
+    """Chunks of the weights that lie in shared memory, at their offsets in the flat buffer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_CHUNK_FIELD_NUMBER: _builtins.int
+    THROUGH_CHUNK_FIELD_NUMBER: _builtins.int
+    SEGMENT_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    CRC32C_FIELD_NUMBER: _builtins.int
+    from_chunk: _builtins.int
+    """First chunk."""
+    through_chunk: _builtins.int
+    """Last chunk."""
+    generation: _builtins.int
+    """What the segment's generation is while this version is whole in it; another one says that it is being overwritten."""
+    @_builtins.property
+    def segment(self) -> Global___Segment:
+        """Where they lie."""
+
+    @_builtins.property
+    def crc32c(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """CRC-32C of each chunk as it would be on the wire."""
+
+    def __init__(
+        self,
+        *,
+        from_chunk: _builtins.int = ...,
+        through_chunk: _builtins.int = ...,
+        segment: Global___Segment | None = ...,
+        generation: _builtins.int = ...,
+        crc32c: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["segment", b"segment"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32c", b"crc32c", "from_chunk", b"from_chunk", "generation", b"generation", "segment", b"segment", "through_chunk", b"through_chunk"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightsReference: _TypeAlias = WeightsReference  # noqa: Y015
+
+@_typing.final
 class WorkRequest(_message.Message):
     """From child to parent. Every field may be absent; those present are handled in the order in which they stand here, with
     the gradient chunk between header and footer. Header, chunk and footer of a small gradient share one message.
@@ -184,6 +302,7 @@ class WorkRequest(_message.Message):
     LEAVING_FIELD_NUMBER: _builtins.int
     SPHERE_CHANGE_FIELD_NUMBER: _builtins.int
     LOG_REPORT_FIELD_NUMBER: _builtins.int
+    GRADIENT_REFERENCE_FIELD_NUMBER: _builtins.int
     GRADIENT_CHUNK_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     """Counts this child's Work streams within its incarnation (N1)."""
@@ -234,6 +353,10 @@ class WorkRequest(_message.Message):
         """Answer to a directive, on its way to control."""
 
     @_builtins.property
+    def gradient_reference(self) -> Global___GradientReference:
+        """Chunks of the gradient in shared memory, handled like gradient_chunk."""
+
+    @_builtins.property
     def gradient_chunk(self) -> Global___Chunk:
         """A chunk of the gradient."""
 
@@ -253,11 +376,12 @@ class WorkRequest(_message.Message):
         leaving: Global___Leaving | None = ...,
         sphere_change: Global___SphereChange | None = ...,
         log_report: Global___LogReport | None = ...,
+        gradient_reference: Global___GradientReference | None = ...,
         gradient_chunk: Global___Chunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "gradient_chunk", b"gradient_chunk", "gradient_footer", b"gradient_footer", "gradient_header", b"gradient_header", "hello", b"hello", "leaving", b"leaving", "log_report", b"log_report", "ready", b"ready", "sphere_change", b"sphere_change", "state_report", b"state_report", "tag", b"tag", "task_failure", b"task_failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "gradient_chunk", b"gradient_chunk", "gradient_footer", b"gradient_footer", "gradient_header", b"gradient_header", "gradient_reference", b"gradient_reference", "hello", b"hello", "leaving", b"leaving", "log_report", b"log_report", "ready", b"ready", "sphere_change", b"sphere_change", "state_report", b"state_report", "tag", b"tag", "task_failure", b"task_failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "capacity", b"capacity", "gradient_chunk", b"gradient_chunk", "gradient_footer", b"gradient_footer", "gradient_header", b"gradient_header", "hello", b"hello", "leaving", b"leaving", "log_report", b"log_report", "ready", b"ready", "session", b"session", "sphere_change", b"sphere_change", "state_report", b"state_report", "tag", b"tag", "task_failure", b"task_failure"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "capacity", b"capacity", "gradient_chunk", b"gradient_chunk", "gradient_footer", b"gradient_footer", "gradient_header", b"gradient_header", "gradient_reference", b"gradient_reference", "hello", b"hello", "leaving", b"leaving", "log_report", b"log_report", "ready", b"ready", "session", b"session", "sphere_change", b"sphere_change", "state_report", b"state_report", "tag", b"tag", "task_failure", b"task_failure"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -279,6 +403,7 @@ class WorkResponse(_message.Message):
     WEIGHTS_FOOTER_FIELD_NUMBER: _builtins.int
     CREDIT_FIELD_NUMBER: _builtins.int
     DIRECTIVE_FIELD_NUMBER: _builtins.int
+    WEIGHTS_REFERENCE_FIELD_NUMBER: _builtins.int
     WEIGHTS_CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tag(self) -> Global___Tag:
@@ -313,6 +438,10 @@ class WorkResponse(_message.Message):
         """From control to one sphere, or to all, passed on hop by hop."""
 
     @_builtins.property
+    def weights_reference(self) -> Global___WeightsReference:
+        """Chunks of the weights in shared memory, handled like weights_chunk."""
+
+    @_builtins.property
     def weights_chunk(self) -> Global___Chunk:
         """A chunk of the weights."""
 
@@ -327,11 +456,12 @@ class WorkResponse(_message.Message):
         weights_footer: Global___WeightsFooter | None = ...,
         credit: Global___Credit | None = ...,
         directive: Global___Directive | None = ...,
+        weights_reference: Global___WeightsReference | None = ...,
         weights_chunk: Global___Chunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "begin", b"begin", "credit", b"credit", "directive", b"directive", "tag", b"tag", "weights_chunk", b"weights_chunk", "weights_footer", b"weights_footer", "weights_header", b"weights_header", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "begin", b"begin", "credit", b"credit", "directive", b"directive", "tag", b"tag", "weights_chunk", b"weights_chunk", "weights_footer", b"weights_footer", "weights_header", b"weights_header", "weights_reference", b"weights_reference", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "begin", b"begin", "credit", b"credit", "directive", b"directive", "tag", b"tag", "weights_chunk", b"weights_chunk", "weights_footer", b"weights_footer", "weights_header", b"weights_header", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "begin", b"begin", "credit", b"credit", "directive", b"directive", "tag", b"tag", "weights_chunk", b"weights_chunk", "weights_footer", b"weights_footer", "weights_header", b"weights_header", "weights_reference", b"weights_reference", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -361,6 +491,7 @@ class Hello(_message.Message):
     WEIGHTS_CHUNKS_HELD_FIELD_NUMBER: _builtins.int
     WEIGHTS_TERM_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
+    SEGMENT_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Protocol version that the child speaks."""
     sphere_id: _builtins.str
@@ -403,6 +534,10 @@ class Hello(_message.Message):
     def member(self) -> _common_pb2.Member:
         """Who it is, for a control that does not know it (one that came back after a crash)."""
 
+    @_builtins.property
+    def segment(self) -> Global___Segment:
+        """Memory of the child, for the parent to try; absent where payload is to go inline."""
+
     def __init__(
         self,
         *,
@@ -424,10 +559,11 @@ class Hello(_message.Message):
         weights_chunks_held: _builtins.int = ...,
         weights_term: _builtins.int = ...,
         leaving: _builtins.bool = ...,
+        segment: Global___Segment | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["member", b"member"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "segment", b"segment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "data_fingerprint", b"data_fingerprint", "environment_fingerprint", b"environment_fingerprint", "held", b"held", "holds_weights", b"holds_weights", "incarnation", b"incarnation", "leaving", b"leaving", "member", b"member", "parent_id", b"parent_id", "parent_incarnation", b"parent_incarnation", "protocol_version", b"protocol_version", "sphere_id", b"sphere_id", "task_fingerprint", b"task_fingerprint", "weights_chunks_held", b"weights_chunks_held", "weights_digest", b"weights_digest", "weights_term", b"weights_term", "weights_version", b"weights_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "data_fingerprint", b"data_fingerprint", "environment_fingerprint", b"environment_fingerprint", "held", b"held", "holds_weights", b"holds_weights", "incarnation", b"incarnation", "leaving", b"leaving", "member", b"member", "parent_id", b"parent_id", "parent_incarnation", b"parent_incarnation", "protocol_version", b"protocol_version", "segment", b"segment", "sphere_id", b"sphere_id", "task_fingerprint", b"task_fingerprint", "weights_chunks_held", b"weights_chunks_held", "weights_digest", b"weights_digest", "weights_term", b"weights_term", "weights_version", b"weights_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -470,18 +606,26 @@ class Welcome(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PATH_FIELD_NUMBER: _builtins.int
+    SEGMENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def path(self) -> _containers.RepeatedCompositeFieldContainer[Global___Ancestor]:
         """The nodes from control to this parent, this parent last. The child's fallbacks are these from the end (N11)."""
+
+    @_builtins.property
+    def segment(self) -> Global___Segment:
+        """Memory of the parent, where it has found the child's: from now on payload goes by reference, both ways. A child that
+        does not find it dials again, without a segment in its hello. Only in the first welcome of a link.
+        """
 
     def __init__(
         self,
         *,
         path: _abc.Iterable[Global___Ancestor] | None = ...,
+        segment: Global___Segment | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["segment", b"segment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "segment", b"segment"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1103,6 +1247,7 @@ class HeartbeatRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     REPORTS_FIELD_NUMBER: _builtins.int
     SENT_NANOS_FIELD_NUMBER: _builtins.int
+    TRACES_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
     sphere_id: _builtins.str
@@ -1117,6 +1262,12 @@ class HeartbeatRequest(_message.Message):
     def reports(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.SphereReport]:
         """The child's own report first, then some of those below it, the oldest first; at most 32."""
 
+    @_builtins.property
+    def traces(self) -> _containers.RepeatedCompositeFieldContainer[Global___Trace]:
+        """What the child and those below it did, where the run is traced: times are by the child's monotonic clock. At most
+        4,096 spans.
+        """
+
     def __init__(
         self,
         *,
@@ -1126,14 +1277,85 @@ class HeartbeatRequest(_message.Message):
         session: _builtins.int = ...,
         reports: _abc.Iterable[_common_pb2.SphereReport] | None = ...,
         sent_nanos: _builtins.int = ...,
+        traces: _abc.Iterable[Global___Trace] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "reports", b"reports", "run_id", b"run_id", "sent_nanos", b"sent_nanos", "session", b"session", "sphere_id", b"sphere_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "reports", b"reports", "run_id", b"run_id", "sent_nanos", b"sent_nanos", "session", b"session", "sphere_id", b"sphere_id", "traces", b"traces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
+
+@_typing.final
+class Trace(_message.Message):
+    """What one sphere did, for a trace."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPHERE_ID_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
+    DROPPED_COUNT_FIELD_NUMBER: _builtins.int
+    sphere_id: _builtins.str
+    """The sphere."""
+    dropped_count: _builtins.int
+    """Spans that were left out because too many waited."""
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]:
+        """What it did, in order of their ends."""
+
+    def __init__(
+        self,
+        *,
+        sphere_id: _builtins.str = ...,
+        spans: _abc.Iterable[Global___Span] | None = ...,
+        dropped_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_count", b"dropped_count", "spans", b"spans", "sphere_id", b"sphere_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Trace: _TypeAlias = Trace  # noqa: Y015
+
+@_typing.final
+class Span(_message.Message):
+    """One stretch of time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    START_NANOS_FIELD_NUMBER: _builtins.int
+    DURATION_NANOS_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """compute, wait, sum, send_up, send_down, ...: a phase, or a part of one."""
+    start_nanos: _builtins.int
+    """When it began, by the monotonic clock of whoever sends the message."""
+    duration_nanos: _builtins.int
+    """How long it took."""
+    step: _builtins.int
+    """The step."""
+    detail: _builtins.str
+    """What is worth knowing of it, in words: a block, chunks, bytes."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        start_nanos: _builtins.int = ...,
+        duration_nanos: _builtins.int = ...,
+        step: _builtins.int = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "duration_nanos", b"duration_nanos", "name", b"name", "start_nanos", b"start_nanos", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Span: _TypeAlias = Span  # noqa: Y015
 
 @_typing.final
 class HeartbeatResponse(_message.Message):
@@ -1143,19 +1365,23 @@ class HeartbeatResponse(_message.Message):
 
     SENT_NANOS_FIELD_NUMBER: _builtins.int
     ALONE_SECONDS_FIELD_NUMBER: _builtins.int
+    RECEIVED_NANOS_FIELD_NUMBER: _builtins.int
     sent_nanos: _builtins.int
     """HeartbeatRequest.sent_nanos."""
     alone_seconds: _builtins.float
     """Seconds for which the parent itself has had no way to control; 0 where it has one."""
+    received_nanos: _builtins.int
+    """The parent's monotonic clock when the request had come, and when the answer left are taken as one."""
     def __init__(
         self,
         *,
         sent_nanos: _builtins.int = ...,
         alone_seconds: _builtins.float = ...,
+        received_nanos: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone_seconds", b"alone_seconds", "sent_nanos", b"sent_nanos"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone_seconds", b"alone_seconds", "received_nanos", b"received_nanos", "sent_nanos", b"sent_nanos"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

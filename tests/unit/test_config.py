@@ -246,7 +246,8 @@ def test_every_key_can_be_given_as_flag_and_as_variable() -> None:
         "orphan_timeout": "0", "chunk_bytes": "4096", "window_bytes": "8KiB", "window_chunks": "3", "run_dir": "d",
         "checkpoint_every": "5steps", "checkpoint_url": "s3://b/x", "keep": "9",
             "keep_every": "100", "log_every": "1", "metrics_csv": "1",
-        "tensorboard": "on", "on_callback_error": "raise",
+        "tensorboard": "on", "on_callback_error": "raise", "wire": "inline", "wire_dtype": "bfloat16",
+        "weights_wire_dtype": "bfloat16", "hosts_per_host": "1", "trace": "yes",
     }  # fmt: skip
     assert set(other) == set(flat_paths()) - {"steps", "on_nonfinite"}  # the first excludes epochs, the second is fixed
     by_flag = load_config(other, {})[0]
