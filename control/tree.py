@@ -16,9 +16,9 @@ from spheres.children import Children
 from spheres.config import PROTOCOL_VERSION, NodeConfig
 from spheres.environment import environment_fingerprint
 from spheres.errors import (
+    ArmillaryError,
     ConfigError,
     DecodeError,
-    GradientError,
     RefusedError,
     StaleError,
     UnreachableError,
@@ -26,6 +26,8 @@ from spheres.errors import (
 )
 from spheres.hub import Array, Hub, Work
 from spheres.lease import Lease
+from spheres.segments import node_memory
+from spheres.summing import Summer
 from spheres.transport import Handlers, Listener, Transport
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
@@ -64,7 +66,9 @@ class Tree:
         self.members = Membership(host, config.fan_out, forgotten=self._forgotten)
         #: raised at each start and restore: what spheres cached of the one before is dropped (N1)
         self.term = term
-        self.hub = Hub(config, CONTROL, incarnation=term)
+        self.hub = Hub(config, CONTROL, incarnation=term, memory=node_memory(config.wire))
+        self._summer = Summer()
+        self.hub.hooks.run, self.hub.hooks.broken = self._summer.run, self._broken
         self.hub.watchdog.enabled = speculate
         self.failures = Failures()
         self.hub.hooks.sealed = self._sealed
@@ -111,6 +115,7 @@ class Tree:
         self._open = False
         if self._keeping is not None:
             self._keeping.cancel()
+        self._summer.close()
         self.children.drain(RefusedError("the run is over"))
         if self._listener is not None:
             await self._listener.aclose()
@@ -390,11 +395,15 @@ class Tree:
         if self._done is not None and not self._done.done():
             self._done.set_result(None)
 
+    def _broken(self, error: BaseException) -> None:
+        log.error("a sum failed", exc_info=error)
+        self._halt(ArmillaryError(f"summing gradients failed: {error!r}"))
+
     def _failed(self, failure: pb.TaskFailure) -> None:
         log.warning("task failed on %s, microbatch %d: %s", failure.sphere_id, failure.microbatch, failure.error)
         self._halt(self.failures.raised(failure))
 
-    def _halt(self, error: GradientError | None) -> None:
+    def _halt(self, error: ArmillaryError | None) -> None:
         if error is not None and self._done is not None and not self._done.done():
             self._done.set_exception(error)
 

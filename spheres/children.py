@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
+from spheres.carrier import Carrier, Inline, Shared
 from spheres.config import PROTOCOL_VERSION
 from spheres.errors import (
     ArmillaryError,
@@ -21,7 +22,7 @@ from spheres.errors import (
     VersionMismatchError,
     WrongRunError,
 )
-from spheres.frames import decode
+from spheres.frames import decode, decode_with_chunk
 from spheres.hub import Child, Hub
 from spheres.lease import Lease
 from spheres.outbox import Outbox
@@ -156,10 +157,10 @@ class Children:
         while (data := await link.receive()) is not None:
             self._lease.check(now())
             child.heard = now()
-            message = decode(pb.WorkRequest, data)
+            message, payload = decode_with_chunk(pb.WorkRequest, data)
             if message.HasField("capacity"):
                 _check_capacity(child.id, message.capacity.capacity)
-            self._hub.on_request(child, message)
+            self._hub.on_request(child, message, payload)
 
     async def _write(self, child: Child, link: Link) -> None:
         outbox, now = child.outbox, asyncio.get_running_loop().time
@@ -185,6 +186,7 @@ class Children:
         known = self._orders.get(hello.sphere_id)
         if known is not None and order <= known:
             raise StaleError(f"{hello.sphere_id}: incarnation and session {order} are not above {known}")
+        carrier = self._carrier(hello)
         _keep(self._orders, hello.sphere_id, order)
         older = hub.children.get(hello.sphere_id)
         if older is not None:
@@ -195,12 +197,24 @@ class Children:
             incarnation=hello.incarnation,
             session=message.session,
             address=hello.address,
-            outbox=Outbox(hub.weights),
+            outbox=Outbox(hub.weights, carrier),
             close=close,
             environment=hello.environment_fingerprint,
             member=hello.member,
             heard=asyncio.get_running_loop().time(),
         )
+
+    def _carrier(self, hello: pb.Hello) -> Carrier:
+        """How payload is to travel. Raises RefusedError where the run insists on shared memory and there is none."""
+        hub = self._hub
+        if hub.memory is not None and hello.HasField("segment") and hub.memory.shares(hello.segment):
+            return Shared(hub.config, hub.memory)
+        if hub.config.wire == "shm":
+            raise RefusedError(
+                f"{hello.sphere_id} shares no memory with {hub.id}, and the run was started with --wire shm; start it "
+                "with --wire auto, or this sphere in the same container or host"
+            )
+        return Inline(hub.config)
 
     def _check_peer(self, hello: pb.Hello, tag: pb.Tag) -> None:
         hub, config, child = self._hub, self._hub.config, hello.sphere_id

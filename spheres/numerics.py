@@ -188,3 +188,23 @@ def add_sums(left: Sums, right: Sums) -> Sums:
         for name, value in right.metrics.items():
             metrics[name] = metrics[name] + value if name in metrics else value
     return Sums(left.loss + right.loss, left.count + right.count, metrics)
+
+
+def wire_itemsize(dtype: str) -> int:
+    return 4
+
+
+def to_wire(array: Array, dtype: str) -> memoryview:
+    return array.data.cast("B")
+
+
+def from_wire(data: bytes | memoryview, dtype: str, out: Array | None = None) -> Array:
+    found = np.frombuffer(data, np.float32)
+    if out is None:
+        return found
+    out[...] = found
+    return out
+
+
+def round_in_place(array: Array, dtype: str) -> None:
+    pass

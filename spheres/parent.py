@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic_ns, perf_counter
 
+from spheres.carrier import Carrier, Inline, Shared
 from spheres.config import PROTOCOL_VERSION
 from spheres.errors import (
     ArmillaryError,
@@ -23,7 +24,7 @@ from spheres.errors import (
     VersionMismatchError,
     WrongRunError,
 )
-from spheres.frames import blocks_to, decode
+from spheres.frames import blocks_to, decode, decode_with_chunk
 from spheres.hub import Hub, Outgoing
 from spheres.lease import Lease
 from spheres.transport import Link, Rpc, Transport, first_end
@@ -75,6 +76,8 @@ class Parent:
         # when something last came from the parent; the parent whose lease ran out, which is not dialled first
         self._heard = 0.0
         self._silent = ""
+        # parents that see this node's memory, while it does not see theirs: payload of those links goes inline
+        self._hidden: set[tuple[str, int]] = set()
         # since when there is no way to control: no link, or a parent that has none; None where there is one
         self._alone_since: float | None = None
         self._orphan_timeout = orphan_timeout
@@ -204,17 +207,19 @@ class Parent:
             task_fingerprint=self._fingerprints.task,
             data_fingerprint=self._fingerprints.data,
             environment_fingerprint=self._fingerprints.environment,
-            holds_weights=hub.weights.complete,
+            holds_weights=hub.weights.held,
             weights_version=max(0, hub.weights.version),
             weights_digest=hub.weights.digest,
             held=blocks_to(hub.held()),
             capacity=hub.ledger.capacity,
             address=hub.address,
             member=self._member,
-            weights_chunks_held=0 if hub.weights.complete else hub.weights.arrived,
+            weights_chunks_held=hub.weights.resumable,
             weights_term=hub.weights.term,
             leaving=bool(hub.leaving),
         )
+        if hub.memory is not None and (ancestor.id, ancestor.incarnation) not in self._hidden:
+            hello.segment.CopyFrom(hub.memory.probe)
         message = pb.WorkRequest(tag=hub.tag, session=self._session, hello=hello)
         try:
             async with asyncio.timeout(WELCOME_SECONDS):
@@ -227,12 +232,23 @@ class Parent:
         answer = decode(pb.WorkResponse, data)
         if not answer.HasField("welcome"):
             raise ProtocolError(f"{ancestor.id} answered hello with something else than welcome")
+        carrier = self._carrier(answer.welcome, ancestor)
         self._ancestors = self._path(answer.welcome, ancestor)
         self._hear()
-        hub.relinked(self._session, self._ancestors)
+        hub.relinked(self._session, self._ancestors, carrier)
         self._linked.set()
         self._alone_since = None
         self.placed.set()
+
+    def _carrier(self, welcome: pb.Welcome, ancestor: pb.Ancestor) -> Carrier:
+        """How payload travels, as the parent says. Raises LinkClosedError where it says what cannot be."""
+        hub = self._hub
+        if not welcome.HasField("segment"):
+            return Inline(hub.config)
+        if hub.memory is None or not hub.memory.shares(welcome.segment):
+            self._hidden.add((ancestor.id, ancestor.incarnation))
+            raise LinkClosedError(f"{ancestor.id} sees this node's memory, and this node does not see that of its own")
+        return Shared(hub.config, hub.memory)
 
     def _path(self, welcome: pb.Welcome, ancestor: pb.Ancestor) -> list[pb.Ancestor]:
         """Return the nodes from control to this parent. Raises RefusedError where they are not that (N11)."""
@@ -252,12 +268,12 @@ class Parent:
             if self._cut is None or self._cut.done():
                 return  # what came with the word that ends the link is of the past too (N10)
             self._hear()
-            message = decode(pb.WorkResponse, data)
+            message, payload = decode_with_chunk(pb.WorkResponse, data)
             if message.HasField("welcome"):  # the parent itself has a new parent (N11)
                 self._ancestors = self._path(message.welcome, ancestor)
                 self._hub.renewed(self._ancestors)
             else:
-                self._hub.on_response(message)
+                self._hub.on_response(message, payload, data)
 
     async def _write(self, link: Link) -> None:
         hub, now = self._hub, asyncio.get_running_loop().time

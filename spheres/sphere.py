@@ -26,11 +26,14 @@ from spheres.errors import (
 from spheres.hub import Hub
 from spheres.lease import Lease
 from spheres.parent import Fingerprints, Parent
+from spheres.segments import node_memory
+from spheres.summing import Summer
 from spheres.task import Task, data_fingerprint, load_task, task_fingerprint
+from spheres.tensors import aligned_zeros
 from spheres.transport import Handlers, Link, Listener, Transport
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
-from spheres.worker import Worker
+from spheres.worker import Array, Worker
 
 __all__ = ["Sphere", "SphereOptions"]
 
@@ -73,7 +76,7 @@ class Sphere:
         transport: Transport,
         *,
         task: Task | None = None,
-        make_worker: Callable[[NodeConfig, Task], Worker] = Worker,
+        make_worker: Callable[[NodeConfig, Task, Callable[[int], Array]], Worker] = Worker,
         log_lines: Callable[[int], list[str]] = lambda _: [],
     ) -> None:
         self._options, self._transport, self._task = options, transport, task
@@ -124,8 +127,13 @@ class Sphere:
         granted = await self._enroll(self._address)
         config = NodeConfig.from_proto(granted.configuration)
         fingerprints = await asyncio.to_thread(self._prepare, config)
-        worker = None if options.relay or self._task is None else self._make_worker(config, self._task)
-        hub = self.hub = Hub(config, granted.sphere_id, incarnation=granted.incarnation, worker=worker)
+        memory = node_memory(config.wire)
+        worker: Worker | None = None
+        if not options.relay and self._task is not None:
+            worker = self._make_worker(config, self._task, aligned_zeros if memory is None else memory.allocate)
+        summer = Summer()
+        hub = self.hub = Hub(config, granted.sphere_id, incarnation=granted.incarnation, worker=worker, memory=memory)
+        hub.hooks.run, hub.hooks.broken = summer.run, self._broken
         hub.address = self._address
         hub.watchdog.enabled = options.speculate
         hub.hooks.directed, hub.hooks.stuck = self._directed, self._stuck
@@ -156,6 +164,7 @@ class Sphere:
             children.drain(LinkClosedError("the sphere ends"))
             if worker is not None:
                 worker.close()
+            summer.close()
 
     async def _live(self, hub: Hub, parent: Parent, children: Children) -> None:
         def look(now: float) -> None:
@@ -281,6 +290,12 @@ class Sphere:
             self.hub.log(pb.LogReport(request_id=directive.request_id, sphere_id=self.hub.id, lines=lines))
         else:
             log.warning("directive %d is not known here", directive.kind)
+
+    def _broken(self, error: BaseException) -> None:
+        """A sum failed, for want of memory for one: give back what is owed, as where nobody can compute it."""
+        log.error("a sum failed", exc_info=error)
+        if self.parent is not None:
+            self.parent.cut(LinkClosedError(f"a sum failed: {error!r}"))
 
     def _stuck(self) -> None:
         """Nobody here can compute what is owed: give it back by ending the link (docs/adr/0004)."""

@@ -172,9 +172,10 @@ def _not_finite(sums: Sums) -> dict[str, str]:
 class Worker:
     """One compute thread of a sphere. Mutable state: a pool of gradient buffers, touched once and used again."""
 
-    def __init__(self, config: NodeConfig, task: Task) -> None:
+    def __init__(self, config: NodeConfig, task: Task, allocate: Callable[[int], Array] = aligned_zeros) -> None:
         self._config = config
         self._computer = Computer(config, task)
+        self._allocate = allocate
         self._pool: list[Array] = []
         # at most one unit at a time: the hub gives the next when the one before is done or cancelled
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
@@ -192,6 +193,9 @@ class Worker:
         """The step is sealed: the buffer may be used again."""
         if held.array is not None:
             self._pool.append(held.array)
+
+    def retire(self) -> None:
+        raise NotImplementedError
 
     def close(self) -> None:
         """End the thread after what it computes now; that is told to nobody once the loop has ended."""
@@ -243,7 +247,7 @@ class Worker:
         if not unit.train:
             sums = self._computer.evaluate(weights, index)
             return Held(None, sums)
-        out = self._pool.pop() if self._pool else aligned_zeros(self._config.manifest.size)
+        out = self._pool.pop() if self._pool else self._allocate(self._config.manifest.size)
         try:
             found = self._computer.microbatch(weights, unit.step, index, out)
         except BaseException:
