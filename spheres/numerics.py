@@ -41,9 +41,9 @@ Wide = npt.NDArray[np.float64]
 BLOCK_ELEMENTS = 65_536
 
 
-def crc32c(buffer: bytes | bytearray | memoryview | npt.NDArray[np.generic]) -> int:
-    """Return the CRC-32C (Castagnoli) of a contiguous buffer."""
-    return int(_crc32c.crc32c(buffer))  # type: ignore[arg-type]
+def crc32c(buffer: bytes | bytearray | memoryview | npt.NDArray[np.generic], before: int = 0) -> int:
+    """Return the CRC-32C (Castagnoli) of a contiguous buffer, or of all up to its end where ``before`` came first."""
+    return int(_crc32c.crc32c(buffer, before))  # type: ignore[arg-type]
 
 
 def version_digest(manifest_digest: bytes, checksums: Sequence[int]) -> bytes:
