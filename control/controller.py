@@ -22,7 +22,7 @@ from control.checkpoint import CheckpointInfo, Checkpoints
 from control.config import RunConfig
 from control.events import CallbackRegistry, Event
 from control.gradients import MOST_SKIPPED_STEPS, Outcome
-from control.journal import EventLog, Journal
+from control.journal import EventLog, Journal, weights_of
 from control.metrics import StepTimes, Totals, nonfinite_reason, origin, step_record
 from control.position import Position, put_back, take_snapshot
 from control.run_state import RunState, move
@@ -404,9 +404,9 @@ class Controller:
         recorded = self._journal.recorded_digest(record["step"])
         if recorded is not None:
             record["replayed"] = True
-            if recorded != record["weights_digest"]:
+            if recorded != weights_of(record):
                 raise CheckpointError(
-                    f"step {record['step']} done again gave weights {record['weights_digest']}, the journal has "
+                    f"step {record['step']} done again gave weights {weights_of(record)}, the journal has "
                     f"{recorded}: the task is not deterministic, or this machine computes other bits; see control-cli "
                     "doctor and control-cli replay"
                 )

@@ -20,7 +20,7 @@ from control.store import fsync_directory
 from spheres.errors import ArmillaryError, ConfigError
 from spheres.numerics import crc32c
 
-__all__ = ["Broken", "EventLog", "Journal", "Records", "read_lines", "read_records"]
+__all__ = ["Broken", "EventLog", "Journal", "Records", "read_lines", "read_records", "weights_of"]
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Journal:
         self.append({"event": "forget", "from_step": from_step})
 
     def recorded_digest(self, step: int) -> str | None:
-        """Return the weights' digest after ``step`` as the latest term recorded it; None where there is none."""
+        """Return ``weights_of`` the latest term's record of ``step``; None where there is none."""
         found = self._digests.get(step)
         return None if found is None else found[1]
 
@@ -122,10 +122,15 @@ class Journal:
             start = int(record["from_step"])
             self._digests = {step: found for step, found in self._digests.items() if step < start}
             return
-        step, term, digest = int(record["step"]), int(record.get("term", 0)), str(record["weights_digest"])
+        step, term, digest = int(record["step"]), int(record.get("term", 0)), weights_of(record)
         self.term = max(self.term, term)
         if term >= self._digests.get(step, (0, ""))[0]:
             self._digests[step] = (term, digest)
+
+
+def weights_of(record: Mapping[str, Any]) -> str:
+    """Return the digest in a record that all bits of control's weights went into: the master's, where it has one."""
+    return str(record.get("master_digest") or record["weights_digest"])
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | Broken]]:

@@ -78,6 +78,7 @@ def step_record(
         "gradient_crc32c": update.gradient_crc32c,
         "weights": update.weights or {},
         "weights_digest": digest.hex(),
+        **({} if update.master_digest is None else {"master_digest": update.master_digest}),
         "seconds": {
             "step": seconds,
             "gather": times.sealed - times.began,

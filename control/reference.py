@@ -20,20 +20,24 @@ from control.schedules import learning_rate
 from spheres.blocks import Block, halves
 from spheres.config import NodeConfig
 from spheres.errors import GradientError
+from spheres.narrow import add_rounded, round_in_place
 from spheres.numerics import add_sums, global_norm
 from spheres.reducer import Held
 from spheres.task import Sums, Task
-from spheres.tensors import aligned_zeros
+from spheres.tensors import Manifest, aligned_zeros
 from spheres.worker import Computer, limit_threads
 
-__all__ = ["CanonicalSum", "ReferenceResult", "reference"]
+__all__ = ["CanonicalSum", "ReferenceResult", "SeenWeights", "reference"]
 
 Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class ReferenceResult:
-    """What the loop ended with. ``losses`` has the mean training loss of each step, NaN where none was left."""
+    """What the loop ended with. ``losses`` has the mean training loss of each step, NaN where none was left.
+
+    The weights are control's own, in float32; the evaluation is of what spheres would see of them.
+    """
 
     weights_sha256: str
     weights: dict[str, Array]
@@ -43,14 +47,34 @@ class ReferenceResult:
     outcomes: list[Outcome]
 
 
+class SeenWeights:
+    """The weights as spheres see them: control's own, or a copy rounded to the run's type for them (N21).
+
+    Mutable state: the copy, of the moment of the last ``refresh``.
+    """
+
+    def __init__(self, manifest: Manifest, master: Array, dtype: str) -> None:
+        self._master, self._dtype = master, dtype
+        self._flat = master if dtype == "float32" else aligned_zeros(manifest.size)
+        self.views = manifest.views(self._flat, writeable=False)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Follow the master."""
+        if self._flat is not self._master:
+            np.copyto(self._flat, self._master)
+            round_in_place(self._flat, self._dtype)
+
+
 class CanonicalSum:
-    """The canonical sum, written down: left + right at every node of the tree over microbatch indices.
+    """The canonical sum, written down: left + right, rounded, at every node of the tree over microbatch indices.
 
     Mutable state: gradient buffers that are used again. ``release`` gives back what a call returned.
     """
 
     def __init__(self, node: NodeConfig, task: Task, weights: Mapping[str, Array]) -> None:
         self._computer, self._size, self._weights = Computer(node, task), node.manifest.size, weights
+        self._dtype = node.gradient_dtype
         self._buffers: list[Array] = []
 
     def __call__(self, step: int, block: Block, see: Callable[[Block, Held], None] = lambda *_: None) -> Held:
@@ -72,20 +96,17 @@ class CanonicalSum:
 
     def _microbatch(self, step: int, index: int) -> Held:
         out = self._buffers.pop() if self._buffers else aligned_zeros(self._size)
-        found = self._computer.microbatch(self._weights, step, index, out)
-        if isinstance(found, Sums):
-            return Held(out, found)
-        # an empty microbatch is no leaf of the tree, and neither is one that is left out
-        self._buffers.append(out)
-        return Held(None, None) if found is None else Held(None, None, (found,))
+        held = self._computer.microbatch(self._weights, step, index, out)
+        if held.array is None:  # an empty microbatch is no leaf of the tree, and neither is one that is left out
+            self._buffers.append(out)
+        return held
 
     def _add(self, left: Held, right: Held) -> Held:
         skipped = left.skipped + right.skipped
         if left.array is None or right.array is None or left.sums is None or right.sums is None:
             one = left if right.array is None else right
             return Held(one.array, one.sums, skipped)
-        with np.errstate(over="ignore", invalid="ignore"):  # whether the sum is finite is looked at
-            np.add(left.array, right.array, out=left.array)
+        add_rounded(left.array, right.array, left.array, self._dtype)  # whether the sum is finite is looked at
         self._buffers.append(right.array)
         return Held(left.array, add_sums(left.sums, right.sums), skipped)
 
@@ -100,9 +121,9 @@ def reference(task: Task, config: RunConfig, *, steps: int | None = None) -> Ref
     node = node_config(task, config, manifest, run_id="reference")
     sampler = node.sampler
     optimizer = make_optimizer(config.optimizer, manifest)
-    weights = manifest.views(flat, writeable=False)
+    seen = SeenWeights(manifest, flat, node.weights_dtype)
     total = config.total_steps(sampler.steps_per_epoch)
-    canonical_sum = CanonicalSum(node, task, weights)
+    canonical_sum = CanonicalSum(node, task, seen.views)
     losses: list[float] = []
     outcomes: list[Outcome] = []
 
@@ -130,6 +151,7 @@ def reference(task: Task, config: RunConfig, *, steps: int | None = None) -> Ref
             optimizer.begin()
             rate = learning_rate(config.schedule, config.learning_rate, step, total)
             optimizer.update(flat, gradient, rate, 0, flat.size)
+            seen.refresh()
         canonical_sum.release(summed)
         if outcomes[-MOST_SKIPPED_STEPS:] == [Outcome.SKIPPED_STEP] * MOST_SKIPPED_STEPS:
             raise GradientError(f"{MOST_SKIPPED_STEPS} steps in a row were skipped, up to step {step}")
@@ -137,6 +159,6 @@ def reference(task: Task, config: RunConfig, *, steps: int | None = None) -> Ref
     computer = Computer(node, task)
     evaluation: Sums | None = None
     for index in range(config.eval_microbatches if node.test_size else 0):
-        part = computer.evaluate(weights, index)
+        part = computer.evaluate(seen.views, index)
         evaluation = part if evaluation is None or part is None else add_sums(evaluation, part)
-    return ReferenceResult(manifest.sha256(flat), weights, losses, evaluation, outcomes)
+    return ReferenceResult(manifest.sha256(flat), manifest.views(flat, writeable=False), losses, evaluation, outcomes)

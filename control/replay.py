@@ -18,13 +18,14 @@ from control.checkpoint import CheckpointInfo, Checkpoints
 from control.config import RunConfig
 from control.gradients import Outcome
 from control.initial import initial_weights, node_config
-from control.journal import Broken, Records, read_records
+from control.journal import Broken, Records, read_records, weights_of
 from control.position import put_back
-from control.reference import CanonicalSum
+from control.reference import CanonicalSum, SeenWeights
 from control.schedules import learning_rate
 from control.snapshot import Snapshot
-from control.update import Updater
+from control.update import Updater, master_digest
 from spheres.blocks import Block
+from spheres.config import manifest_from_proto
 from spheres.environment import describe
 from spheres.errors import CheckpointError, ConfigError, FingerprintError, GradientError
 from spheres.numerics import crc32c
@@ -48,7 +49,7 @@ class BlockDifference:
 
 @dataclass(frozen=True, slots=True)
 class ReplayedStep:
-    """A step that was computed again. Digests are those of the weights after it, in hexadecimal."""
+    """A step that was computed again. Digests are those of control's weights after it, in hexadecimal."""
 
     step: int
     #: in which it was recorded; None where the journal has no record of it that can be read
@@ -132,7 +133,14 @@ class Replay:
         before = records.steps.get(info.step - 1)
         if snapshot.run.run_id != self.run_id:
             raise CheckpointError(f"{info.name} is of run {snapshot.run.run_id}")
-        if before is not None and before["weights_digest"] != snapshot.run.weights_digest.hex():
+        if before is None:
+            return
+        own = snapshot.run.weights_digest.hex()
+        if before.get("master_digest"):
+            own = str(
+                master_digest(self._config, manifest_from_proto(snapshot.run.manifest), snapshot.buffers["weights"])
+            )
+        if own != weights_of(before):
             raise CheckpointError(f"{info.name} has other weights than the journal after step {info.step - 1}")
 
     def _read(self, start: int) -> Records:
@@ -181,9 +189,10 @@ class Replay:
         else:
             put_back(snapshot, node=node, weights=self._weights, optimizer=self._updater.optimizer)
         self._weights.publish(term=1, version=self.start)
+        self._seen = SeenWeights(manifest, self._weights.flat, node.weights_dtype)
         self._top = Block(0, config.microbatches)
         # whatever the run does about them, here they are found and compared
-        self._sum = CanonicalSum(replace(node, skips_nonfinite=True), task, self._weights.views)
+        self._sum = CanonicalSum(replace(node, skips_nonfinite=True), task, self._seen.views)
 
     def _compare_origin(self, task: str, data: str, snapshot: Snapshot | None, *, anyway: bool) -> None:
         first = self._records.steps.get(self.start, {})
@@ -237,7 +246,7 @@ class Replay:
             except GradientError as error:
                 differences.append(str(error))
         self._sum.release(summed)
-        recorded = None if not record else str(record["weights_digest"])
+        recorded = None if not record else weights_of(record)
         term = None if not record else int(record.get("term", 0))
         return ReplayedStep(step, term, recorded, computed, decision, tuple(differences), blocks)
 
@@ -248,7 +257,8 @@ class Replay:
         update = self._updater.apply(
             self._weights, gradient, summed.sums, step=step, term=1, skipped=len(summed.skipped), rate=rate
         )
-        decision, digest = str(update.outcome), self._weights.digest.hex()
+        self._seen.refresh()
+        decision, digest = str(update.outcome), update.master_digest or self._weights.digest.hex()
         if not record:
             return decision, digest
         then = record.get("decision", str(Outcome.APPLIED))
@@ -258,9 +268,13 @@ class Replay:
         loss = None if loss is None or not math.isfinite(loss) else loss
         if loss != record.get("loss"):
             differences.append(f"the loss was {record.get('loss')}, and is {loss} here")
-        if digest == record["weights_digest"]:
+        served = self._weights.digest.hex()
+        if digest == weights_of(record) and served == record["weights_digest"]:
             return decision, digest
-        differences.append(f"the weights' digest was {record['weights_digest']}, and is {digest} here")
+        if digest == weights_of(record):
+            differences.append(f"the digest of what spheres saw was {record['weights_digest']}, and is {served} here")
+        else:
+            differences.append(f"the weights' digest was {weights_of(record)}, and is {digest} here")
         known = record.get("gradient_crc32c")
         if known and not any(line.startswith(("block", "learning")) for line in differences):
             differences.append(

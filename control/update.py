@@ -16,12 +16,12 @@ from control.gradients import GradientDecision, Outcome, decide, outcome
 from control.optimizers import make_optimizer
 from control.schedules import learning_rate
 from spheres.errors import GradientError
-from spheres.numerics import BLOCK_ELEMENTS, crc32c, global_norm, is_finite
+from spheres.numerics import BLOCK_ELEMENTS, crc32c, global_norm, is_finite, version_digest
 from spheres.task import Sums
 from spheres.tensors import Manifest
 from spheres.weights import Weights
 
-__all__ = ["Update", "Updater", "overall"]
+__all__ = ["Update", "Updater", "master_digest", "overall"]
 
 Array = npt.NDArray[np.float32]
 
@@ -42,6 +42,8 @@ class Update:
     gradient_crc32c: int
     gradient: dict[str, float] | None
     weights: dict[str, float] | None
+    #: digest of control's own weights, in hexadecimal, where spheres see rounded ones; else theirs is the same
+    master_digest: str | None = None
 
 
 class Updater:
@@ -63,6 +65,8 @@ class Updater:
         rate: float | None = None,
     ) -> Update:
         """Turn the summed ``gradient`` into its clipped mean and the weights into version ``step + 1``, in place.
+
+        What it updates is the float32 master, ``weights.flat``; what spheres see of it is made by ``weights.publish``.
 
         ``sums`` None: no microbatch has a gradient. ``skipped`` of them were left out. ``rate`` None: the schedule's.
         Of a skipped step the next version is the same bytes, and the optimizer counts nothing. Raises GradientError,
@@ -107,7 +111,20 @@ class Updater:
             checksum,
             overall(manifest, gradient) if wanted and decision is not None else None,
             overall(manifest, weights.flat) if wanted else None,
+            master_digest(config, manifest, weights.flat),
         )
+
+
+def master_digest(config: RunConfig, manifest: Manifest, flat: Array) -> str | None:
+    """Return the digest of control's float32 weights where spheres see rounded ones; None where it is theirs.
+
+    It is made as that of a version is. Two masters may round to the same weights: without it a replay would miss bits.
+    """
+    if config.weights_wire_dtype == "float32":
+        return None
+    elements = config.chunk_bytes // 4
+    checksums = [crc32c(flat[start : start + elements]) for start in range(0, flat.size, elements)]
+    return version_digest(manifest.digest, checksums).hex()
 
 
 def overall(manifest: Manifest, flat: Array) -> dict[str, float]:

@@ -15,9 +15,10 @@ from spheres.blocks import Block
 from spheres.config import NodeConfig
 from spheres.errors import ProtocolError
 from spheres.frames import encode_with_chunk
-from spheres.numerics import crc32c, to_wire
+from spheres.narrow import to_wire, wire_itemsize
+from spheres.numerics import crc32c
 from spheres.segments import Attached, Key, Memory, Segment, key_of
-from spheres.summing import Expression, add_up
+from spheres.summing import Expression, add_up, chunk_scratch
 from spheres.v1 import work_pb2 as pb
 from spheres.weights import Weights
 
@@ -58,8 +59,8 @@ class Carrier(Protocol):
     def weights(self, message: pb.WorkResponse, tag: bytes, weights: Weights, first: int) -> tuple[bytes, int, int]:
         """Encode ``message`` with what is here of the weights from chunk ``first`` on.
 
-        ``tag`` is its encoded tag where it holds nothing else but the footer. Returns the bytes, the last chunk in them,
-        and how many bytes of payload travel.
+        ``tag`` is its encoded tag where it holds nothing else but the footer. Returns the bytes, the last chunk in
+        them, and how many bytes of payload are handed over.
         """
         ...
 
@@ -72,7 +73,7 @@ class Carrier(Protocol):
         ...
 
     def encode(self, piece: Piece) -> tuple[bytes, int]:
-        """Sum a piece and encode its message; for any thread. Returns the bytes, and how many of payload travel."""
+        """Sum a piece and encode its message; for any thread. Returns the bytes, and how many of payload."""
         ...
 
     def reserve(self, piece: Piece) -> None:
@@ -97,13 +98,11 @@ class Inline:
 
     def weights(self, message: pb.WorkResponse, tag: bytes, weights: Weights, first: int) -> tuple[bytes, int, int]:
         data = weights.frame(tag, first) if tag else None
-        size = 0
         if data is None:
-            chunk, payload = weights.chunk(first)
-            data, size = encode_with_chunk(message, chunk, payload), len(payload)
+            data = encode_with_chunk(message, *weights.chunk(first))
             if tag:
                 weights.keep_frame(tag, first, data)
-        return data, first, size or len(data)
+        return data, first, _elements(self._config, first, first) * wire_itemsize(self._config.weights_dtype)
 
     def most(self, first: int) -> int:
         return _INLINE_CHUNKS
@@ -117,9 +116,7 @@ class Inline:
     def encode(self, piece: Piece) -> tuple[bytes, int]:
         (expression,), block, dtype = piece.expressions, piece.block, self._config.gradient_dtype
         if isinstance(expression, tuple):
-            elements = self._config.chunk_elements
-            size = min(elements, self._config.manifest.size - piece.first * elements)
-            out = np.empty(size, np.float32)
+            out = chunk_scratch(_elements(self._config, piece.first, piece.first))
             add_up(expression, out, dtype)
             expression = out
         payload = expression.data.cast("B") if expression.dtype == np.uint16 else to_wire(expression, dtype)
@@ -158,7 +155,8 @@ class Shared:
         if reference is None:
             raise ProtocolError("the weights lie in no segment")
         message.weights_reference.CopyFrom(reference)
-        return message.SerializeToString(), reference.through_chunk, 0
+        through = reference.through_chunk
+        return message.SerializeToString(), through, 4 * _elements(self._config, first, through)
 
     def most(self, first: int) -> int:
         return min(self.window, self._slots - first % self._slots)
@@ -182,12 +180,12 @@ class Shared:
 
     def encode(self, piece: Piece) -> tuple[bytes, int]:
         if piece.place is not None:
-            elements, total = self._config.chunk_elements, self._config.manifest.size
+            elements = self._config.chunk_elements
             for index, expression in enumerate(piece.expressions, piece.first):
                 start = index % self._slots * elements
-                out = piece.place[start : start + min(elements, total - index * elements)]
+                out = piece.place[start : start + _elements(self._config, index, index)]
                 add_up(expression, out, self._config.gradient_dtype)
-        return piece.message.SerializeToString(), 0
+        return piece.message.SerializeToString(), 4 * _elements(self._config, piece.first, piece.last)
 
     def begin(self) -> None:
         self._areas.clear()
@@ -200,8 +198,7 @@ class Shared:
         return self._rings[area]
 
     def gradient(self, reference: pb.GradientReference) -> Array:
-        elements, total = self._config.chunk_elements, self._config.manifest.size
-        first, end = reference.from_chunk * elements, min((reference.through_chunk + 1) * elements, total)
+        size = _elements(self._config, reference.from_chunk, reference.through_chunk)
         key = key_of(reference.segment)
         attached = self._attached.get(key)
         if attached is None:
@@ -210,9 +207,14 @@ class Shared:
                 del self._attached[next(iter(self._attached))]
             self._attached[key] = attached
         start, remainder = divmod(reference.offset_bytes, 4)
-        if remainder or start < 0 or start + end - first > attached.array.size:
+        if remainder or start < 0 or start + size > attached.array.size:
             raise ProtocolError(
                 f"chunks {reference.from_chunk} to {reference.through_chunk} at byte {reference.offset_bytes} of a "
                 f"segment of {attached.array.nbytes} bytes"
             )
-        return attached.array[start : start + end - first]
+        return attached.array[start : start + size]
+
+
+def _elements(config: NodeConfig, first: int, last: int) -> int:
+    """Return the elements of chunks ``first`` to ``last``."""
+    return min((last + 1) * config.chunk_elements, config.manifest.size) - first * config.chunk_elements

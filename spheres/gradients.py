@@ -21,7 +21,8 @@ from spheres.config import MAX_MESSAGE_BYTES, NodeConfig
 from spheres.errors import ChecksumError, ProtocolError
 from spheres.frames import block_from
 from spheres.ledger import SELF, Action, Ledger
-from spheres.numerics import crc32c, wire_itemsize
+from spheres.narrow import wire_itemsize
+from spheres.numerics import crc32c
 from spheres.phases import PhaseTimes
 from spheres.reducer import NonFinite, Reducer
 from spheres.summing import Expression, add_up

@@ -41,9 +41,9 @@ Wide = npt.NDArray[np.float64]
 BLOCK_ELEMENTS = 65_536
 
 
-def crc32c(buffer: bytes | bytearray | memoryview | npt.NDArray[np.generic]) -> int:
-    """Return the CRC-32C (Castagnoli) of a contiguous buffer."""
-    return int(_crc32c.crc32c(buffer))  # type: ignore[arg-type]
+def crc32c(buffer: bytes | bytearray | memoryview | npt.NDArray[np.generic], before: int = 0) -> int:
+    """Return the CRC-32C (Castagnoli) of a contiguous buffer, or of all up to its end where ``before`` came first."""
+    return int(_crc32c.crc32c(buffer, before))  # type: ignore[arg-type]
 
 
 def version_digest(manifest_digest: bytes, checksums: Sequence[int]) -> bytes:
@@ -188,23 +188,3 @@ def add_sums(left: Sums, right: Sums) -> Sums:
         for name, value in right.metrics.items():
             metrics[name] = metrics[name] + value if name in metrics else value
     return Sums(left.loss + right.loss, left.count + right.count, metrics)
-
-
-def wire_itemsize(dtype: str) -> int:
-    return 4
-
-
-def to_wire(array: Array, dtype: str) -> memoryview:
-    return array.data.cast("B")
-
-
-def from_wire(data: bytes | memoryview, dtype: str, out: Array | None = None) -> Array:
-    found = np.frombuffer(data, np.float32)
-    if out is None:
-        return found
-    out[...] = found
-    return out
-
-
-def round_in_place(array: Array, dtype: str) -> None:
-    pass

@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from spheres.numerics import round_in_place
+from spheres.narrow import add_rounded
 from spheres.tensors import aligned_zeros
 
-__all__ = ["Expression", "Summer", "add_up"]
+__all__ = ["Expression", "Summer", "add_up", "chunk_scratch"]
 
 Array = npt.NDArray[np.float32]
 
@@ -53,9 +53,16 @@ def _value(expression: Expression, part: slice, out: Array, depth: int, dtype: s
         return out
     left = _value(expression[0], part, out, depth, dtype)
     right = _value(expression[1], part, _scratch(depth)[: out.size], depth + 1, dtype)
-    np.add(left, right, out=out)
-    round_in_place(out, dtype)
+    add_rounded(left, right, out, dtype)
     return out
+
+
+def chunk_scratch(size: int) -> Array:
+    """Return this thread's buffer for one chunk, as large as the largest asked for; for the next call another's."""
+    chunk: Array | None = getattr(_local, "chunk", None)
+    if chunk is None or chunk.size < size:
+        chunk = _local.chunk = aligned_zeros(size)
+    return chunk[:size]
 
 
 def _scratch(depth: int) -> Array:

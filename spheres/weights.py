@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from spheres.config import NodeConfig
 from spheres.errors import ChecksumError, DecodeError
-from spheres.numerics import crc32c, from_wire, round_in_place, to_wire, version_digest, wire_itemsize
+from spheres.narrow import from_wire, round_in_place, to_wire, wire_itemsize
+from spheres.numerics import crc32c, version_digest
 from spheres.segments import Attached, Memory, Segment, key_of
 from spheres.tensors import aligned_zeros
 from spheres.v1 import work_pb2 as pb

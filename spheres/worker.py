@@ -9,6 +9,7 @@ import asyncio
 import math
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
@@ -21,13 +22,14 @@ import numpy.typing as npt
 from spheres.blocks import Block, halves
 from spheres.config import NodeConfig
 from spheres.errors import GradientError
-from spheres.numerics import add_sums, crc32c, is_finite
+from spheres.narrow import add_rounded, round_and_check
+from spheres.numerics import add_sums, crc32c
 from spheres.reducer import Held, NonFinite
 from spheres.sampling import evaluation_slice
 from spheres.task import Sums, Task
 from spheres.tensors import aligned_zeros
 
-__all__ = ["Computer", "Failure", "Unit", "Worker", "limit_threads"]
+__all__ = ["Computer", "Failure", "Pool", "Unit", "Worker", "limit_threads"]
 
 Array = npt.NDArray[np.float32]
 
@@ -93,25 +95,41 @@ class Computer:
 
     def __init__(self, config: NodeConfig, task: Task) -> None:
         self._config, self._task, self._sampler = config, task, config.sampler
-        # out's id -> out itself (so that the id stays its own) and its views
-        self._views: dict[int, tuple[Array, dict[str, Array]]] = {}
+        self._overwrites = bool(getattr(task, "overwrites_out", False))
+        # out's id -> its views, for as long as somebody has it: these must not keep the memory of a buffer that is gone
+        self._views: dict[int, tuple[weakref.ref[Array], dict[str, Array]]] = {}
         # set to the microbatch's own state each time: making a new one would ask the system for entropy
         self._generator = np.random.Generator(np.random.Philox(key=0))
 
     def gradient(self, weights: Mapping[str, Array], step: int, index: int, out: Array) -> Sums | None:
-        """Write the gradient of one microbatch into ``out``; None where it holds no sample.
+        """Write the gradient of one microbatch into ``out``, rounded as the run says; None where it holds no sample.
 
         Raises GradientError for a gradient that is not finite or not of the weights' shape and dtype; what the task
         raises passes through.
         """
+        return self._gradient(weights, step, index, out, checksum=False).sums
+
+    def microbatch(
+        self, weights: Mapping[str, Array], step: int, index: int, out: Array, *, checksum: bool = False
+    ) -> Held:
+        """Do the same; one that is not finite is absent, with its verdict, where the run leaves those out (N16).
+
+        The array of what it returns is ``out`` or None. Its CRC-32C is there where ``checksum`` asks for it.
+        """
+        try:
+            return self._gradient(weights, step, index, out, checksum=checksum)
+        except _NotFiniteError as error:
+            if self._config.skips_nonfinite:
+                return Held(None, None, (error.verdict,))
+            raise
+
+    def _gradient(self, weights: Mapping[str, Array], step: int, index: int, out: Array, *, checksum: bool) -> Held:
         if self._sampler.count(step, index) == 0:
-            return None
+            return Held(None, None)
         samples = self._sampler.microbatch(step, index)
-        out.fill(0)
-        known = self._views.get(id(out))
-        if known is None:
-            known = self._views[id(out)] = (out, self._config.manifest.views(out))
-        views = known[1]
+        if not self._overwrites:
+            out.fill(0)
+        views = self._views_of(out)
         given = dict(views)
         self._generator.bit_generator.state = self._sampler.generator_state(step, index)
         sums = self._task.gradient(weights, samples, self._generator, given)
@@ -120,7 +138,9 @@ class Computer:
             if given.get(name) is not view:
                 raise GradientError(f"gradient() replaced out[{name!r}]; write into it: out[{name!r}][...] = value")
         _check_form(sums, "gradient", samples.size)
-        bad = [] if is_finite(out) else [name for name, view in views.items() if not np.isfinite(view).all()]
+        # after rounding, which makes infinite what the narrower type cannot hold (N21)
+        finite, crc = round_and_check(out, self._config.gradient_dtype, checksum=checksum)
+        bad = [] if finite else [name for name, view in views.items() if not np.isfinite(view).all()]
         wrong = _not_finite(sums)
         if wrong or bad:
             verdict = NonFinite(index, tuple([*wrong, *bad][:_MOST_TENSORS]), tuple(samples[:_MOST_SAMPLES].tolist()))
@@ -128,16 +148,15 @@ class Computer:
             if bad:
                 said.append(f"the gradient of {', '.join(bad[:_MOST_TENSORS])} is not finite")
             raise _NotFiniteError("; ".join(said), verdict)
-        return sums
+        return Held(out, sums, crc32c=crc)
 
-    def microbatch(self, weights: Mapping[str, Array], step: int, index: int, out: Array) -> Sums | NonFinite | None:
-        """Do the same; one that is not finite gives its verdict where the run leaves those out (N16)."""
-        try:
-            return self.gradient(weights, step, index, out)
-        except _NotFiniteError as error:
-            if self._config.skips_nonfinite:
-                return error.verdict
-            raise
+    def _views_of(self, out: Array) -> dict[str, Array]:
+        known = self._views.get(id(out))
+        if known is None:
+            key, kept = id(out), self._views
+            gone = weakref.ref(out, lambda _: kept.pop(key, None))
+            known = kept[key] = (gone, self._config.manifest.views(out))
+        return known[1]
 
     def evaluate(self, weights: Mapping[str, Array], index: int) -> Sums | None:
         """Return the sums of one slice of the test split; None where it is empty."""
@@ -169,14 +188,60 @@ def _not_finite(sums: Sums) -> dict[str, str]:
     return found
 
 
+class _Generation:
+    """Buffers that were made between two retirements: the free ones, and all of them by id."""
+
+    __slots__ = ("free", "made")
+
+    def __init__(self) -> None:
+        self.free: list[Array] = []
+        self.made: dict[int, Array] = {}
+
+
+class Pool:
+    """Gradient buffers, touched once and used again. The loop and the compute thread call it, without a lock.
+
+    Mutable state: the generation in use. A buffer of an earlier one is dropped when it comes back.
+    """
+
+    def __init__(self, size: int, allocate: Callable[[int], Array]) -> None:
+        self._size, self._allocate = size, allocate
+        self._now = _Generation()
+
+    def __len__(self) -> int:
+        return len(self._now.free)
+
+    def take(self) -> Array:
+        while True:
+            now = self._now
+            try:
+                out = now.free.pop()
+            except IndexError:
+                out = self._allocate(self._size)
+                now.made[id(out)] = out
+            if now is self._now:  # else it was retired meanwhile
+                return out
+
+    def give_back(self, array: Array) -> None:
+        now = self._now
+        if id(array) in now.made:
+            now.free.append(array)
+
+    def retire(self) -> None:
+        self._now = _Generation()
+
+
 class Worker:
-    """One compute thread of a sphere. Mutable state: a pool of gradient buffers, touched once and used again."""
+    """One compute thread of a sphere. Mutable state: its gradient buffers.
+
+    ``allocate`` makes such a buffer of so many elements: zeros that start at a 64-byte address. It is called on the
+    compute thread.
+    """
 
     def __init__(self, config: NodeConfig, task: Task, allocate: Callable[[int], Array] = aligned_zeros) -> None:
         self._config = config
         self._computer = Computer(config, task)
-        self._allocate = allocate
-        self._pool: list[Array] = []
+        self._pool = Pool(config.manifest.size, allocate)
         # at most one unit at a time: the hub gives the next when the one before is done or cancelled
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         # a daemon: a task that is deep in its own code must not hold up the end of the process
@@ -192,10 +257,11 @@ class Worker:
     def release(self, held: Held) -> None:
         """The step is sealed: the buffer may be used again."""
         if held.array is not None:
-            self._pool.append(held.array)
+            self._pool.give_back(held.array)
 
     def retire(self) -> None:
-        raise NotImplementedError
+        """Use no buffer again that is free or given out now; who computes in one finishes. Others are allocated."""
+        self._pool.retire()
 
     def close(self) -> None:
         """End the thread after what it computes now; that is told to nobody once the loop has ended."""
@@ -219,9 +285,10 @@ class Worker:
             nonlocal index
             if unit.cancelled:
                 return None
+            whole = part == unit.block  # its checksum is taken in the same pass
             if part.width == 1:
                 index = part.lo
-                return self._microbatch(unit, weights, part.lo)
+                return self._microbatch(unit, weights, part.lo, checksum=whole)
             left_part, right_part = halves(part)
             left = block(left_part)
             right = block(right_part) if left is not None else None
@@ -229,13 +296,13 @@ class Worker:
                 if left is not None:
                     self.release(left)
                 return None
-            return self._add(left, right)
+            return self._add(left, right, checksum=whole)
 
         try:
             held = block(unit.block)
-            if held is None or held.array is None:
+            if held is None or held.array is None or held.crc32c:
                 return held
-            return replace(held, crc32c=crc32c(held.array))
+            return replace(held, crc32c=crc32c(held.array))  # one side was absent, so there was no last add
         except BaseException as error:  # noqa: BLE001 - the task's own code: anything can come out, SystemExit too
             if unit.cancelled:
                 return None  # it read weights that were being replaced (N14): what it says means nothing
@@ -243,38 +310,33 @@ class Worker:
         finally:
             unit.seconds = perf_counter() - started
 
-    def _microbatch(self, unit: Unit, weights: Mapping[str, Array], index: int) -> Held:
+    def _microbatch(self, unit: Unit, weights: Mapping[str, Array], index: int, *, checksum: bool) -> Held:
         if not unit.train:
-            sums = self._computer.evaluate(weights, index)
-            return Held(None, sums)
-        out = self._pool.pop() if self._pool else self._allocate(self._config.manifest.size)
+            return Held(None, self._computer.evaluate(weights, index))
+        out = self._pool.take()
         try:
-            found = self._computer.microbatch(weights, unit.step, index, out)
+            held = self._computer.microbatch(weights, unit.step, index, out, checksum=checksum)
         except BaseException:
-            self._pool.append(out)
+            self._pool.give_back(out)
             raise
-        if found is None:
-            self._pool.append(out)
-            return Held(None, None)
-        unit.samples += self._config.sampler.count(unit.step, index)
-        unit.microbatches += 1
-        if isinstance(found, NonFinite):
-            self._pool.append(out)
-            return Held(None, None, (found,))
-        return Held(out, found)
+        if held.array is None:
+            self._pool.give_back(out)
+        if held.sums is not None or held.skipped:
+            unit.samples += self._config.sampler.count(unit.step, index)
+            unit.microbatches += 1
+        return held
 
-    def _add(self, left: Held, right: Held) -> Held:
+    def _add(self, left: Held, right: Held, *, checksum: bool) -> Held:
         skipped = left.skipped + right.skipped
         if left.sums is None or right.sums is None:
             return replace(right if left.sums is None else left, skipped=skipped)
         sums = add_sums(left.sums, right.sums)
         if left.array is None or right.array is None:
             return Held(None, sums, skipped)
-        # a sum that overflows is control's to judge, not a warning's
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.add(left.array, right.array, out=left.array)
-        self._pool.append(right.array)
-        return Held(left.array, sums, skipped)
+        # a sum that overflows is control's to judge
+        crc = add_rounded(left.array, right.array, left.array, self._config.gradient_dtype, checksum=checksum)
+        self._pool.give_back(right.array)
+        return Held(left.array, sums, skipped, crc)
 
     def _failure(self, unit: Unit, index: int, error: BaseException) -> Failure:
         ids: tuple[int, ...] = ()

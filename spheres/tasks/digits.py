@@ -36,6 +36,9 @@ _SPLIT_SEED = 0
 class Digits:
     """UCI digits, 1,437 to train on and 360 to test, and a perceptron with one hidden layer (or more)."""
 
+    #: every element of a gradient is written, so nobody needs to zero it before
+    overwrites_out = True
+
     def __init__(self, hidden: int | str | tuple[int, ...] = 64) -> None:
         self._model = Mlp((_PIXELS, *widths("hidden", hidden), _CLASSES), input_scale=1 / _BRIGHTEST)
         try:

@@ -43,6 +43,9 @@ class FashionMnist:
     package puts the files. Images are read when a split is first used, so a node that computes nothing has none.
     """
 
+    #: every element of a gradient is written, so nobody needs to zero it before
+    overwrites_out = True
+
     def __init__(self, data: str | None = None, hidden: int | str | tuple[int, ...] = (256, 128)) -> None:
         self._model = Mlp((_SIDE * _SIDE, *widths("hidden", hidden), _CLASSES), input_scale=1 / 255)
         folder = _find_folder(data)

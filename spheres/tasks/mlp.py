@@ -35,19 +35,17 @@ def _aligned(rows: int, columns: int) -> Array:
 class _Scratch:
     """The buffers of one pass over ``rows`` samples. BLAS sees aligned addresses only (DESIGN section 4)."""
 
-    __slots__ = ("activations", "deltas", "products", "rows")
+    __slots__ = ("activations", "deltas", "rows")
 
     def __init__(self, layers: Sequence[int], rows: int) -> None:
         self.rows = np.arange(rows)
         self.activations = [_aligned(rows, width) for width in layers]
         self.deltas: list[Array] = []
-        self.products: list[Array] = []
 
     def prepare_backward(self, layers: Sequence[int]) -> None:
         if not self.deltas:
             rows = self.rows.size
             self.deltas = [_aligned(rows, width) for width in layers[1:]]
-            self.products = [_aligned(i, o) for i, o in pairwise(layers)]
 
 
 class Mlp:
@@ -76,8 +74,10 @@ class Mlp:
         return weights
 
     def gradient(self, weights: Mapping[str, Array], x: Inputs, y: Labels, out: Mapping[str, Array]) -> Sums:
-        """Add the gradient of the summed loss into ``out``; ``accuracy`` is the number of correct answers."""
+        """Write the gradient of the summed loss over ``out``; ``accuracy`` is the number of correct answers."""
         if not len(y):
+            for name in (name for pair in self._names for name in pair):
+                out[name].fill(0)
             return Sums(0.0, 0, {"accuracy": 0.0})
         scratch = self._take(len(y))
         scratch.prepare_backward(self.layers)
@@ -91,10 +91,9 @@ class Mlp:
             for n in range(len(self._names) - 1, -1, -1):
                 weight, bias = self._names[n]
                 inputs = scratch.activations[n]
-                product = scratch.products[n]
-                np.matmul(inputs.T, delta, out=product)
-                np.add(out[weight], product, out=out[weight])
-                np.add(out[bias], np.add.reduce(delta, axis=0), out=out[bias])
+                np.matmul(inputs.T, delta, out=out[weight])
+                # a dead unit's sum is -0.0: plus zero it is what adding to zeros would have given
+                np.add(np.add.reduce(delta, axis=0), 0, out=out[bias])
                 if n:
                     below = scratch.deltas[n - 1]
                     np.matmul(delta, weights[weight].T, out=below)

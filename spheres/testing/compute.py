@@ -15,11 +15,12 @@ import numpy.typing as npt
 from spheres.blocks import Block, halves
 from spheres.config import NodeConfig
 from spheres.errors import GradientError
+from spheres.narrow import add_rounded
 from spheres.numerics import add_sums
 from spheres.reducer import Held
 from spheres.task import Task
 from spheres.tensors import aligned_zeros
-from spheres.worker import Computer, Failure, Unit
+from spheres.worker import Computer, Failure, Pool, Unit
 
 __all__ = ["VirtualWorker"]
 
@@ -44,7 +45,7 @@ class VirtualWorker:
     ) -> None:
         self._config, self._seconds, self._told = config, seconds, computed
         self._computer = Computer(config, task)
-        self._pool: list[Array] = []
+        self._pool = Pool(config.manifest.size, aligned_zeros)
         self.busy_until = 0.0
         self.given: dict[int, Held] = {}
         self._closed = False
@@ -81,7 +82,10 @@ class VirtualWorker:
     def release(self, held: Held) -> None:
         if held.array is not None:
             assert self.given.pop(id(held.array)) is held, "a gradient was released twice"
-            self._pool.append(held.array)
+            self._pool.give_back(held.array)
+
+    def retire(self) -> None:
+        self._pool.retire()
 
     def close(self) -> None:
         self._closed = True
@@ -102,8 +106,8 @@ class VirtualWorker:
             sums = add_sums(left.sums, right.sums)
             if left.array is None or right.array is None:
                 return Held(None, sums)
-            np.add(left.array, right.array, out=left.array)
-            self._pool.append(right.array)
+            add_rounded(left.array, right.array, left.array, self._config.gradient_dtype)
+            self._pool.give_back(right.array)
             return Held(left.array, sums)
 
         try:
@@ -117,10 +121,10 @@ class VirtualWorker:
     def _microbatch(self, unit: Unit, weights: Mapping[str, Array], index: int) -> Held:
         if not unit.train:
             return Held(None, self._computer.evaluate(weights, index))
-        out = self._pool.pop() if self._pool else aligned_zeros(self._config.manifest.size)
+        out = self._pool.take()
         sums = self._computer.gradient(weights, unit.step, index, out)
         if sums is None:
-            self._pool.append(out)
+            self._pool.give_back(out)
             return Held(None, None)
         unit.samples += self._config.sampler.count(unit.step, index)
         unit.microbatches += 1

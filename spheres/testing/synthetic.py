@@ -51,6 +51,8 @@ class Synthetic:
         self._compute_seconds = number("compute_seconds", compute_seconds)
         self._tensors = whole("tensors", tensors, lowest=1)
         self._empty = str(empty).lower() == "true"
+        #: every element of a gradient is written, unless it is left as it is
+        self.overwrites_out = not self._empty
         if self._tensors > self._parameters:
             raise ConfigError(f"task option tensors={tensors!r}: more tensors than the {parameters} parameters")
 
@@ -72,15 +74,11 @@ class Synthetic:
         began = time.monotonic()
         c, d = _coefficients(samples)
         slope, shift = np.float32(c), np.float32(d)
-        part = np.empty(min(_BLOCK, self._parameters), np.float32)
         for name, weight in weights.items():
-            target = out[name]
             for start in range(0, weight.size, _BLOCK):
-                block = weight[start : start + _BLOCK]
-                value = part[: block.size]
-                np.multiply(block, slope, out=value)
-                np.add(value, shift, out=value)
-                np.add(target[start : start + _BLOCK], value, out=target[start : start + _BLOCK])
+                target = out[name][start : start + _BLOCK]
+                np.multiply(weight[start : start + _BLOCK], slope, out=target)
+                np.add(target, shift, out=target)
         sums = self._sums(weights, samples, c, d)
         if (left := self._compute_seconds - (time.monotonic() - began)) > 0:
             time.sleep(left)

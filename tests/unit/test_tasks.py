@@ -79,15 +79,17 @@ def test_every_element_of_the_gradient_is_the_central_difference_of_the_loss(net
             assert out[name][index] == pytest.approx(expected, rel=2e-5, abs=2e-6), (name, index)
 
 
-def test_it_adds_to_out(net: Any) -> None:
+def test_it_writes_every_element_of_out_and_no_minus_zero(net: Any) -> None:
     model, weights, x, y = net
-    once = {name: np.zeros_like(value) for name, value in weights.items()}
-    twice = {name: np.zeros_like(value) for name, value in weights.items()}
-    model.gradient(weights, x, y, once)
-    for _ in range(2):
-        model.gradient(weights, x, y, twice)
-    for name in weights:
-        np.testing.assert_array_equal(twice[name], once[name] + once[name])
+    for rows in (ROWS, 1, 0):
+        zeroed = {name: np.zeros_like(value) for name, value in weights.items()}
+        stale = {name: np.full_like(value, np.nan) for name, value in weights.items()}
+        x[:, 0] = 0  # a pixel that is always dark: products of it with what is negative are -0.0
+        model.gradient(weights, x[:rows], y[:rows], zeroed)
+        model.gradient(weights, x[:rows], y[:rows], stale)
+        for name in weights:
+            assert stale[name].tobytes() == zeroed[name].tobytes()
+            assert not np.signbit(stale[name][stale[name] == 0]).any()
 
 
 def test_accuracy_counts_the_right_answers_and_evaluate_says_the_same(net: Any) -> None:
