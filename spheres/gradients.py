@@ -177,9 +177,10 @@ class Gradients:
         length = size * wire_itemsize(self._config.gradient_dtype)
         if index < 0 or chunk.offset_bytes != start * 4 or len(data) != length:
             raise ProtocolError(f"{child}: chunk {index} of {block} at byte {chunk.offset_bytes}, {len(data)} bytes")
-        self._check_order(child, block, index, index)
+        self._check_header(child, block, index)
         if crc32c(data) != chunk.crc32c:
             raise ChecksumError(f"{child}: chunk {index} of {block} does not fit its checksum")
+        self._check_order(child, block, index)
         self._last[block] = index
         self.received_bytes += len(data)
         if news:
@@ -191,7 +192,8 @@ class Gradients:
         self._ledger.accepts(child, attempt, block, last)
         if not 0 <= first <= last or not self._train:
             raise ProtocolError(f"{child}: chunks {first} to {last} of {block} by reference")
-        self._check_order(child, block, first, last)
+        self._check_header(child, block, first)
+        self._check_order(child, block, first)
         found, elements = carrier.gradient(reference), self._config.chunk_elements
         self._last[block] = last
         self.received_bytes += found.nbytes
@@ -200,9 +202,11 @@ class Gradients:
             start = (index - first) * elements
             self.reducer.chunk(block, index, found[start : start + elements])
 
-    def _check_order(self, child: str, block: Block, first: int, last: int) -> None:
+    def _check_header(self, child: str, block: Block, first: int) -> None:
         if not self.reducer.has_header(block):
             raise ProtocolError(f"{child}: chunk {first} of {block} came before its header")
+
+    def _check_order(self, child: str, block: Block, first: int) -> None:
         expected = self._last.get(block, self._ledger.edges[child].first - 1) + 1
         if first != expected:
             raise ProtocolError(f"{child}: chunk {first} of {block} came; expected chunk {expected}")
