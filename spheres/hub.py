@@ -138,6 +138,18 @@ class Hub:
         """Begin a step on the published weights. ``gradient`` takes the sum of a training step."""
         self._begin(work, self.weights.version, [Block(0, self._total(work.kind))], out=gradient)
 
+    def announce(self, work: Work) -> None:
+        """The weights of ``work`` are coming: children get each chunk as it is there, and are told later what they owe.
+
+        The work is the evaluation before the step, of which nobody is given a part: the step's own header, with what is
+        owed, follows, and so would that of an evaluation after all. A transfer goes on from one to the other (N17).
+        """
+        self._begin(work, self.weights.version, None)
+
+    def stream(self) -> None:
+        """More of the weights is there."""
+        self._wake_children()
+
     def seal(self) -> None:
         """The weights are about to be written: no transfer may read them any more (N15)."""
         for child in self.children.values():

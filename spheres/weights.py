@@ -201,12 +201,21 @@ class Weights:
 
     def publish(self, *, term: int, version: int) -> None:
         """The buffer was written in place (by control's update, or a restore): make it ``version``."""
-        self.withdraw()
+        self.announce(term=term, version=version)
         self.publish_through(len(self._checksums))
-        self.seal_version(term=term, version=version)
+        self.seal()
+
+    def announce(self, *, term: int, version: int) -> None:
+        """``version`` is coming, chunk by chunk; nothing of it is here yet."""
+        self.withdraw()
+        self.previous_digest, self.digest = self.digest or self.previous_digest, b""
+        self.term, self.version = term, version
 
     def publish_through(self, chunks: int) -> None:
-        """The first so many chunks are final: round them to the run's type, and take their checksums."""
+        """The first so many chunks are final: round them to the run's type, take their checksums, let them be sent.
+
+        For any thread, one at a time.
+        """
         flat, served = self.flat, self.served
         for index in range(self.arrived, chunks):
             part = slice(index * self.config.chunk_elements, (index + 1) * self.config.chunk_elements)
@@ -214,17 +223,15 @@ class Weights:
                 served[part] = flat[part]
                 round_in_place(served[part], self.config.weights_dtype)
             self._checksums[index] = crc32c(to_wire(served[part], self.config.weights_dtype))
-        self.arrived = max(self.arrived, chunks)
+            self.arrived = index + 1
 
-    def seal_version(self, *, term: int, version: int) -> None:
+    def seal(self) -> None:
         """Every chunk is published: the version is whole."""
         assert self.arrived == len(self._checksums)
-        self.previous_digest = self.digest
-        self.term, self.version = term, version
         self.digest = version_digest(self.config.manifest.digest, self._checksums)
-        self.complete = True
         if self._segment is not None:
             self._segment.generation = self._generation
+        self.complete = True
 
     def withdraw(self) -> None:
         """The buffer is about to be written: nobody may read it until it is published again."""
