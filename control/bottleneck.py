@@ -1,4 +1,4 @@
-"""What takes most of a step, in one line: the slowest sphere's computing, an edge, a sum, or what control does itself."""
+"""What takes most of a step, in one line: the slowest sphere's computing, an edge, a sum, or control itself."""
 
 from __future__ import annotations
 

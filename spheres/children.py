@@ -174,12 +174,13 @@ class Children:
         while (data := await link.receive()) is not None:
             self._lease.check(now())
             child.heard = now()
+            came = self.clock()
             message = decode(pb.WorkRequest, data)
             if message.HasField("capacity"):
                 _check_capacity(child.id, message.capacity.capacity)
             self._hub.on_request(child, message)
             if self.recorder is not None:
-                self.recorder.received(child.id, message)
+                self.recorder.received(child.id, message, came)
 
     async def _write(self, child: Child, link: Link) -> None:
         outbox, now = child.outbox, asyncio.get_running_loop().time

@@ -210,20 +210,10 @@ class Sphere:
         self._stop.set()
 
     async def _end(self) -> None:
-        """End a traced run here: once the children have ended, so that their last spans have come, send up what waits."""
+        """End, where the run is traced: once the children have, and their last spans have come, send up what waits."""
         assert self._children is not None
         assert self.parent is not None
         await self._children.gone(_LAST_SPANS_SECONDS)
-        await self.parent.flush(_FLUSH_SECONDS)
-        self._stop.set()
-
-    async def _end(self) -> None:
-        """End a traced run here: once the children have ended, so that their last spans have come, send up what waits."""
-        assert self.hub is not None and self.parent is not None
-        now = asyncio.get_running_loop().time
-        until = now() + _LAST_SPANS_SECONDS
-        while self.hub.children and now() < until:
-            await asyncio.sleep(_LOOK_SECONDS)
         await self.parent.flush(_FLUSH_SECONDS)
         self._stop.set()
 

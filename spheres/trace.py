@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from spheres.errors import ProtocolError
 from spheres.v1 import work_pb2 as pb
 
-__all__ = ["MOST_SPANS", "ClockOffset", "Recorder", "Span", "Taken"]
+__all__ = ["MOST_SPANS", "ClockOffset", "Recorder", "Span", "Taken", "write"]
 
 #: spans on one heartbeat (HeartbeatRequest.traces), and bytes of them: they must fit into a message with the reports
 MOST_SPANS, _MOST_BYTES = 4_096, 1 << 19
@@ -121,12 +121,12 @@ class Recorder:
             self._idle_since = end
         self._put(Span(name, start, duration, step, detail))
 
-    def received(self, child: str, message: pb.WorkRequest) -> None:
-        """A child's message was taken in: from a block's header to its footer is one span."""
+    def received(self, child: str, message: pb.WorkRequest, came: int) -> None:
+        """A child's message, which came at ``came``, was taken in: from a block's header to its footer is one span."""
         if message.HasField("gradient_header"):
             block = message.gradient_header.block
             if len(self._arriving) < _MOST_ARRIVING:
-                self._arriving[child, block.lo, block.hi] = self.clock()
+                self._arriving[child, block.lo, block.hi] = came
         if message.HasField("gradient_footer"):
             block = message.gradient_footer.block
             began = self._arriving.pop((child, block.lo, block.hi), None)
