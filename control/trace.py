@@ -119,11 +119,14 @@ class TraceFile:
     def _event(self, node: str, pid: int, span: Span, lines: list[str]) -> str:
         name, start, duration, step, detail = span
         tid, start, duration = self._place(node, pid, _LANES.get(name, "other"), start, duration, lines)
-        args: dict[str, Any] = {"step": step} if step >= 0 else {}
+        # by hand: several times as fast as through a dict, and there may be thousands a second
+        args = f'"step":{step}' if step >= 0 else ""
         if detail:
-            args["detail"] = detail
-        ts, dur = start / 1000, duration / 1000
-        return _line(ph="X", name=name, cat=_LANES.get(name, "other"), pid=pid, tid=tid, ts=ts, dur=dur, args=args)
+            args += f'{"," if args else ""}"detail":{json.dumps(detail)}'
+        return (
+            f'{{"ph":"X","name":{json.dumps(name)},"pid":{pid},"tid":{tid},'
+            f'"ts":{start / 1000:.3f},"dur":{duration / 1000:.3f},"args":{{{args}}}}}'
+        )
 
     def _place(
         self, node: str, pid: int, lane: str, start: int, duration: int, lines: list[str]
