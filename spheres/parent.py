@@ -326,9 +326,12 @@ class Parent:
             await asyncio.sleep(self._hub.config.heartbeat_seconds)
 
     def _add_spans(self, message: pb.HeartbeatRequest) -> list[Taken]:
-        """Let spans ride along, by the parent's clock; not before the first answer, which tells of that clock."""
+        """Let spans ride along, by the parent's clock; not before enough answers have told of that clock.
+
+        After a stop of this process the first answer alone may be wrong by seconds. At the end it has to do.
+        """
         estimate = self.offset.estimate(self.clock())
-        if self.recorder is None or estimate is None:
+        if self.recorder is None or estimate is None or not (self.offset.settled or self._hurry.is_set()):
             return []
         taken = self.recorder.take()
         write(message.traces, taken, estimate[0])
