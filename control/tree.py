@@ -24,10 +24,11 @@ from spheres.errors import (
     UnreachableError,
     VersionMismatchError,
 )
-from spheres.hub import Array, Hub, Work
+from spheres.hub import EVALUATE, Array, Hub, Work
 from spheres.lease import Lease
 from spheres.segments import node_memory
 from spheres.summing import Summer
+from spheres.trace import Recorder
 from spheres.transport import Handlers, Listener, Transport
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
@@ -80,6 +81,12 @@ class Tree:
         lease = Lease(config.patience_seconds)
         self.children = Children(self.hub, environment=environment_fingerprint(), lease=lease)
         self.children.vet = self._vet
+        #: what every node did, where the run is traced
+        self.recorder: Recorder | None = None
+        if config.trace:
+            hub = self.hub
+            self.recorder = Recorder(CONTROL, work=lambda: (hub.work.step, hub.work.kind == EVALUATE))
+            hub.phases.recorder = self.children.recorder = self.recorder
         self._keeping: asyncio.Task[None] | None = None
         #: told when a sphere joins or is lost, wherever in the tree: event, sphere, reason
         self.changed: Callable[[str, str, str], None] = lambda _event, _sphere, _reason: None

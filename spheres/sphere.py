@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic_ns
 
 from spheres.children import Children
 from spheres.config import PROTOCOL_VERSION, NodeConfig
@@ -23,13 +24,14 @@ from spheres.errors import (
     TaskError,
     UnreachableError,
 )
-from spheres.hub import Hub
+from spheres.hub import EVALUATE, Hub
 from spheres.lease import Lease
 from spheres.parent import Fingerprints, Parent
 from spheres.segments import node_memory
 from spheres.summing import Summer
 from spheres.task import Task, data_fingerprint, load_task, task_fingerprint
 from spheres.tensors import aligned_zeros
+from spheres.trace import Recorder
 from spheres.transport import Handlers, Link, Listener, Transport
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
@@ -41,6 +43,8 @@ log = logging.getLogger(__name__)
 
 #: seconds between two looks of a sphere that leaves at whether it is needed still
 _LOOK_SECONDS = 0.05
+#: of a traced run: seconds that a sphere waits for the last spans of its children, and that its own have to go up
+_LAST_SPANS_SECONDS, _FLUSH_SECONDS = 2.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class SphereOptions:
     host: str = ""
     #: whether idle nodes may compute what late ones have in compute; tests switch it off, since it hides deadlocks
     speculate: bool = True
+    #: what a trace's times are read from, in nanoseconds; tests give spheres clocks that differ
+    clock: Callable[[], int] = monotonic_ns
 
 
 class Sphere:
@@ -83,6 +89,7 @@ class Sphere:
         self._make_worker, self._log_lines = make_worker, log_lines
         self._address = ""
         self._leaving: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         #: set once it has its place and serves children
         self.ready = asyncio.Event()
@@ -115,8 +122,9 @@ class Sphere:
                 except StaleError as error:
                     log.warning("enrolling anew: %s", error)
         finally:
-            if self._leaving is not None:
-                self._leaving.cancel()
+            for task in (self._leaving, self._ending):
+                if task is not None:
+                    task.cancel()
             if listener is not None:
                 await listener.aclose()
             await self._transport.aclose()
@@ -155,6 +163,8 @@ class Sphere:
             reports=self._reports,
         )
         children.alone = self.parent.alone
+        if config.trace:
+            self._trace(hub, self.parent, children)
         self.ready.set()
         log.info("%s joins %s (incarnation %d)", hub.id, ancestors[-1].id, hub.incarnation)
         try:
@@ -165,6 +175,12 @@ class Sphere:
             if worker is not None:
                 worker.close()
             summer.close()
+
+    def _trace(self, hub: Hub, parent: Parent, children: Children) -> None:
+        clock = self._options.clock
+        recorder = Recorder(hub.id, clock=clock, work=lambda: (hub.work.step, hub.work.kind == EVALUATE))
+        hub.phases.recorder = parent.recorder = children.recorder = recorder
+        parent.clock = children.clock = clock
 
     async def _live(self, hub: Hub, parent: Parent, children: Children) -> None:
         def look(now: float) -> None:
@@ -199,6 +215,15 @@ class Sphere:
                     break
                 await asyncio.sleep(_LOOK_SECONDS)
             self._children.drain(LinkClosedError(f"{hub.id} leaves"))
+            await self.parent.flush(_FLUSH_SECONDS)
+        self._stop.set()
+
+    async def _end(self) -> None:
+        """End, where the run is traced: once the children have, and their last spans have come, send up what waits."""
+        assert self._children is not None
+        assert self.parent is not None
+        await self._children.gone(_LAST_SPANS_SECONDS)
+        await self.parent.flush(_FLUSH_SECONDS)
         self._stop.set()
 
     def _member(self) -> common_pb2.Member:
@@ -272,8 +297,12 @@ class Sphere:
     def _directed(self, directive: pb.Directive) -> None:
         if directive.kind == pb.DIRECTIVE_KIND_STOP:
             log.info("told to stop: %s", directive.reason)
-            # Children have the directive in their outboxes: give the writers their turn before the links go.
-            asyncio.get_running_loop().call_later(0.05, self._stop.set)
+            loop = asyncio.get_running_loop()
+            if self.hub is not None and self.hub.config.trace and not directive.target_sphere_id:
+                self._ending = self._ending or loop.create_task(self._end())
+            else:
+                # Children have the directive in their outboxes: give the writers their turn before the links go.
+                loop.call_later(0.05, self._stop.set)
         elif directive.kind == pb.DIRECTIVE_KIND_REPORT_STATE:
             assert self.hub is not None
             state = getattr(self._task, "state_dict", None)
