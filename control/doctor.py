@@ -165,6 +165,7 @@ class _Examination:
             if different:
                 self._fail("gradient", f"has other bits where out held something before ({different}): write every "
                            "element of out, or do not say overwrites_out")  # fmt: skip
+                raise _StopError
         self._needed("gradient", lambda: gradient(filled[-1], other))
         self._evaluate(computer, node, weights)
         repeated = self._needed("gradient repeats", lambda: gradient(filled[0], other))

@@ -102,6 +102,10 @@ def add_rounded(left: Array, right: Array, out: Array, dtype: str, *, checksum: 
     It is a node of the canonical sum. A sum that overflows is infinite, without a warning.
     """
     narrow = wire_itemsize(dtype) == 2
+    if not narrow and not checksum:
+        with np.errstate(invalid="ignore", over="ignore"):
+            np.add(left, right, out=out)
+        return 0
     scratch = np.empty(min(out.size, BLOCK_ELEMENTS) if narrow else 0, _BFLOAT16)
     crc = 0
     with np.errstate(invalid="ignore", over="ignore"):
