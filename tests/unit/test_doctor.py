@@ -272,7 +272,9 @@ def test_a_task_that_promises_to_overwrite_is_held_to_it() -> None:
     found = examine(SaysItOverwrites)
     assert [result.state for result in found["gradient"]] == ["ok", "failed"]
     said = found["gradient"][1].message
-    assert said.startswith("has other bits where out held something before ('bias' differs in 3 of 3 elements, by up to 1)")
+    assert said.startswith(
+        "has other bits where out held something before ('bias' differs in 3 of 3 elements, by up to 1)"
+    )
     assert said.endswith("write every element of out, or do not say overwrites_out")
     assert {result.state for results in examine(DoesOverwrite).values() for result in results} == {"ok"}
 

@@ -26,7 +26,7 @@ words = st.integers(0, 2**32 - 1)
 def exact(word: int) -> Fraction:
     """The value of a finite float32, or what its exponent would stand for were infinity a number."""
     exponent, fraction = word >> 23 & 0xFF, word & 0x7FFFFF
-    value = Fraction(fraction, 1 << 149) if not exponent else Fraction((1 << 23) + fraction) * Fraction(2) ** (exponent - 150)
+    value = Fraction(fraction + bool(exponent) * (1 << 23)) * Fraction(2) ** (max(exponent, 1) - 150)
     return -value if word >> 31 else value
 
 

@@ -279,12 +279,12 @@ def rounding() -> dict[str, Any]:
     ]  # fmt: skip
     values = [float(struct.unpack("<f", struct.pack("<I", word))[0]) for word in words]
     mixed = [f32(((k + 1) * 0x9E3779B9 % 2**32 - 2**31) / 2.0 ** (20 + k * 5 % 7)) for k in range(12)]
-    cases: list[list[float | None]] = [[*mixed], [*mixed[:7]], [None if k in (1, 4, 5) else v for k, v in enumerate(mixed)]]
+    holes: list[float | None] = [None if k in (1, 4, 5) else value for k, value in enumerate(mixed)]
+    cases: list[list[float | None]] = [[*mixed], [*mixed[:7]], holes]
+    pairs = [(bits(value), str(bits(plain_bfloat16(value)))) for value in values]
     return {
-        "about": "docs/protocol.md, Types on the wire; numbers are float32, little-endian, as hexadecimal; null: absent",
-        "bfloat16": [
-            {"value": bits(v), "rounded": bits(plain_bfloat16(v)), "wire": str(bits(plain_bfloat16(v)))[4:]} for v in values
-        ],
+        "about": "docs/protocol.md, Types on the wire; float32, little-endian, as hexadecimal; null: absent",
+        "bfloat16": [{"value": value, "rounded": found, "wire": found[4:]} for value, found in pairs],
         "sums": [
             {
                 "leaves": [bits(leaf) for leaf in leaves],
