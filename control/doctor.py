@@ -26,8 +26,9 @@ from control.run_dir import BASE
 from spheres.blocks import Block
 from spheres.config import NodeConfig
 from spheres.cut import cut
-from spheres.environment import environment_fingerprint, resident_bytes
+from spheres.environment import describe, environment_fingerprint, resident_bytes
 from spheres.errors import ArmillaryError, ConfigError, GradientError, TaskError
+from spheres.narrow import wire_itemsize
 from spheres.sampling import evaluation_slice
 from spheres.task import Sums, Task, data_fingerprint, described, load_task, split_size, task_fingerprint
 from spheres.tensors import Manifest, aligned_zeros
@@ -105,7 +106,7 @@ class _Examination:
         self.trial: Trial | None = None
 
     def run(self) -> None:
-        config = self.config
+        config, denormals = self.config, describe()["denormals"]
         task = self._needed("task", lambda: load_task(config.task, config.task_options))
         self._ok("task", f"{config.task} is {type(task).__module__}.{type(task).__qualname__}")
         sizes = self._needed("data", lambda: _sizes(task))
@@ -121,6 +122,10 @@ class _Examination:
         node = self._needed("data", lambda: node_config(task, config, manifest, run_id="doctor"))
         self._gradient(task, node, flat, prints)
         self._threads()
+        now = describe()["denormals"]
+        if now != denormals:
+            self._fail("environment", f"denormals are {now} after the task ran, and were {denormals} before: a library "
+                       "that it loads sets that, and bits depend on when")  # fmt: skip
 
     def _weights(self, task: Task, manifest: Manifest, flat: Array) -> None:
         again = self._needed("init_weights", lambda: initial_weights(task, self.config))[1]
@@ -152,6 +157,15 @@ class _Examination:
         untouched = [name for name, view in manifest.views(first).items() if view.size and not view.any()]
         if untouched:
             self._warn("gradient", f"is 0 for all of {', '.join(untouched)}: is it written to out?")
+        if getattr(task, "overwrites_out", False):
+            for view in manifest.views(other).values():
+                view.fill(1)
+            self._needed("gradient", lambda: gradient(filled[0], other))
+            different = _difference(manifest, first, other)
+            if different:
+                self._fail("gradient", f"has other bits where out held something before ({different}): write every "
+                           "element of out, or do not say overwrites_out")  # fmt: skip
+                raise _StopError
         self._needed("gradient", lambda: gradient(filled[-1], other))
         self._evaluate(computer, node, weights)
         repeated = self._needed("gradient repeats", lambda: gradient(filled[0], other))
@@ -408,7 +422,9 @@ def check_memory(config: RunConfig, trial: Trial, machine: int) -> Result:
 
     loads = _loads(config)
     root = loads.pop(CONTROL)
-    control = process + model * (2 + buffers) + window * (root.slots + 1)
+    # besides its own weights those that spheres see, where these are rounded
+    seen = 0 if config.weights_wire_dtype == "float32" else 1
+    control = process + model * (2 + seen + buffers) + window * (root.slots + 1)
     leaves = [sphere(load) for load in loads.values() if not load.children]
     inner = [sphere(load) for load in loads.values() if load.children]
     parts = [f"control {_size(control)}", f"a leaf {_size(max(leaves))}"]
@@ -424,13 +440,14 @@ def check_memory(config: RunConfig, trial: Trial, machine: int) -> Result:
 def check_wire(config: RunConfig, manifest: Manifest) -> Result:
     """Count the bytes of an undisturbed step: weights down every edge, one gradient per block up."""
     loads = _loads(config)
-    model, edges = manifest.size * 4, len(loads) - 1
+    edges = len(loads) - 1
+    weights, gradient = (manifest.size * wire_itemsize(t) for t in (config.weights_wire_dtype, config.wire_dtype))
     root = loads.pop(CONTROL)
     up = sum(load.up for load in loads.values())
     idle = sum(1 for load in loads.values() if not load.own)
     text = (
-        f"a step sends {_size(model * edges)} down and {_size(model * up)} up over {_many(edges, 'edge')}; "
-        f"control's share is {_size(model * root.children)} and {_size(model * root.slots)}"
+        f"a step sends {_size(weights * edges)} down and {_size(gradient * up)} up over {_many(edges, 'edge')}; "
+        f"control's share is {_size(weights * root.children)} and {_size(gradient * root.slots)}"
     )
     if idle:
         return Result("wire", "warning", f"{text}; {idle} of {edges} spheres have no microbatch: raise --microbatches")

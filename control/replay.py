@@ -137,9 +137,8 @@ class Replay:
             return
         own = snapshot.run.weights_digest.hex()
         if before.get("master_digest"):
-            own = str(
-                master_digest(self._config, manifest_from_proto(snapshot.run.manifest), snapshot.buffers["weights"])
-            )
+            manifest = manifest_from_proto(snapshot.run.manifest)
+            own = str(master_digest(self._config, manifest, snapshot.buffers["weights"]))
         if own != weights_of(before):
             raise CheckpointError(f"{info.name} has other weights than the journal after step {info.step - 1}")
 

@@ -135,12 +135,12 @@ class Updater:
 def master_digest(config: RunConfig, manifest: Manifest, flat: Array) -> str | None:
     """Return the digest of control's float32 weights where spheres see rounded ones; None where it is theirs.
 
-    It is made as that of a version is. Two masters may round to the same weights: without it a replay would miss bits.
+    It is made as that of a version is, with chunks of ``BLOCK_ELEMENTS``. Two masters may round to the same weights:
+    without it a replay would miss bits.
     """
     if config.weights_wire_dtype == "float32":
         return None
-    elements = config.chunk_bytes // 4
-    checksums = [crc32c(flat[start : start + elements]) for start in range(0, flat.size, elements)]
+    checksums = [crc32c(flat[start : start + BLOCK_ELEMENTS]) for start in range(0, flat.size, BLOCK_ELEMENTS)]
     return version_digest(manifest.digest, checksums).hex()
 
 

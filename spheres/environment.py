@@ -14,11 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from spheres.narrow import round_in_place
+from spheres.numerics import crc32c
+
 __all__ = ["describe", "environment_fingerprint", "machine_bytes", "resident_bytes", "tune_malloc"]
 
 
 def describe() -> dict[str, str]:
     """Return what may change the bits of a gradient: CPU features, NumPy's BLAS and its kernel, versions, denormals.
+
+    Denormals are those of the calling thread, which the threads that it starts inherit; and how a few values are
+    rounded to bfloat16 stands there too (N21).
 
     Two things are left out, or control would differ from its own spheres: the number of BLAS threads, since every
     sphere pins one, whatever the process that it came from; and libraries other than NumPy's, since which of them are
@@ -35,7 +41,18 @@ def describe() -> dict[str, str]:
         "simd": " ".join(numpy_config["SIMD Extensions"].get("found", [])),
         "blas": "; ".join(_blas()),
         "denormals": "kept" if smallest / np.float32(2) else "flushed",
+        "bfloat16": _bfloat16(),
     }
+
+
+def _bfloat16() -> str:
+    """Return the CRC-32C of a vector after rounding: ties both ways, carries, denormals, the largest, infinity, NaN."""
+    halves = [0x0000, 0x0001, 0x007F, 0x0080, 0x3F80, 0x3F81, 0x7F7E, 0x7F7F, 0x7F80, 0x7FC0]
+    words = [sign | half << 16 | low for sign in (0, 1 << 31) for half in halves for low in (0, 0x7FFF, 0x8000, 0x8001)]
+    values = np.array(words, np.uint32).view(np.float32)
+    round_in_place(values, "bfloat16")
+    # only that a NaN is one: its other bits are compared nowhere
+    return f"{crc32c(np.nan_to_num(values, nan=0.5, posinf=np.inf, neginf=-np.inf)):08x}"
 
 
 def _blas() -> list[str]:

@@ -54,6 +54,9 @@ class Task(Protocol):
     """A model and its data. Nothing to inherit; every method must be deterministic.
 
     A gradient is a pure function of ``(weights, samples, rng)``: that is what the promise of equal bits rests on.
+
+    Optional are ``data_fingerprint()``, ``state_dict()``, and ``overwrites_out = True``: by that ``gradient``
+    promises to write every element of ``out`` itself, so that nobody need zero it before (docs/tasks.md).
     """
 
     def init_weights(self, rng: np.random.Generator) -> dict[str, Array]:
@@ -69,7 +72,8 @@ class Task(Protocol):
     ) -> Sums:
         """Add the gradient of the loss, summed over ``samples`` (int64 ids), into ``out``.
 
-        ``weights`` are read-only views, ``out`` zeroed float32 views of the same shapes.
+        ``weights`` are read-only views, ``out`` zeroed float32 views of the same shapes; not zeroed, and to be written
+        over, where the task says ``overwrites_out``.
         """
         ...
 

@@ -92,8 +92,7 @@ class Mlp:
                 weight, bias = self._names[n]
                 inputs = scratch.activations[n]
                 np.matmul(inputs.T, delta, out=out[weight])
-                # a dead unit's sum is -0.0: plus zero it is what adding to zeros would have given
-                np.add(np.add.reduce(delta, axis=0), 0, out=out[bias])
+                np.add.reduce(delta, axis=0, out=out[bias])
                 if n:
                     below = scratch.deltas[n - 1]
                     np.matmul(delta, weights[weight].T, out=below)

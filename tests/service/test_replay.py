@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,23 @@ import control.replay
 from control.cli import app
 from control.cli.output import run as run_command
 from control.config import RunConfig
-from control.journal import _checked_line
-from control.reference import reference
+from control.initial import initial_weights, node_config
+from control.journal import Journal, _checked_line
+from control.metrics import StepTimes, origin, step_record
+from control.reference import CanonicalSum, SeenWeights, reference
 from control.replay import Replay, ReplayedStep
 from control.testing import LocalTree, local_tree
-from control.update import Updater
+from control.update import Updater, master_digest
+from spheres.blocks import Block
 from spheres.errors import CheckpointError, ConfigError, FingerprintError
+from spheres.gradients import Contribution
+from spheres.numerics import crc32c
+from spheres.phases import PhaseTimes
 from spheres.reducer import Reducer
 from spheres.summing import add_up
 from spheres.testing.memory import MemoryNetwork, MemoryTransport
 from spheres.testing.synthetic import Synthetic
+from spheres.weights import Weights
 
 STEPS, M, SAMPLES = 12, 12, 131
 
@@ -392,6 +400,79 @@ def test_the_command_has_the_exit_codes_of_its_errors(digits, capsys):
     ):
         assert run_command(app, ["replay", *words]) == code
         assert said in capsys.readouterr().err
+
+
+# ---- types on the wire
+
+
+NARROW = {"wire_dtype": "bfloat16", "weights_wire_dtype": "bfloat16"}
+
+
+def written_down(config: RunConfig, directory: Path, *, nudge: int = -1) -> str:
+    """Train in one loop and write the journal of it; return the weights' SHA-256.
+
+    After step ``nudge`` the last bit of one of control's own weights is another one, which rounding swallows.
+    """
+    write_run(directory, config)
+    task = Task()
+    manifest, flat = initial_weights(task, config)
+    node = node_config(task, config, manifest, run_id="r-test")
+    weights, updater = Weights(node), Updater(config, manifest, STEPS)
+    weights.flat[:] = flat
+    seen = SeenWeights(manifest, weights.flat, node.weights_dtype)
+    add, journal = CanonicalSum(node, task, seen.views), Journal(directory / "journal.jsonl")
+    for step in range(STEPS):
+        summed = add(step, Block(0, M))
+        parts = [Contribution(Block(0, M), "s-1", crc32c(summed.array))]
+        update = updater.apply(weights, summed.array, summed.sums, step=step, term=1)
+        if step == nudge:
+            weights.flat.view(np.uint32)[5] ^= 1
+            weights.publish(term=1, version=step + 1)
+            update = replace(update, master_digest=master_digest(config, manifest, weights.flat))
+        seen.refresh()
+        add.release(summed)
+        made = {"sums": summed.sums, "skipped": (), "update": update, "digest": weights.digest}
+        made |= {"times": StepTimes(0.0, 0.0, 0.0), "phases": PhaseTimes(), "spheres": 1, "contributions": parts}
+        record = step_record(step, term=1, sampler=node.sampler, attempts=0, bytes_up=0, bytes_down=0, **made)
+        journal.append({**record, "origin": origin(config, node)} if step == 0 else record)
+    journal.close()
+    return manifest.sha256(weights.flat)
+
+
+@pytest.mark.parametrize("types", [{}, {"wire_dtype": "bfloat16"}, {"weights_wire_dtype": "bfloat16"}, NARROW])
+def test_a_run_of_narrower_types_is_proved_to_the_last_bit(types, tmp_path):
+    chosen = config(**types)
+    sha256 = written_down(chosen, tmp_path)
+    assert sha256 == reference(Task(), chosen).weights_sha256
+    assert types == {} or sha256 != reference(Task(), config()).weights_sha256
+    steps = replayed(tmp_path, 0, 11)
+    assert [(s.step, s.differences) for s in steps] == [(n, ()) for n in range(STEPS)]
+    records = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    assert all(("master_digest" in record) == ("weights_wire_dtype" in types) for record in records)
+    assert [s.recorded for s in steps] == [r.get("master_digest", r["weights_digest"]) for r in records]
+
+
+def test_a_bit_of_the_masters_weights_that_rounding_swallows_is_found(tmp_path):
+    written_down(config(**NARROW), tmp_path, nudge=3)
+    *_, last = replayed(tmp_path, 0, 11)
+    assert (last.step, last.blocks) == (3, ())
+    assert last.differences[0].startswith("the weights' digest was ")
+    assert last.differences[-1].startswith("the summed gradient is the recorded one: the update at control went wrong")
+
+
+def test_what_spheres_saw_is_compared_too(tmp_path):
+    written_down(config(**NARROW), tmp_path)
+    change_record(tmp_path, 5, lambda record: record.__setitem__("weights_digest", "00" * 16))
+    *_, last = replayed(tmp_path, 0, 11)
+    assert last.step == 5
+    assert last.differences[0].startswith("the digest of what spheres saw was 0000")
+
+
+def test_rounded_gradients_of_one_sphere_are_those_of_the_reference(run, tmp_path):
+    chosen = config(spheres=1, wire_dtype="bfloat16")
+    sha256 = run(trained(chosen, tmp_path, save=(4,)))
+    assert sha256 == reference(Task(), chosen).weights_sha256
+    assert all(s.equal for s in replayed(tmp_path, 5, 11))
 
 
 def test_a_run_that_goes_on_can_be_replayed(run, tmp_path):

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 import threadpoolctl
 
+import control.doctor
 from control.config import RunConfig
 from control.config_sources import load_config
 from control.doctor import (
@@ -252,6 +253,45 @@ class WrongShape(Honest):
 class Raises(Honest):
     def gradient(self, weights: Weights, samples: Samples, rng: np.random.Generator, out: dict[str, Any]) -> Any:
         raise ZeroDivisionError("no such luck")
+
+
+class SaysItOverwrites(Honest):
+    overwrites_out = True
+
+
+class DoesOverwrite(Honest):
+    overwrites_out = True
+
+    def gradient(self, weights: Weights, samples: Samples, rng: np.random.Generator, out: dict[str, Any]) -> Any:
+        for view in out.values():
+            view.fill(0)
+        return super().gradient(weights, samples, rng, out)
+
+
+def test_a_task_that_promises_to_overwrite_is_held_to_it() -> None:
+    found = examine(SaysItOverwrites)
+    assert [result.state for result in found["gradient"]] == ["ok", "failed"]
+    said = found["gradient"][1].message
+    assert said.startswith(
+        "has other bits where out held something before ('bias' differs in 3 of 3 elements, by up to 1)"
+    )
+    assert said.endswith("write every element of out, or do not say overwrites_out")
+    assert {result.state for results in examine(DoesOverwrite).values() for result in results} == {"ok"}
+
+
+class SetsDenormals(Honest):
+    def gradient(self, weights: Weights, samples: Samples, rng: np.random.Generator, out: dict[str, Any]) -> Any:
+        denormals.append("flushed")
+        return super().gradient(weights, samples, rng, out)
+
+
+denormals = ["kept"]
+
+
+def test_a_task_that_changes_the_mode_of_the_thread_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control.doctor, "describe", lambda: {"denormals": denormals[-1]})
+    failed = only_failure(examine(SetsDenormals), "environment")
+    assert failed.message.startswith("denormals are flushed after the task ran, and were kept before")
 
 
 class NotANumber(Honest):
@@ -629,6 +669,17 @@ def test_bytes_of_a_step() -> None:
     assert chain.message.startswith("a step sends 200 MiB down and 200 MiB up over 2 edges")
     assert "control's share is 100 MiB and 100 MiB" in chain.message
     assert flat.state == chain.state == "ok"
+
+
+def test_narrower_types_are_half_the_bytes_and_control_holds_what_spheres_see() -> None:
+    narrow = config(spheres=4, microbatches=16, wire_dtype="bfloat16")
+    assert check_wire(narrow, sized(25 * MIB).manifest).message.startswith("a step sends 400 MiB down and 200 MiB up")
+    both = config(spheres=4, microbatches=16, wire_dtype="bfloat16", weights_wire_dtype="bfloat16")
+    assert check_wire(both, sized(25 * MIB).manifest).message.startswith("a step sends 200 MiB down and 200 MiB up")
+    plain = check_memory(config(spheres=4, microbatches=4), sized(25 * MIB), 1 << 60)
+    seen = check_memory(config(spheres=4, microbatches=4, weights_wire_dtype="bfloat16"), sized(25 * MIB), 1 << 60)
+    assert plain.message.startswith("control 370 MiB, a leaf 250 MiB")
+    assert seen.message.startswith("control 470 MiB, a leaf 250 MiB")
 
 
 def test_spheres_without_a_microbatch_are_a_warning() -> None:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import os
+import platform
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,7 @@ import numpy as np
 import pytest
 import threadpoolctl
 
+import spheres.environment
 from spheres.environment import describe, environment_fingerprint, machine_bytes, resident_bytes
 
 
@@ -67,6 +72,36 @@ def test_numpys_version_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     before = environment_fingerprint()
     monkeypatch.setattr(np, "__version__", "0.0")
     assert environment_fingerprint() != before
+
+
+def test_rounding_to_bfloat16_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = environment_fingerprint()
+
+    def truncated(array: Any, dtype: str) -> None:
+        array.view(np.uint32)[...] &= 0xFFFF0000
+
+    monkeypatch.setattr(spheres.environment, "round_in_place", truncated)
+    assert environment_fingerprint() != before
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc", reason="sets MXCSR by glibc")
+def test_denormals_are_those_of_the_thread_and_of_those_that_it_starts() -> None:
+    libm = ctypes.CDLL(ctypes.util.find_library("m"))
+    saved = ctypes.create_string_buffer(32)  # fenv_t: the x87's state, then MXCSR
+    assert libm.fegetenv(saved) == 0
+    flushing = bytearray(saved.raw)
+    flushing[28:32] = (int.from_bytes(flushing[28:32], "little") | 0x8040).to_bytes(4, "little")
+    before, seen = environment_fingerprint(), []
+    libm.fesetenv(ctypes.create_string_buffer(bytes(flushing), 32))
+    try:
+        here = environment_fingerprint()
+        thread = threading.Thread(target=lambda: seen.append(describe()["denormals"]))
+        thread.start()
+        thread.join()
+    finally:
+        libm.fesetenv(saved)
+    assert here != before == environment_fingerprint()
+    assert seen == ["flushed"]
 
 
 def test_resident_memory_follows_what_is_allocated() -> None:

@@ -289,3 +289,11 @@ def test_the_journal_knows_its_highest_term(tmp_path: Path) -> None:
     journal.append(record(2, "cc", term=5))
     assert journal.term == 5
     journal.close()
+
+
+def test_where_spheres_see_rounded_weights_a_step_is_compared_by_the_masters_digest(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append({"step": 0, "term": 1, "weights_digest": "aa", "master_digest": "bb"})
+    journal.append({"step": 1, "term": 1, "weights_digest": "cc"})
+    assert [journal.recorded_digest(step) for step in (0, 1, 2)] == ["bb", "cc", None]
+    journal.close()

@@ -81,6 +81,8 @@ def test_every_element_of_the_gradient_is_the_central_difference_of_the_loss(net
 
 def test_it_writes_every_element_of_out_and_no_minus_zero(net: Any) -> None:
     model, weights, x, y = net
+    if len(model.layers) > 2:
+        weights["layer0.bias"][...] = -100  # dead units: what comes back through them is -0.0 where it was negative
     for rows in (ROWS, 1, 0):
         zeroed = {name: np.zeros_like(value) for name, value in weights.items()}
         stale = {name: np.full_like(value, np.nan) for name, value in weights.items()}

@@ -21,6 +21,7 @@ from spheres.blocks import Block, decompose, halves
 from spheres.config import NodeConfig
 from spheres.frames import blocks_to, decode
 from spheres.hub import TRAIN, Child, Hub, Work
+from spheres.narrow import add_rounded, from_wire, round_in_place, to_wire
 from spheres.numerics import crc32c, mean, version_digest
 from spheres.outbox import Outbox
 from spheres.reducer import Held
@@ -247,6 +248,83 @@ def test_the_vectors_tell_the_right_order_from_others() -> None:
     assert any(case["mean"] != case["divided"] for case in vectors["means"])
 
 
+# ---- bfloat16
+
+
+def plain_bfloat16(value: float) -> float:
+    """Round a float32, held as a float64: its last 16 bits go, and what they held against half of one decides."""
+    (word,) = struct.unpack("<I", struct.pack("<f", value))
+    kept, rest = divmod(word, 1 << 16)
+    if value != value:
+        kept |= 0x40  # a NaN whose bits were all below must not become infinity
+    elif rest > 0x8000 or (rest == 0x8000 and kept % 2):
+        kept += 1
+    return float(struct.unpack("<f", struct.pack("<I", kept << 16))[0])
+
+
+def plain_rounded_sum(leaves: list[float | None], lo: int, hi: int) -> float | None:
+    """The canonical sum, rounded to bfloat16 at each leaf and each node; each sum was a float32 before."""
+    if hi - lo == 1:
+        leaf = leaves[lo]
+        return None if leaf is None else plain_bfloat16(leaf)
+    left, right = (plain_rounded_sum(leaves, *half) for half in plain_halves(lo, hi))
+    return right if left is None else left if right is None else plain_bfloat16(f32(left + right))
+
+
+def rounding() -> dict[str, Any]:
+    words = [
+        0x00000000, 0x80000000, 0x3F800000, 0x3F807FFF, 0x3F808000, 0x3F808001, 0x3F818000, 0xBF818000, 0x3FFFFFFF,
+        0x00000001, 0x00008000, 0x00008001, 0x00018000, 0x007FFFFF, 0x80008000, 0x7F7F0000, 0x7F7F7FFF, 0x7F7F8000,
+        0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000, 0xFF800000, 0x40490FDB, 0xC2F6E979,
+    ]  # fmt: skip
+    values = [float(struct.unpack("<f", struct.pack("<I", word))[0]) for word in words]
+    mixed = [f32(((k + 1) * 0x9E3779B9 % 2**32 - 2**31) / 2.0 ** (20 + k * 5 % 7)) for k in range(12)]
+    holes: list[float | None] = [None if k in (1, 4, 5) else value for k, value in enumerate(mixed)]
+    cases: list[list[float | None]] = [[*mixed], [*mixed[:7]], holes]
+    pairs = [(bits(value), str(bits(plain_bfloat16(value)))) for value in values]
+    return {
+        "about": "docs/protocol.md, Types on the wire; float32, little-endian, as hexadecimal; null: absent",
+        "bfloat16": [{"value": value, "rounded": found, "wire": found[4:]} for value, found in pairs],
+        "sums": [
+            {
+                "leaves": [bits(leaf) for leaf in leaves],
+                "sum": bits(plain_rounded_sum(leaves, 0, len(leaves))),
+                "wrong": {"rounded_once": bits(plain_bfloat16(plain_sum(leaves, 0, len(leaves)) or 0.0))},
+            }
+            for leaves in cases
+        ],
+    }
+
+
+def test_rounding_of_the_code() -> None:
+    vectors = golden("rounding")
+    for case in vectors["bfloat16"]:
+        value = np.array([from_bits(case["value"])], np.float32)
+        assert bytes(to_wire(value, "bfloat16")).hex() == case["wire"]
+        assert from_wire(bytes.fromhex(case["wire"]), "bfloat16").tobytes().hex() == case["rounded"]
+        round_in_place(value, "bfloat16")
+        assert value.tobytes().hex() == case["rounded"]
+
+    def total(leaves: list[str | None], block: Block) -> np.ndarray | None:
+        if block.width == 1:
+            if leaves[block.lo] is None:
+                return None
+            leaf = np.array([from_bits(leaves[block.lo])], np.float32)
+            round_in_place(leaf, "bfloat16")
+            return leaf
+        left, right = (total(leaves, half) for half in halves(block))
+        if left is None or right is None:
+            return left if right is None else right
+        add_rounded(left, right, left, "bfloat16")
+        return left
+
+    for case in vectors["sums"]:
+        found = total(case["leaves"], Block(0, len(case["leaves"])))
+        assert found is not None
+        assert found.tobytes().hex() == case["sum"]
+    assert any(case["sum"] != case["wrong"]["rounded_once"] for case in vectors["sums"])
+
+
 # ---- randomness
 
 
@@ -396,6 +474,7 @@ def test_frames_in_the_docs_are_those_of_the_code() -> None:
 VECTORS: dict[str, Callable[[], dict[str, Any]]] = {
     "digests": digests,
     "sums": sums,
+    "rounding": rounding,
     "randomness": randomness,
     "frames": frames,
 }

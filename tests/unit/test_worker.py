@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +16,13 @@ from control.config import RunConfig
 from control.gradients import Outcome, outcome
 from control.initial import initial_weights, node_config
 from control.reference import CanonicalSum
-from spheres.blocks import Block, decompose
+from spheres.blocks import Block, decompose, halves
+from spheres.narrow import add_rounded
 from spheres.numerics import crc32c
 from spheres.reducer import Held
 from spheres.task import Sums
-from spheres.worker import Failure, Unit, Worker
+from spheres.tensors import aligned_zeros
+from spheres.worker import Computer, Failure, Pool, Unit, Worker
 from tests.sums import canonical
 
 Array = npt.NDArray[np.float32]
@@ -53,9 +56,11 @@ def value(sample: int) -> Array:
     return (q.standard_normal(2) * 10.0 ** q.integers(-6, 7, 2)).astype(np.float32)
 
 
-def made(total: int, bad_microbatches: set[int], *, skips: bool = True) -> tuple[Any, Any, dict[int, int]]:
+def made(
+    total: int, bad_microbatches: set[int], *, skips: bool = True, dtype: Any = "float32"
+) -> tuple[Any, Any, dict[int, int]]:
     """Return node and task for one sample per microbatch, and the sample of each."""
-    config = RunConfig(task="digits", steps=1, batch_size=total, microbatches=total)
+    config = RunConfig(task="digits", steps=1, batch_size=total, microbatches=total, wire_dtype=dtype)
     task = Signed(set(), total)
     node = node_config(task, config, initial_weights(task, config)[0], run_id="")
     node = replace(node, skips_nonfinite=skips)
@@ -64,24 +69,35 @@ def made(total: int, bad_microbatches: set[int], *, skips: bool = True) -> tuple
     return node, task, sample
 
 
-@given(st.integers(1, 24), st.data())
-def test_what_is_left_out_is_absent_in_every_position(total: int, data: st.DataObject) -> None:
+def as_is(array: Array) -> Array:
+    return array
+
+
+def bfloat16(array: Array) -> Array:
+    """Round to nearest even, by integers; of numbers alone."""
+    words = array.view(np.uint32).astype(np.uint64)
+    return ((words + 0x7FFF + (words >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+@given(st.integers(1, 24), st.sampled_from(["float32", "bfloat16"]), st.data())
+def test_what_is_left_out_is_absent_in_every_position(total: int, dtype: str, data: st.DataObject) -> None:
     """The worker's sum and the reference's, of the whole and of any block, against one written down once more."""
     bad = data.draw(st.sets(st.integers(0, total - 1)))
-    node, task, sample = made(total, bad)
+    node, task, sample = made(total, bad, dtype=dtype)
+    narrow = as_is if dtype == "float32" else bfloat16
     views = node.manifest.views(np.zeros(node.manifest.size, np.float32))
     leaves: dict[int, Array | None] = {}
     for index in range(total):
         flat = np.zeros(node.manifest.size, np.float32)
         of_leaf = node.manifest.views(flat)
         of_leaf["zero"][...], of_leaf["value"][...] = -0.0, value(sample[index])
-        leaves[index] = None if index in bad else flat
+        leaves[index] = None if index in bad else narrow(flat)
     indices = set(data.draw(st.sets(st.integers(0, total - 1), min_size=1)))
     blocks = decompose(indices, Block(0, total))
     worker, reference = Worker(node, task), CanonicalSum(node, task, views)
     try:
         for block in {*blocks, Block(0, total)}:
-            expected = canonical(block, leaves)
+            expected = canonical(block, leaves, narrow)
             for held in (worker._compute(Unit(block, 0, True), views), reference(0, block)):
                 assert isinstance(held, Held)
                 assert (held.array is None) == (held.sums is None) == (expected is None)
@@ -144,3 +160,156 @@ def test_buffers_of_what_is_left_out_are_used_again() -> None:
 )
 def test_one_decision_for_all(policy: Any, skipped: int, count: int, finite: bool, expected: Outcome | None) -> None:
     assert outcome(policy, skipped=skipped, count=count, finite=finite) == expected
+
+
+# ---- types on the wire
+
+
+@given(st.integers(2, 24), st.data())
+def test_rounded_sums_do_not_depend_on_who_computes_which_block(total: int, data: st.DataObject) -> None:
+    """Two workers with any cut between them, their blocks added above, as a parent does; and one alone."""
+    node, task, _ = made(total, set(), dtype="bfloat16")
+    views = node.manifest.views(np.zeros(node.manifest.size, np.float32))
+    top, owned = Block(0, total), data.draw(st.sets(st.integers(0, total - 1)))
+    workers = [Worker(node, task), Worker(node, task)]
+    blocks = {
+        block: worker
+        for worker, indices in zip(workers, (owned, set(range(total)) - owned), strict=True)
+        for block in decompose(indices, top)
+    }
+
+    def total_of(block: Block) -> Array:
+        if block in blocks:
+            held = blocks[block]._compute(Unit(block, 0, True), views)
+            assert isinstance(held, Held)
+            assert held.array is not None
+            return held.array
+        left, right = (total_of(half) for half in halves(block))
+        out = aligned_zeros(left.size)
+        add_rounded(left, right, out, "bfloat16")
+        return out
+
+    try:
+        found = total_of(top).tobytes()
+        alone = workers[0]._compute(Unit(top, 0, True), views)
+    finally:
+        for worker in workers:
+            worker.close()
+    assert isinstance(alone, Held)
+    assert alone.array is not None
+    assert alone.array.tobytes() == found
+
+
+class Steep(Signed):
+    """Finite in float32, and not in bfloat16."""
+
+    def gradient(self, weights: Any, samples: Any, rng: Any, out: Any) -> Sums:
+        sums = super().gradient(weights, samples, rng, out)
+        out["value"][1] = np.finfo(np.float32).max
+        return sums
+
+
+def test_what_rounds_to_infinity_is_not_finite() -> None:
+    for dtype, found in (("float32", ()), ("bfloat16", ("value",))):
+        node, task, _ = made(4, set(), dtype=dtype)
+        task = Steep(set(), 4)
+        held = Computer(node, task).microbatch({}, 0, 1, aligned_zeros(node.manifest.size))
+        assert tuple(name for verdict in held.skipped for name in verdict.tensors) == found
+
+
+# ---- buffers
+
+
+class Overwrites(Signed):
+    overwrites_out = True
+
+
+class Lies(Signed):
+    """Says that it writes everything, and leaves one element."""
+
+    overwrites_out = True
+
+    def gradient(self, weights: Any, samples: Any, rng: Any, out: Any) -> Sums:
+        out["zero"][:2] = 1
+        out["value"][...] = 1
+        return Sums(0.0, samples.size)
+
+
+def test_a_task_that_writes_everything_is_given_its_buffer_as_it_is() -> None:
+    node, _, _ = made(4, set())
+    stale, clean = aligned_zeros(node.manifest.size), aligned_zeros(node.manifest.size)
+    for view in node.manifest.views(stale).values():
+        view.fill(7)
+    Computer(node, Overwrites(set(), 4)).gradient({}, 0, 2, stale)
+    Computer(node, Signed(set(), 4)).gradient({}, 0, 2, clean)
+    assert stale.tobytes() == clean.tobytes()
+    stale.fill(7)
+    Computer(node, Lies(set(), 4)).gradient({}, 0, 2, stale)
+    assert node.manifest.views(stale)["zero"].tolist() == [1, 1, 7]
+
+
+def test_buffers_are_the_allocators_and_none_of_before_a_retirement_is_used_again() -> None:
+    node, task, _ = made(8, set())
+    views = node.manifest.views(np.zeros(node.manifest.size, np.float32))
+    allocated: list[Array] = []
+
+    def allocate(size: int) -> Array:
+        allocated.append(aligned_zeros(size))
+        return allocated[-1]
+
+    def computed(worker: Worker, block: Block) -> Held:
+        held = worker._compute(Unit(block, 0, True), views)
+        assert isinstance(held, Held)
+        assert any(held.array is array for array in allocated)
+        return held
+
+    worker = Worker(node, task, allocate)
+    given_out, back = computed(worker, Block(0, 1)), computed(worker, Block(0, 8))
+    worker.release(back)
+    before = len(allocated)
+    assert before == 5
+    bits = given_out.array.tobytes()  # type: ignore[union-attr]
+    worker.retire()
+    assert len(worker._pool) == 0
+    worker.release(given_out)
+    assert len(worker._pool) == 0
+    for _ in range(3):
+        held = computed(worker, Block(0, 8))
+        assert not any(held.array is array for array in allocated[:before])
+        worker.release(held)
+    assert len(allocated) == before + 4
+    assert given_out.array.tobytes() == bits  # type: ignore[union-attr]
+    worker.close()
+
+
+def test_a_buffer_that_is_retired_while_it_is_made_is_not_given_out() -> None:
+    made: list[Array] = []
+
+    def allocate(size: int) -> Array:
+        made.append(aligned_zeros(size))
+        if len(made) == 1:
+            pool.retire()
+        return made[-1]
+
+    pool = Pool(16, allocate)
+    assert pool.take() is made[1]
+
+
+def test_nobody_keeps_a_buffer_that_was_retired() -> None:
+    node, task, _ = made(8, set())
+    views = node.manifest.views(np.zeros(node.manifest.size, np.float32))
+    gone: list[weakref.ref[Array]] = []
+
+    def allocate(size: int) -> Array:
+        flat = aligned_zeros(size)
+        gone.append(weakref.ref(flat.base))  # the memory, whichever view of it is kept
+        return flat
+
+    worker = Worker(node, task, allocate)
+    held = worker._compute(Unit(Block(0, 8), 0, True), views)
+    worker.retire()
+    assert isinstance(held, Held)
+    worker.release(held)
+    del held
+    assert [ref() for ref in gone] == [None] * 4
+    worker.close()
