@@ -224,7 +224,13 @@ class Training:
         settings = config.model_dump(mode="json")
         servicer = ControlServicer()
         transport = GrpcTransport(lambda server: add_services(server, servicer))
-        self._tree = Tree(node, transport, host=socket.gethostname(), term=int(directory.info["term"]) + 1)
+        self._tree = Tree(
+            node,
+            transport,
+            host=socket.gethostname(),
+            term=int(directory.info["term"]) + 1,
+            hosts_per_host=config.hosts_per_host,
+        )
         await self._listen(directory.last_address)
         self._stack.push_async_callback(self._tree.aclose)
         self._stack.callback(servicer.close)
