@@ -479,6 +479,7 @@ def _sphere_summary(tree: Tree, name: str) -> dict[str, Any]:
         report = found[1]
         sphere |= {
             "host": report.host,
+            "pid": report.pid,
             "role": report.role,
             "microbatches": report.microbatches_count,
             "samples": report.samples_count,
