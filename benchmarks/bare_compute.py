@@ -61,7 +61,9 @@ def main() -> None:
     config = load_config(json.loads(sys.argv[3]), {})[0]
     width = config.microbatches // n
     shares = [(k * width, (k + 1) * width) for k in range(n)]
-    print(json.dumps({"together": measure(config, [[s] for s in shares], steps), "one": measure(config, [shares], steps)}))
+    print(
+        json.dumps({"together": measure(config, [[s] for s in shares], steps), "one": measure(config, [shares], steps)})
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The least that a round over gRPC can be, to hold ours against: no versions, order, credit, checks, digests or failures.
+"""The least that a round over gRPC can be, to hold ours against: no versions, order, credit, checks or failures.
 
 Control and N processes; the weights go down in chunks of 1 MiB over one bidi stream each, each process answers at once
 with as many bytes, and control adds them as they arrive. `benchmarks/step.py` runs it; it prints its rounds as JSON.
@@ -8,7 +8,6 @@ with as many bytes, and control adds them as they arrive. `benchmarks/step.py` r
 
 import asyncio
 import json
-import subprocess
 import sys
 import time
 from typing import Any
@@ -96,7 +95,8 @@ async def control(n: int, size: int, rounds: int) -> list[float]:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", {"Round": handler}),))
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
-    children = [subprocess.Popen([sys.executable, __file__, "child", address, str(size)]) for _ in range(n)]
+    words = [sys.executable, __file__, "child", address, str(size)]
+    children = [await asyncio.create_subprocess_exec(*words) for _ in range(n)]
     try:
         await node.all_here.wait()
         return [await node.round() for _ in range(rounds)]
@@ -104,7 +104,7 @@ async def control(n: int, size: int, rounds: int) -> list[float]:
         await server.stop(0)
         for process in children:
             process.kill()
-            process.wait()
+            await process.wait()
 
 
 def main() -> None:

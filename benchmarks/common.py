@@ -1,11 +1,12 @@
 """What the benchmarks share: a run of the shipped library with local spheres, figures of its journal, the machine.
 
-Peers (gloo, DDP, MPI, Flower) run in processes and an environment of their own, `.venv-bench`, which `make bench` makes;
-one that is not there is skipped, and said so.
+Peers (gloo, DDP, MPI, Flower) run in processes and an environment of their own, `.venv-bench`, which `make bench`
+makes; one that is not there is skipped, and said so.
 """
 
 import asyncio
 import json
+import math
 import os
 import platform
 import shutil
@@ -24,7 +25,6 @@ from typing import Any
 for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
 
-import numpy as np
 import uvloop
 
 from control.charts import COLORS, STYLE, legend, short, ticks
@@ -185,7 +185,10 @@ def bars(title: str, values: Mapping[str, float], *, unit: str, limits: Mapping[
     high = max([*values.values(), *limits.values(), 1e-9]) * 1.08
     wide, tall, left, top, floor = 620.0, 300.0, 60.0, 30.0, 250.0
     gap = (wide - left) / max(1, len(values))
-    down = lambda y: floor - (floor - top) * y / high  # noqa: E731
+
+    def down(y: float) -> float:
+        return floor - (floor - top) * y / high
+
     parts = [f'<svg viewBox="0 0 {wide:.0f} {tall:.0f}" role="img" aria-label="{escape(title)}">']
     for y in ticks(0.0, high):
         parts.append(f'<line class="grid" x1="{left}" x2="{wide}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>')
@@ -216,8 +219,14 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], *, x_
     wide, tall, left, right, top, floor = 620.0, 330.0, 66.0, 14.0, 30.0, 270.0
     low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
     low_y, high_y = min(y for _, y in points) / 1.2, max(y for _, y in points) * 1.2
-    part = lambda v, low, high: np.log(v / low) / np.log(high / low) if high > low else 0.5  # noqa: E731
-    at = lambda x, y: (left + part(x, low_x, high_x) * (wide - left - right), floor - part(y, low_y, high_y) * (floor - top))  # noqa: E501, E731
+
+    def part(value: float, low: float, high: float) -> float:
+        return math.log(value / low) / math.log(high / low) if high > low else 0.5
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = part(x, low_x, high_x) * (wide - left - right)
+        return left + across, floor - part(y, low_y, high_y) * (floor - top)
+
     parts = [f'<svg viewBox="0 0 {wide:.0f} {tall:.0f}" role="img" aria-label="{escape(title)}">']
     for power in range(-4, 7):
         for digit in (1, 2, 5):
@@ -225,7 +234,9 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], *, x_
             if low_y <= y <= high_y:
                 _, place = at(low_x, y)
                 parts.append(f'<line class="grid" x1="{left}" x2="{wide - right}" y1="{place:.1f}" y2="{place:.1f}"/>')
-                parts.append(f'<text class="tick" x="{left - 6}" y="{place + 4:.1f}" text-anchor="end">{short(y)}</text>')
+                parts.append(
+                    f'<text class="tick" x="{left - 6}" y="{place + 4:.1f}" text-anchor="end">{short(y)}</text>'
+                )
     for x in sorted({x for x, _ in points}):
         place, _ = at(x, low_y)
         parts.append(f'<text class="tick" x="{place:.1f}" y="{floor + 16}" text-anchor="middle">{short(x)}</text>')

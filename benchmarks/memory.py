@@ -1,12 +1,12 @@
-"""Memory of spheres with a large model: 400 MB of float32, one microbatch each, 4 spheres in two levels, real processes.
+"""Memory of spheres with a large model: 400 MB of float32, one microbatch each, on real processes in two levels.
 
     .venv/bin/python benchmarks/memory.py [--json] [--megabytes N] [--steps N] [--wire auto|shm|inline] [--synthetic]
 
-While the run goes on, each sphere's smaps_rollup is read a few times a second: private is Private_Clean + Private_Dirty,
-what the process has for itself; shared is what it maps together with others, resident their sum, as the peak that the
-sphere itself reports. Printed are the peaks of a leaf and of an inner sphere in models. On `shm` a leaf's private memory is to be
-at most 0.5 x model, on any wire the resident peak at most 3 x model + 128 MiB. The task writes its gradient where
-it stands (`Standing`); --synthetic takes one that adds to zeros, as it was measured before.
+While the run goes on, each sphere's smaps_rollup is read a few times a second: private is Private_Clean +
+Private_Dirty, what the process has for itself; shared is what it maps together with others, resident their sum, as the
+peak that the sphere itself reports. Printed are the peaks of a leaf and of an inner sphere in models. On `shm` a leaf's
+private memory is to be at most 0.5 x model, on any wire the resident peak at most 3 x model + 128 MiB. The task's
+gradient stands where it is sent from (`Standing`); --synthetic takes one that adds to zeros.
 """
 
 import argparse
@@ -20,7 +20,7 @@ SECONDS = 0.2
 
 
 class Sampler:
-    """Reads the memory of this process's children as long as it is entered. Mutable state: pid -> kind -> peak bytes."""
+    """Reads the memory of this process's children while it is entered. Mutable state: pid -> kind -> peak bytes."""
 
     def __init__(self) -> None:
         self.peaks: dict[int, dict[str, int]] = {}

@@ -8,15 +8,15 @@ take turns: A B A B, each repetition in fresh processes that do some rounds to w
 each repetition the median counts, ratios are taken per repetition, and the figures are medians of those.
 
 IN a round of ours: all of a step of a real run, from commit to commit - giving out, weights down, the task's call
-(whose gradient stands already, `spheres.testing.synthetic:Standing`), finite checks, checksums, sums in canonical order,
-the mean, norm and statistics, the digest of the new weights and its check at every sphere, versions, credit, the
+(whose gradient stands already, `spheres.testing.synthetic:Standing`), finite checks, checksums, sums in canonical
+order, the mean, norm and statistics, the digest of the new weights and its check at every sphere, versions, credit, the
 journal's record on disk (fdatasync). OUT: the optimizer, plain SGD, which peers have none of: its update of as many
 elements is timed alone, warm, in this process, and taken off; --with-optimizer leaves it in. Of peers: from a barrier
 until the last has the sum.
 
 shm-zero-copy: gradient and weights live in shared memory; shm-copy: the task keeps both in arrays of its own, one copy
-in, one out; inline: in gRPC messages; inline-bf16: the same with both rounded to bfloat16. Weights of every repetition are
-compared with each other and, up to --verify megabytes, with `control.reference`.
+in, one out; inline: in gRPC messages; inline-bf16: the same with both rounded to bfloat16. Weights of every repetition
+are compared with each other and, up to --verify megabytes, with `control.reference`.
 """
 
 import argparse

@@ -59,9 +59,9 @@ def save_data(short: bool, path: Path) -> None:
     task = Digits() if short else FashionMnist()
     count = task.size("train")
     if isinstance(task, FashionMnist):
-        x, y = task._gather("train", np.arange(count))  # noqa: SLF001 - the bytes, as they are
+        x, y = task._gather("train", np.arange(count))
     else:
-        x, y = task._images["train"], task._labels["train"]  # noqa: SLF001
+        x, y = task._images["train"], task._labels["train"]
     weights = task.init_weights(np.random.default_rng(0))
     shapes = [weight.shape for name, weight in weights.items() if weight.ndim == 2]
     widths = [shapes[0][0], *(shape[1] for shape in shapes)]
@@ -89,8 +89,7 @@ def main() -> None:
         data = Path(directory) / "data.npz"
         if torch:
             save_data(options.short, data)
-        for batch in options.batch:
-            rows.append(measure(batch, options, data if torch else None))
+        rows += [measure(batch, options, data if torch else None) for batch in options.batch]
 
     def show() -> None:
         for row in rows:
@@ -102,11 +101,7 @@ def main() -> None:
     charts = [
         curves(
             f"{row['task']}, batch {row['batch']}: samples/s",
-            {
-                name: [(float(n), speed) for n, speed in row[name].items()]
-                for name in ("ours", "ddp")
-                if row[name]
-            }
+            {name: [(float(n), speed) for n, speed in row[name].items()] for name in ("ours", "ddp") if row[name]}
             | {"one process": [(float(n), row["one"]) for n in options.n]},
             x_label="spheres or processes",
             y_label="samples/s",

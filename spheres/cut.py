@@ -20,9 +20,9 @@ _MOST_EXACT = 64
 def cut(blocks: Sequence[Block], workers: Sequence[tuple[Owner, float]]) -> list[tuple[Owner, list[Block]]]:
     """Share ``blocks`` out over ``workers`` (owner, capacity > 0) in contiguous pieces, the largest capacity first.
 
-    Widths that fall are aligned: twelve of which a child with eight below takes the first send one block to it and one
-    from it, where four singles before it would leave it two that only the parent can add. Equal ones come in the order
-    given. The slowest worker gets as little as it can get, counted in microbatches per capacity; of the cuts that keep to that
+    Widths that fall are aligned: of twelve, a child that has eight spheres below and comes first sends one block up;
+    after four single ones it would send two that only its parent can add. Equal ones come in the order given. The
+    slowest worker gets as little as it can get, counted in microbatches per capacity; of the cuts that keep to that
     it is one with the fewest canonical blocks, since every block is one gradient on the wire; of those the one that
     gives the earlier workers more. Of many microbatches it is one with few blocks, found border by border. Workers that
     get nothing are left out. Each piece is a list of maximal canonical blocks, none reaching across two of ``blocks``.

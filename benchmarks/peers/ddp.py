@@ -10,9 +10,10 @@ import socket
 import sys
 import time
 from datetime import timedelta
+from itertools import pairwise
 
 
-def member(rank: int, n: int, port: int, path: str, batch: int, steps: int, warm_up: int, results) -> None:  # noqa: ANN001
+def member(rank: int, n: int, port: int, path: str, batch: int, steps: int, warm_up: int, results) -> None:
     import numpy as np
     import torch
     import torch.distributed as dist
@@ -25,7 +26,7 @@ def member(rank: int, n: int, port: int, path: str, batch: int, steps: int, warm
     scale, widths = float(data["input_scale"]), data["widths"].tolist()
     torch.manual_seed(0)
     layers: list[torch.nn.Module] = []
-    for number, (i, o) in enumerate(zip(widths, widths[1:])):
+    for number, (i, o) in enumerate(pairwise(widths)):
         layers += [torch.nn.ReLU()] * (number > 0) + [torch.nn.Linear(i, o)]
     plain = torch.nn.Sequential(*layers)
     model = torch.nn.parallel.DistributedDataParallel(plain) if n > 1 else plain

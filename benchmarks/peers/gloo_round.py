@@ -30,7 +30,7 @@ def member(n: int, megabytes: float, rounds: int, rank: int) -> None:
         began = time.perf_counter()
         dist.all_reduce(gradient)
         seconds.append(time.perf_counter() - began)
-        assert gradient[0] == n and gradient[-1] == n
+        assert gradient[0] == gradient[-1] == n
     slowest = torch.tensor(seconds, dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     if rank == 0:

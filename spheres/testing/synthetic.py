@@ -1,4 +1,4 @@
-"""Tasks of any size for tests and benchmarks: their gradients cost a few passes over memory, or none, and learn nothing.
+"""Tasks of any size for tests and benchmarks: gradients of a few passes over memory, or none; they learn nothing.
 
 Sums of the gradients of ``Synthetic`` show their order: float32 addition of them is visibly not associative.
 """
@@ -105,7 +105,7 @@ class Synthetic:
 
 
 class Standing:
-    """A gradient that stands in ``out`` already, but for a few elements per tensor: what is left of a step is the round.
+    """A gradient that stands in ``out`` but for a few elements per tensor: what is left of a step is the round.
 
     The rest follows from the place of an element alone, in values that a narrower type on the wire holds too, and is
     written where a look finds something else: a new buffer, or one that was zeroed or added to. The weights follow

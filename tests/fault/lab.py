@@ -1,9 +1,9 @@
 """A network on one machine: hosts are network namespaces, one process is their switch and their cables.
 
 Linux, as root, with `ip` (Debian: iproute2) and /dev/net/tun; the kernel needs no netem. Host N has one interface,
-eth0, with the address 10.77.0.N and no way out of the lab, and a /dev/shm of its own. `python tests/fault/lab.py 3` makes three hosts and takes
-commands from its standard input, each answered by one line; when that ends it kills what runs on the hosts and removes
-them:
+eth0, with the address 10.77.0.N and no way out of the lab, and a /dev/shm of its own. `python tests/fault/lab.py 3`
+makes three hosts and takes commands from its standard input, each answered by one line; when that ends it kills what
+runs on the hosts and removes them:
 
     slow N MS MBIT PERCENT   cable of host N, each direction: delay, rate (0: any), loss
     cut N [from|to]          nothing comes through any more, or only nothing from it, or to it

@@ -33,7 +33,9 @@ def test_a_large_subtree_gets_one_block_whatever_stands_before_it() -> None:
     shares = cut([Block(0, 12)], [("a", 1.0), ("b", 1.0), ("host-2", 8.0), ("c", 1.0), ("d", 1.0)])
     assert shares[0] == ("host-2", [Block(0, 8)])
     assert [owner for owner, _ in shares[1:]] == ["a", "b", "c", "d"]
-    assert cut([Block(0, 8)], [("own", 1.0), ("x", 1.0), ("y", 1.0), ("z", 1.0), ("host-3", 4.0)])[0][1] == [Block(0, 4)]
+    assert cut([Block(0, 8)], [("own", 1.0), ("x", 1.0), ("y", 1.0), ("z", 1.0), ("host-3", 4.0)])[0][1] == [
+        Block(0, 4)
+    ]
 
 
 @given(cases())
