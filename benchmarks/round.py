@@ -102,17 +102,20 @@ class Ours:
         if summary["weights_sha256"] != self._digests[key]:
             raise SystemExit(f"{wire}, n={n}, {megabytes} MB: wrong weights {summary['weights_sha256']}")
         kept = journal[WARM_UP - 1 :]
-        return step_seconds(kept), parts(kept[1:])
+        return step_seconds(kept), parts(kept)
 
 
 def parts(journal: Sequence[Record]) -> Record:
-    """Return where the time of whole steps went, in ms: control's parts, the spheres' phases, bytes over the wire."""
-    whole = median(step_seconds(journal)) if len(journal) > 1 else 0.0
-    control = {part: median(r["seconds"][part] for r in journal) for part in ("gather", "optimizer")}
+    """Return where the time of whole steps went, in ms: control's parts, the spheres' phases, payload up and down.
+
+    The first record only says when the step after it began.
+    """
+    whole, journal = step_seconds(journal), journal[1:]
+    known = [(r["seconds"]["gather"], r["seconds"]["optimizer"]) for r in journal]
     return {
-        "gather": 1e3 * control["gather"],
-        "update_and_digest": 1e3 * control["optimizer"],
-        "journal_and_rest": 1e3 * (whole - sum(control.values())),
+        "gather": 1e3 * median(gather for gather, _ in known),
+        "update_and_digest": 1e3 * median(update for _, update in known),
+        "journal_and_rest": 1e3 * median(step - sum(parts) for step, parts in zip(whole, known, strict=True)),
         "spheres": phase_ms(journal),
         "bytes_up": median(r["bytes_up"] for r in journal),
         "bytes_down": median(r["bytes_down"] for r in journal),

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -44,12 +45,10 @@ def server(address: str, n: int, megabytes: float, rounds: int) -> list[float]:
             return chosen
 
     first = ndarrays_to_parameters([np.zeros(int(megabytes * 250_000), np.float32)])
-    strategy = Timed(
-        fraction_evaluate=0.0, min_fit_clients=n, min_available_clients=n, initial_parameters=first
-    )
+    strategy = Timed(fraction_evaluate=0.0, min_fit_clients=n, min_available_clients=n, initial_parameters=first)
     config = flwr.server.ServerConfig(num_rounds=rounds + 2)
     flwr.server.start_server(server_address=address, config=config, strategy=strategy)
-    return [after - before for before, after in zip(times[1:], times[2:], strict=False)]
+    return [after - before for before, after in pairwise(times[1:])]
 
 
 def main() -> None:
