@@ -33,7 +33,7 @@ from control.update import Update, Updater
 from spheres.blocks import Block
 from spheres.config import NodeConfig
 from spheres.errors import ArmillaryError, CheckpointError, GradientError, RunStateError
-from spheres.hub import EVALUATE, TRAIN, Array
+from spheres.hub import EVALUATE, TRAIN, Array, Work
 from spheres.tensors import aligned_zeros
 from spheres.v1 import checkpoint_pb2
 
@@ -47,6 +47,10 @@ T = TypeVar("T")
 _INLINE_ELEMENTS = 1 << 18
 #: seconds between two looks at the clock (max_time) while a step is in hand
 _LOOK_SECONDS = 1.0
+
+
+def _nothing() -> None:
+    """Nobody is to hear of it."""
 
 
 class Controller:
@@ -350,6 +354,7 @@ class Controller:
         attempts = hub.ledger.attempts
         sums, skipped = hub.sums, hub.gradients.skipped
         contributions = hub.gradients.contributions(Block(0, self.node.microbatches))
+        phases = hub.phases.copy()
         update = await self._update(step)
         times = StepTimes(began, sealed, perf_counter())
         self._span("optimizer", times.updated - times.sealed, step)
@@ -364,7 +369,7 @@ class Controller:
             update=update,
             digest=hub.weights.digest,
             times=times,
-            phases=hub.phases,
+            phases=phases,
             spheres=self.tree.computing,
             contributions=contributions,
             attempts=attempts,
@@ -376,13 +381,46 @@ class Controller:
 
     async def _update(self, step: int) -> Update:
         sums, skipped = self._hub.sums, len(self._hub.gradients.skipped)
-        self._hub.seal()
+        hub, term = self._hub, self.tree.term
+        hub.seal()
 
-        def apply() -> Update:
-            weights, term = self._hub.weights, self.tree.term
-            return self._updater.apply(weights, self._gradient, sums, step=step, term=term, skipped=skipped)
+        def apply(announce: Callable[[], None] = _nothing, progress: Callable[[], None] = _nothing) -> Update:
+            return self._updater.apply(
+                hub.weights,
+                self._gradient,
+                sums,
+                step=step,
+                term=term,
+                skipped=skipped,
+                announce=announce,
+                progress=progress,
+            )
 
-        return apply() if self.node.manifest.size <= _INLINE_ELEMENTS else await asyncio.to_thread(apply)
+        if self.node.manifest.size <= _INLINE_ELEMENTS:
+            return apply()
+        if not self._trains_next():
+            return await asyncio.to_thread(apply)
+        # Children get the new version while it is being made; what they owe, which makes the step visible, after its
+        # record is on disk (N18).
+        loop = asyncio.get_running_loop()
+        coming = Work(term, step + 1, EVALUATE)
+
+        def announce() -> None:
+            loop.call_soon_threadsafe(hub.announce, coming)
+
+        def progress() -> None:
+            loop.call_soon_threadsafe(hub.stream)
+
+        return await asyncio.to_thread(apply, announce, progress)
+
+    def _trains_next(self) -> bool:
+        """Whether the step in hand is followed by another at once, as far as is known now."""
+        following = self.step + 1
+        if self._failure is not None or self._stop_reason is not None or self._requests or self._pause:
+            return False
+        if following >= self.total_steps or (self._pause_at is not None and following >= self._pause_at):
+            return False
+        return not self._evaluates_at(following)
 
     async def _commit(self, record: dict[str, Any]) -> None:
         """Journal the step, then show it (N18). Raises what keeps it from being committed: the run ends with that."""
@@ -451,13 +489,16 @@ class Controller:
     # ---- evaluation
 
     def _evaluation_due(self) -> bool:
-        if self.node.test_size == 0 or self._evaluated == self.step or self.step == 0:
+        return self._evaluated != self.step and self._evaluates_at(self.step)
+
+    def _evaluates_at(self, step: int) -> bool:
+        if self.node.test_size == 0 or step == 0:
             return False
-        if self.step >= self.total_steps:
-            return True
         every = self.config.eval_every
+        if step >= self.total_steps:
+            return True
         return every is not None and every.due(
-            step=self.step, steps_per_epoch=self.node.sampler.steps_per_epoch, seconds=0.0
+            step=step, steps_per_epoch=self.node.sampler.steps_per_epoch, seconds=0.0
         )
 
     async def _evaluate(self) -> None:

@@ -73,8 +73,8 @@ class Updater:
 
         What it updates is the float32 master, ``weights.flat``; what spheres see of it is made by ``weights.publish``.
 
-        Every decision comes before the first change (N16). Then ``announce`` is called, and ``progress`` whenever more of
-        the new version may be read, the last time when it is whole.
+        Every decision comes before the first change (N16). Then ``announce`` is called, and ``progress`` whenever more
+        of the new version may be read, the last time when it is whole.
 
         ``sums`` None: no microbatch has a gradient. ``skipped`` of them were left out. ``rate`` None: the schedule's.
         Of a skipped step the next version is the same bytes, and the optimizer counts nothing. Raises GradientError,

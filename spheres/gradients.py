@@ -157,10 +157,12 @@ class Gradients:
             if header.samples_count < 1 or wrong:
                 raise ProtocolError(f"{child}: {block} has {header.samples_count} samples and loss {header.loss_sum}")
             sums = Sums(header.loss_sum, header.samples_count, {m.name: m.value for m in header.metrics})
-        skipped = tuple(
-            NonFinite(v.microbatch, tuple(v.tensors), tuple(v.sample_ids), v.sphere_id) for v in header.skipped
-        )
-        self._check_skipped(child, block, [verdict.microbatch for verdict in skipped])
+        skipped: tuple[NonFinite, ...] = ()
+        if header.skipped:
+            skipped = tuple(
+                NonFinite(v.microbatch, tuple(v.tensors), tuple(v.sample_ids), v.sphere_id) for v in header.skipped
+            )
+            self._check_skipped(child, block, [verdict.microbatch for verdict in skipped])
         self.reducer.header(block, sums, absent=header.absent, skipped=skipped)
 
     def _check_skipped(self, child: str, block: Block, indices: list[int]) -> None:

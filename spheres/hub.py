@@ -545,9 +545,14 @@ class Hub:
                     self.hooks.stuck()
 
     def _flow(self) -> None:
-        """Let go upward what can go: into the sum at the root, else by waking the writer."""
+        """Let go upward what can go: into the sum at the root, else by waking the writer, where it has something."""
         if not self.root:
-            self.wake_up()
+            if (
+                self._up
+                or self._ready
+                or (self._batch is None and self.weights.complete and self.ledger.sendable(self.gradients.reducer.has))
+            ):
+                self.wake_up()
             return
         while self._batch is None and (batch := self.gradients.claim()) is not None:
             self._sum(batch)

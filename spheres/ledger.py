@@ -360,7 +360,9 @@ class Ledger:
         """Return what to send next: chunk by chunk across all blocks (N6), or None."""
         if self.waiting is not None:
             return None
-        due = sorted((index, block) for block, index in self.obligations.items() if index < self.chunks)
+        due = [(index, block) for block, index in self.obligations.items() if index < self.chunks]
+        if len(due) > 1:
+            due.sort()
         for index, block in due:
             if (self.root or index <= self.allowed) and available(block, index):
                 return block, index
@@ -507,6 +509,8 @@ class Ledger:
 
     def _offers(self) -> list[tuple[Block, str]]:
         """Blocks that are held or in compute: the largest first, then held ones, own before those of children (N9)."""
+        if not self.held and self.computing is None and not any(e.held or e.computing for e in self.edges.values()):
+            return []  # as at the start of a step
         offers = [(block, False, SELF) for block in self.held]
         # What a late node computes is its own only where nobody is idle.
         late = self.late if any(free for _, _, free in self._able()) else frozenset()

@@ -25,6 +25,12 @@ class PhaseTimes:
         #: where the run is traced
         self.recorder: Recorder | None = None
 
+    def copy(self) -> PhaseTimes:
+        """Return the times of the present step, for when the next one has begun."""
+        copy = PhaseTimes()
+        copy.own, copy._children = dict(self.own), dict(self._children)
+        return copy
+
     @property
     def below(self) -> dict[str, tuple[float, float, str]]:
         """The children's subtrees: phase -> sum, largest, whose."""
