@@ -99,6 +99,8 @@ class Controller:
         # step and time of the last save begun; step of the last evaluation
         self._saved_at = (-1, time.monotonic())
         self._evaluated = -1
+        # what the last record took to reach the disk; the next one says it
+        self._journal_seconds = 0.0
         self._started = time.monotonic()
 
     def __repr__(self) -> str:
@@ -342,6 +344,7 @@ class Controller:
         contributions = hub.gradients.contributions(Block(0, self.node.microbatches))
         update = await self._update(step)
         times = StepTimes(began, sealed, perf_counter())
+        self._span("optimizer", times.updated - times.sealed, step)
         norm = None if update.decision is None else update.decision.norm
         self._emit("gradient_sync", {"step": step, "norm": norm})
         record = step_record(
@@ -361,6 +364,7 @@ class Controller:
             bytes_down=hub.sent_down_bytes - down,
         )
         await self._commit(record)
+        self._span("step", perf_counter() - began, step)
 
     async def _update(self, step: int) -> Update:
         sums, skipped = self._hub.sums, len(self._hub.gradients.skipped)
@@ -375,7 +379,7 @@ class Controller:
     async def _commit(self, record: dict[str, Any]) -> None:
         """Journal the step, then show it (N18). Raises what keeps it from being committed: the run ends with that."""
         step = record["step"]
-        record["seconds"] |= self._saver.take_stall()
+        record["seconds"] |= {"journal": self._journal_seconds, **self._saver.take_stall()}
         try:
             await self._record(record)
         except BaseException:
@@ -415,7 +419,10 @@ class Controller:
             record["origin"] = await asyncio.to_thread(origin, self.config, self.node)
         # Off the loop: on a slow disk heartbeats must not wait for it. A record that cannot be written is not tried
         # again: the disk is full or gone, and the last checkpoint is where it is safe to go on from.
+        began = perf_counter()
         await asyncio.to_thread(self._journal.append, record)
+        self._journal_seconds = perf_counter() - began
+        self._span("journal", self._journal_seconds, record["step"])
 
     def _tell_nonfinite(self, record: Mapping[str, Any]) -> None:
         """Say that a step was skipped, or was applied without some of its microbatches."""
@@ -458,6 +465,7 @@ class Controller:
         best = self._position.note_best({**metrics, "loss": loss}, self.config)
         record: dict[str, Any] = {"step": self.step, "epoch": self.node.sampler.epoch_of(self.step - 1), "loss": loss}
         record |= {"metrics": metrics, "samples": sums.count, "seconds": perf_counter() - began, "best": best}
+        self._span("evaluation", record["seconds"], self.step)
         self._tell("evaluation", record)
 
     # ---- checkpoints
@@ -479,10 +487,12 @@ class Controller:
         before = self.state
         self._move(RunState.CHECKPOINTING)
         self._saved_at = (self.step, time.monotonic())
+        began = perf_counter()
         try:
             # asked before the next step is given out, so that a task's state is that between the two
             await self._saver.begin(self._snapshot, self._sphere_records(), copied=copied)
         finally:
+            self._span("checkpoint_copy", perf_counter() - began, self.step)
             self._move(before)
 
     async def _sphere_records(self) -> list[checkpoint_pb2.SphereRecord]:
@@ -490,6 +500,7 @@ class Controller:
         return [checkpoint_pb2.SphereRecord(report=s.report, task_state=s.task_state) for s in states]
 
     def _told_of_save(self, step: int, record: dict[str, Any]) -> None:
+        self._span("checkpoint_save", record["seconds"] - record["stall_seconds"], step)
         try:
             self._emit("checkpoint", self._note("checkpoint", {"step": step, **record}), step=step)
         except ArmillaryError as error:  # a callback that may end the run
@@ -587,6 +598,11 @@ class Controller:
     def sphere_changed(self, event: str, sphere: str, reason: str) -> None:
         """A sphere joined or was lost."""
         self._tell(event, {"sphere": sphere, "reason": reason})
+
+    def _span(self, name: str, seconds: float, step: int) -> None:
+        """Record what has just ended, where the run is traced."""
+        if self.tree.recorder is not None:
+            self.tree.recorder.add(name, seconds, step=step)
 
     def _callback_failed(self, record: Mapping[str, Any]) -> None:
         self._note("error", dict(record))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from control.bottleneck import RECENT_STEPS
 from control.config import RunConfig
 from control.gradients import Outcome
 from control.update import Update
@@ -83,6 +85,8 @@ def step_record(
             "step": seconds,
             "gather": times.sealed - times.began,
             "optimizer": times.updated - times.sealed,
+            # control's own part of the gathering
+            "sum": phases.own.get("sum", 0.0),
         },
         "phases": shown,
         # the slowest sphere's compute is what a step would take without any exchange
@@ -152,10 +156,13 @@ class Totals:
     skipped_in_a_row: int = 0
     #: phase -> seconds, summed over the spheres; ``optimizer`` is control's own
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    #: ``seconds`` and ``phases`` of the latest, for what holds steps up now
+    recent: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Count one committed step."""
         self.steps += 1
+        self.recent.append({key: record[key] for key in ("seconds", "phases")})
         skipped = record["decision"] == Outcome.SKIPPED_STEP
         self.skipped_steps += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0

@@ -233,6 +233,8 @@ def _cards(summary: Mapping[str, Any]) -> str:
     )
     digest = summary.get("weights_sha256")
     below = f'<p class="digest">SHA-256 of the weights <code>{escape(str(digest))}</code></p>' if digest else ""
+    held_up = str(summary.get("bottleneck") or "")
+    below = (f'<p class="reason">Bottleneck: {escape(held_up)}</p>' if held_up else "") + below
     return f'<div class="cards">{cards}</div>{below}' if cards else ""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from control.bottleneck import bottleneck
 from control.checkpoint import CheckpointInfo
 from control.controller import Controller
 from control.tree import Tree
@@ -244,6 +245,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             error=str(c.error or ""),
             parameters_count=c.node.manifest.parameters,
             best_value=c.best_value,
+            bottleneck=bottleneck(c.totals.recent, c.tree.shape()),
         )
         run.start_time.FromNanoseconds(int(c.start_time * 1e9))
         return run

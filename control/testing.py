@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic_ns
 
 from control.checkpoint import Checkpoints
 from control.config import RunConfig
@@ -19,6 +20,7 @@ from control.initial import initial_weights, node_config
 from control.journal import EventLog, Journal
 from control.snapshot import Snapshot
 from control.store import Store
+from control.trace import traced
 from control.tree import Tree
 from spheres.sphere import Sphere, SphereOptions
 from spheres.task import Task
@@ -118,11 +120,12 @@ async def local_tree(
     snapshot: Snapshot | None = None,
     relays: int = 0,
     sphere_task: Callable[[str], Task] | None = None,
+    sphere_clock: Callable[[str], Callable[[], int]] = lambda _: monotonic_ns,
 ) -> AsyncIterator[LocalTree]:
     """Make control and ``config.spheres`` spheres, which join one after another: s-1, s-2, ...
 
     ``transport`` is called with each node's name. The first ``relays`` of them compute nothing. ``sphere_task`` gives
-    a sphere another task object than control's.
+    a sphere another task object than control's, ``sphere_clock`` another clock to trace by.
     """
     control = control_node(config, task, transport("control"), directory=directory, callbacks=callbacks)
     controller, tree = control.controller, control.tree
@@ -130,20 +133,27 @@ async def local_tree(
         controller.load(snapshot)
     await tree.listen("127.0.0.1:0")
     local = LocalTree(controller, tree)
-    try:
-        for number in range(1, config.spheres + 1):
-            name = f"s-{number}"
-            options = SphereOptions(control=tree.address, host=HOST, relay=number <= relays, orphan_timeout=5.0)
-            sphere = Sphere(options, transport(name), task=sphere_task(name) if sphere_task else task)
-            local.spheres[name] = sphere
-            local.tasks[name] = asyncio.create_task(sphere.run())
-            await _ready(sphere, local.tasks[name])  # so that ids and places follow from the order
-        yield local
-    finally:
-        for name in list(local.tasks):
-            await local.kill(name)
-        await tree.aclose()
-        control.close()
+    async with traced(tree.recorder, directory, run_id=controller.run_id, term=tree.term):
+        try:
+            for number in range(1, config.spheres + 1):
+                name = f"s-{number}"
+                options = SphereOptions(
+                    control=tree.address,
+                    host=HOST,
+                    relay=number <= relays,
+                    orphan_timeout=5.0,
+                    clock=sphere_clock(name),
+                )
+                sphere = Sphere(options, transport(name), task=sphere_task(name) if sphere_task else task)
+                local.spheres[name] = sphere
+                local.tasks[name] = asyncio.create_task(sphere.run())
+                await _ready(sphere, local.tasks[name])  # so that ids and places follow from the order
+            yield local
+        finally:
+            for name in list(local.tasks):
+                await local.kill(name)
+            await tree.aclose()
+            control.close()
 
 
 async def _ready(sphere: Sphere, task: asyncio.Task[None]) -> None:

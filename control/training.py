@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from control.bottleneck import bottleneck
 from control.callbacks import configured
 from control.checkpoint import CheckpointInfo, Checkpoints, read_snapshot
 from control.config import RunConfig, compare_identity, identity
@@ -34,6 +35,7 @@ from control.server import add_services
 from control.servicers import ControlServicer
 from control.snapshot import Snapshot
 from control.store_fsspec import is_url, store_at
+from control.trace import traced
 from control.tree import Tree
 from control.weights_file import write_safetensors
 from spheres.environment import tune_malloc
@@ -71,6 +73,8 @@ class Summary:
     steps_per_second: float = 0.0
     sync_fraction: float = 0.0
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    #: what took most of the latest steps
+    bottleneck: str = ""
     spheres: list[dict[str, Any]] = field(default_factory=list)
     tree: dict[str, str] = field(default_factory=dict)
     run_id: str = ""
@@ -225,6 +229,9 @@ class Training:
         servicer = ControlServicer()
         transport = GrpcTransport(lambda server: add_services(server, servicer))
         self._tree = Tree(node, transport, host=socket.gethostname(), term=int(directory.info["term"]) + 1)
+        await self._stack.enter_async_context(
+            traced(self._tree.recorder, directory.path, run_id=directory.run_id, term=self._tree.term)
+        )
         await self._listen(directory.last_address)
         self._stack.push_async_callback(self._tree.aclose)
         self._stack.callback(servicer.close)
@@ -406,6 +413,7 @@ class Training:
             steps_per_second=rates.get("steps_per_second", 0.0),
             sync_fraction=totals.sync_fraction,
             phase_seconds=dict(totals.phase_seconds),
+            bottleneck=bottleneck(totals.recent, self._tree.shape()),
             spheres=spheres,
             tree={s["id"]: s["parent"] for s in spheres},
             run_id=controller.run_id,

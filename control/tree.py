@@ -16,16 +16,19 @@ from spheres.children import Children
 from spheres.config import PROTOCOL_VERSION, NodeConfig
 from spheres.environment import environment_fingerprint
 from spheres.errors import (
+    ArmillaryError,
     ConfigError,
     DecodeError,
-    GradientError,
     RefusedError,
     StaleError,
     UnreachableError,
     VersionMismatchError,
 )
-from spheres.hub import Array, Hub, Work
+from spheres.hub import EVALUATE, Array, Hub, Work
 from spheres.lease import Lease
+from spheres.segments import node_memory
+from spheres.summing import Summer
+from spheres.trace import Recorder
 from spheres.transport import Handlers, Listener, Transport
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
@@ -64,7 +67,9 @@ class Tree:
         self.members = Membership(host, config.fan_out, forgotten=self._forgotten)
         #: raised at each start and restore: what spheres cached of the one before is dropped (N1)
         self.term = term
-        self.hub = Hub(config, CONTROL, incarnation=term)
+        self.hub = Hub(config, CONTROL, incarnation=term, memory=node_memory(config.wire))
+        self._summer = Summer()
+        self.hub.hooks.run, self.hub.hooks.broken = self._summer.run, self._broken
         self.hub.watchdog.enabled = speculate
         self.failures = Failures()
         self.hub.hooks.sealed = self._sealed
@@ -76,6 +81,12 @@ class Tree:
         lease = Lease(config.patience_seconds)
         self.children = Children(self.hub, environment=environment_fingerprint(), lease=lease)
         self.children.vet = self._vet
+        #: what every node did, where the run is traced
+        self.recorder: Recorder | None = None
+        if config.trace:
+            hub = self.hub
+            self.recorder = Recorder(CONTROL, work=lambda: (hub.work.step, hub.work.kind == EVALUATE))
+            hub.phases.recorder = self.children.recorder = self.recorder
         self._keeping: asyncio.Task[None] | None = None
         #: told when a sphere joins or is lost, wherever in the tree: event, sphere, reason
         self.changed: Callable[[str, str, str], None] = lambda _event, _sphere, _reason: None
@@ -111,6 +122,7 @@ class Tree:
         self._open = False
         if self._keeping is not None:
             self._keeping.cancel()
+        self._summer.close()
         self.children.drain(RefusedError("the run is over"))
         if self._listener is not None:
             await self._listener.aclose()
@@ -390,11 +402,15 @@ class Tree:
         if self._done is not None and not self._done.done():
             self._done.set_result(None)
 
+    def _broken(self, error: BaseException) -> None:
+        log.error("a sum failed", exc_info=error)
+        self._halt(ArmillaryError(f"summing gradients failed: {error!r}"))
+
     def _failed(self, failure: pb.TaskFailure) -> None:
         log.warning("task failed on %s, microbatch %d: %s", failure.sphere_id, failure.microbatch, failure.error)
         self._halt(self.failures.raised(failure))
 
-    def _halt(self, error: GradientError | None) -> None:
+    def _halt(self, error: ArmillaryError | None) -> None:
         if error is not None and self._done is not None and not self._done.done():
             self._done.set_exception(error)
 

@@ -6,6 +6,7 @@ It owns the optimizer. Which step is done, and what becomes of the figures, is t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,8 @@ Array = npt.NDArray[np.float32]
 #: of larger models statistics are taken at every tenth step only
 _STATISTICS_ELEMENTS = 1 << 16
 _STATISTICS_EVERY = 10
+#: chunks that are updated before children may have them
+_CHUNKS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +66,15 @@ class Updater:
         term: int,
         skipped: int = 0,
         rate: float | None = None,
+        announce: Callable[[], None] = lambda: None,
+        progress: Callable[[], None] = lambda: None,
     ) -> Update:
         """Turn the summed ``gradient`` into its clipped mean and the weights into version ``step + 1``, in place.
 
         What it updates is the float32 master, ``weights.flat``; what spheres see of it is made by ``weights.publish``.
+
+        Every decision comes before the first change (N16). Then ``announce`` is called, and ``progress`` whenever more
+        of the new version may be read, the last time when it is whole.
 
         ``sums`` None: no microbatch has a gradient. ``skipped`` of them were left out. ``rate`` None: the schedule's.
         Of a skipped step the next version is the same bytes, and the optimizer counts nothing. Raises GradientError,
@@ -95,14 +103,23 @@ class Updater:
             )
         if decided is Outcome.SKIPPED_STEP:
             decision = None
-        else:
-            assert decision is not None
-            decision.apply(gradient, 0, gradient.size)
+        weights.announce(term=term, version=step + 1)
+        announce()
+        if decision is not None:
             self.optimizer.begin()
-            self.optimizer.update(weights.flat, gradient, rate, 0, gradient.size)
-            if not is_finite(weights.flat):
-                raise GradientError(f"the weights are not finite after step {step}; lower the learning rate or clip")
-        weights.publish(term=term, version=step + 1)
+        chunk, count = weights.config.chunk_elements, weights.config.chunk_count
+        for first in range(0, count, _CHUNKS):
+            lo, hi = first * chunk, min((first + _CHUNKS) * chunk, gradient.size)
+            if decision is not None:
+                decision.apply(gradient, lo, hi)
+                self.optimizer.update(weights.flat, gradient, rate, lo, hi)
+                if not is_finite(weights.flat[lo:hi]):
+                    text = f"the weights are not finite after step {step}; lower the learning rate or clip"
+                    raise GradientError(text)
+            weights.publish_through(min(first + _CHUNKS, count))
+            progress()
+        weights.seal()
+        progress()
         wanted = manifest.size <= _STATISTICS_ELEMENTS or step % _STATISTICS_EVERY == 0
         return Update(
             decided,

@@ -6,10 +6,13 @@ What the messages mean is the hub's; this module owns the two tasks of a link an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
+from time import monotonic_ns
 from typing import TypeVar
 
+from spheres.carrier import Carrier, Inline, Shared
 from spheres.config import PROTOCOL_VERSION
 from spheres.errors import (
     ArmillaryError,
@@ -21,10 +24,11 @@ from spheres.errors import (
     VersionMismatchError,
     WrongRunError,
 )
-from spheres.frames import decode
+from spheres.frames import decode, decode_with_chunk
 from spheres.hub import Child, Hub
 from spheres.lease import Lease
 from spheres.outbox import Outbox
+from spheres.trace import Recorder
 from spheres.transport import Link, first_end
 from spheres.v1 import common_pb2
 from spheres.v1 import work_pb2 as pb
@@ -58,6 +62,10 @@ class Children:
         self.vet: Callable[[pb.Hello], None] = lambda _: None
         #: seconds for which this node has had no way to control
         self.alone: Callable[[], float] = lambda: 0.0
+        #: where the run is traced
+        self.recorder: Recorder | None = None
+        #: what children compare their own clocks with
+        self.clock: Callable[[], int] = monotonic_ns
         #: sphere id -> (when, report)
         self.reports: dict[str, tuple[float, common_pb2.SphereReport]] = {}
         #: whose newest report has not gone up, in the order in which they came
@@ -65,6 +73,8 @@ class Children:
         self._draining: ArmillaryError | None = None
         #: sphere id -> (incarnation, session): only a higher one is taken (N1)
         self._orders: dict[str, tuple[int, int]] = {}
+        # a link has ended
+        self._left = asyncio.Event()
 
     def drain(self, reason: ArmillaryError) -> None:
         """Take no new links, and end those that live: children go to their fallbacks."""
@@ -137,6 +147,15 @@ class Children:
             raise
         finally:
             self._hub.dismiss(child, reason)
+            self._left.set()
+
+    async def gone(self, seconds: float) -> None:
+        """Wait until no child has a link, for so many seconds at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._hub.children:
+                    self._left.clear()
+                    await self._left.wait()
 
     def _count(self, error: ArmillaryError, whose: str) -> None:
         self._hub.counts.refused[type(error).__name__] += 1
@@ -156,10 +175,13 @@ class Children:
         while (data := await link.receive()) is not None:
             self._lease.check(now())
             child.heard = now()
-            message = decode(pb.WorkRequest, data)
+            came = self.clock()
+            message, payload = decode_with_chunk(pb.WorkRequest, data)
             if message.HasField("capacity"):
                 _check_capacity(child.id, message.capacity.capacity)
-            self._hub.on_request(child, message)
+            self._hub.on_request(child, message, payload)
+            if self.recorder is not None:
+                self.recorder.received(child.id, message, came)
 
     async def _write(self, child: Child, link: Link) -> None:
         outbox, now = child.outbox, asyncio.get_running_loop().time
@@ -185,6 +207,7 @@ class Children:
         known = self._orders.get(hello.sphere_id)
         if known is not None and order <= known:
             raise StaleError(f"{hello.sphere_id}: incarnation and session {order} are not above {known}")
+        carrier = self._carrier(hello)
         _keep(self._orders, hello.sphere_id, order)
         older = hub.children.get(hello.sphere_id)
         if older is not None:
@@ -195,12 +218,24 @@ class Children:
             incarnation=hello.incarnation,
             session=message.session,
             address=hello.address,
-            outbox=Outbox(hub.weights),
+            outbox=Outbox(hub.weights, carrier),
             close=close,
             environment=hello.environment_fingerprint,
             member=hello.member,
             heard=asyncio.get_running_loop().time(),
         )
+
+    def _carrier(self, hello: pb.Hello) -> Carrier:
+        """How payload is to travel. Raises RefusedError where the run insists on shared memory and there is none."""
+        hub = self._hub
+        if hub.memory is not None and hello.HasField("segment") and hub.memory.shares(hello.segment):
+            return Shared(hub.config, hub.memory)
+        if hub.config.wire == "shm":
+            raise RefusedError(
+                f"{hello.sphere_id} shares no memory with {hub.id}, and the run was started with --wire shm; start it "
+                "with --wire auto, or this sphere in the same container or host"
+            )
+        return Inline(hub.config)
 
     def _check_peer(self, hello: pb.Hello, tag: pb.Tag) -> None:
         hub, config, child = self._hub, self._hub.config, hello.sphere_id
@@ -247,9 +282,12 @@ class Children:
         """Serve one Heartbeat stream: keep the newest report of each sphere below."""
         try:
             while (data := await link.receive()) is not None:
+                came = self.clock()
                 message = decode(pb.HeartbeatRequest, data)
                 self._take(message)
                 answer = pb.HeartbeatResponse(sent_nanos=message.sent_nanos, alone_seconds=self.alone())
+                # half way between the two, so that what was to be done in between favours neither direction
+                answer.received_nanos = (came + self.clock()) // 2
                 await link.send(answer.SerializeToString())
         except (ProtocolError, RefusedError) as error:
             self._count(error, link.peer)
@@ -272,6 +310,8 @@ class Children:
                 self._unsent.setdefault(report.sphere_id)
                 if forgotten is not None:
                     self._unsent.pop(forgotten, None)
+        if self.recorder is not None:
+            self.recorder.take_in(message.traces)
 
 
 def _check_capacity(child: str, capacity: float) -> None:

@@ -19,6 +19,9 @@ PROTOCOL_VERSION = 1
 #: no message on the wire is larger, 1.1 MiB: a chunk of at most 1 MiB and what goes around it
 MAX_MESSAGE_BYTES = 1_153_433
 
+#: sums that wait in the shared memory of one node for its parent, per block
+_SHARED_WINDOW_BYTES = 64 << 20
+
 
 @dataclass(frozen=True)
 class NodeConfig:
@@ -71,7 +74,13 @@ class NodeConfig:
 
     @cached_property
     def chunk_elements(self) -> int:
-        return self.chunk_bytes // 4
+        """Elements of a chunk: no more than ``chunk_bytes`` hold in the wider of the two types on the wire (N2)."""
+        return self.chunk_bytes // (2 if self.gradient_dtype == self.weights_dtype == "bfloat16" else 4)
+
+    @cached_property
+    def shared_window(self) -> int:
+        """W of an edge whose payload lies in shared memory: what waits there is nobody's copy."""
+        return max(self.window, min(self.chunk_count, _SHARED_WINDOW_BYTES // self.chunk_bytes))
 
     @cached_property
     def chunk_count(self) -> int:

@@ -11,7 +11,8 @@ ArmillaryError
 │   ├── MessageTooLargeError a message over the limit
 │   ├── CreditError          a chunk beyond credit
 │   ├── StaleError           a tag of an earlier run, term, session, step or attempt
-│   └── ChecksumError        bytes that do not fit their checksum
+│   ├── ChecksumError        bytes that do not fit their checksum
+│   └── SegmentError         shared memory that was named and cannot be used
 ├── RefusedError             the other side said no, with a reason
 │   ├── VersionMismatchError another protocol version
 │   ├── FingerprintError     task, data or environment differ
@@ -41,6 +42,7 @@ __all__ = [
     "ProtocolError",
     "RefusedError",
     "RunStateError",
+    "SegmentError",
     "StaleError",
     "TaskError",
     "TaskLoadError",
@@ -107,6 +109,10 @@ class StaleError(ProtocolError):
 
 class ChecksumError(ProtocolError):
     """Bytes that do not fit the checksum sent with them."""
+
+
+class SegmentError(ProtocolError):
+    """Shared memory that cannot be made, or that a peer has named and this process cannot read."""
 
 
 class RefusedError(ArmillaryError):

@@ -6,7 +6,8 @@ It checks, adds and encodes. Who owes what is the ledger's to say; when to send 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from time import perf_counter
 from typing import NamedTuple
@@ -15,18 +16,21 @@ import numpy as np
 import numpy.typing as npt
 
 from spheres.blocks import Block
+from spheres.carrier import Carrier, Inline, Piece
 from spheres.config import MAX_MESSAGE_BYTES, NodeConfig
 from spheres.errors import ChecksumError, ProtocolError
-from spheres.frames import block_from, encode_with_chunk
+from spheres.frames import block_from
 from spheres.ledger import SELF, Action, Ledger
+from spheres.narrow import wire_itemsize
 from spheres.numerics import crc32c
 from spheres.phases import PhaseTimes
 from spheres.reducer import NonFinite, Reducer
+from spheres.summing import Expression, add_up
 from spheres.task import Sums
 from spheres.v1 import work_pb2 as pb
 from spheres.weights import Weights
 
-__all__ = ["Contribution", "Gradients", "Outgoing"]
+__all__ = ["Batch", "Contribution", "Gradients", "Outgoing"]
 
 Array = npt.NDArray[np.float32]
 
@@ -34,6 +38,8 @@ Array = npt.NDArray[np.float32]
 _MOST_DETAILED = 32
 #: bytes around a chunk's payload, at most
 _CHUNK_FRAME_BYTES = 64
+#: chunks that control adds at once
+_ROOT_CHUNKS = 16
 
 
 class Contribution(NamedTuple):
@@ -50,6 +56,26 @@ class Outgoing:
 
     data: bytes
     payload_bytes: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """Chunks that are to be summed, here and now or beside the loop; they count as sent.
+
+    Were they to count only when they have left, children that a new attempt asks in the meantime would send them again,
+    for nobody to take. What their going allows, credit, is given when their sum is done: until then they are read (N6).
+    """
+
+    #: each can be called by another thread; all of them before ``messages`` are there
+    works: list[Callable[[], None]]
+    #: elements that are read
+    elements: int
+    #: on their way up, in order
+    messages: list[Outgoing]
+    actions: list[Action]
+    started: float = field(default_factory=perf_counter)
+    #: its attempt, step or session is over
+    recalled: bool = False
 
 
 class Gradients:
@@ -72,6 +98,8 @@ class Gradients:
         self.skipped: tuple[NonFinite, ...] = ()
         #: payload bytes that children have sent
         self.received_bytes = 0
+        #: how payload goes up
+        self.carrier: Carrier = Inline(config)
 
     def start(self, *, train: bool, out: Array | None) -> None:
         """A new step; ``out`` takes the root's sum of a training step."""
@@ -93,13 +121,18 @@ class Gradients:
 
     # ---- from children
 
-    def take_in(self, child: str, message: pb.WorkRequest) -> None:
-        """Handle what a frame says of gradients. Raises StaleError for another attempt, ProtocolError and its kinds."""
+    def take_in(self, child: str, message: pb.WorkRequest, carrier: Carrier, payload: memoryview | None = None) -> None:
+        """Handle what a frame says of gradients. Raises StaleError for another attempt, ProtocolError and its kinds.
+
+        ``payload`` is the chunk's data where they are not in the message.
+        """
         attempt = message.attempt
         if message.HasField("gradient_header"):
             self._header(child, attempt, message.gradient_header)
         if message.HasField("gradient_chunk"):
-            self._chunk(child, attempt, message.gradient_chunk)
+            self._chunk(child, attempt, message.gradient_chunk, payload)
+        if message.HasField("gradient_reference"):
+            self._reference(child, attempt, message.gradient_reference, carrier)
         if message.HasField("gradient_footer"):
             footer = message.gradient_footer
             block = block_from(footer.block)
@@ -136,24 +169,47 @@ class Gradients:
         if any(not block.contains(Block(i, i + 1)) for i in indices) or any(a >= b for a, b in pairwise(indices)):
             raise ProtocolError(f"{child}: microbatches {indices[:8]} of {block} are outside of it or not in order")
 
-    def _chunk(self, child: str, attempt: int, chunk: pb.Chunk) -> None:
-        block, index, data = block_from(chunk.block), chunk.index, chunk.data
+    def _chunk(self, child: str, attempt: int, chunk: pb.Chunk, payload: memoryview | None) -> None:
+        block, index, data = block_from(chunk.block), chunk.index, chunk.data if payload is None else payload
         news = self._ledger.accepts(child, attempt, block, index)
         start = index * self._config.chunk_elements
         size = min(self._config.chunk_elements, self._config.manifest.size - start) if self._train else 0
-        if index < 0 or chunk.offset_bytes != start * 4 or len(data) != size * 4:
+        length = size * wire_itemsize(self._config.gradient_dtype)
+        if index < 0 or chunk.offset_bytes != start * 4 or len(data) != length:
             raise ProtocolError(f"{child}: chunk {index} of {block} at byte {chunk.offset_bytes}, {len(data)} bytes")
-        if not self.reducer.has_header(block):
-            raise ProtocolError(f"{child}: chunk {index} of {block} came before its header")
+        self._check_header(child, block, index)
         if crc32c(data) != chunk.crc32c:
             raise ChecksumError(f"{child}: chunk {index} of {block} does not fit its checksum")
-        expected = self._last.get(block, self._ledger.edges[child].first - 1) + 1
-        if index != expected:
-            raise ProtocolError(f"{child}: chunk {index} of {block} came; expected chunk {expected}")
+        self._check_order(child, block, index)
         self._last[block] = index
         self.received_bytes += len(data)
         if news:
-            self.reducer.chunk(block, index, np.frombuffer(data, np.float32))
+            elements = np.frombuffer(data, np.uint16 if self._config.gradient_dtype == "bfloat16" else np.float32)
+            self.reducer.chunk(block, index, elements)
+
+    def _reference(self, child: str, attempt: int, reference: pb.GradientReference, carrier: Carrier) -> None:
+        block, first, last = block_from(reference.block), reference.from_chunk, reference.through_chunk
+        self._ledger.accepts(child, attempt, block, last)
+        if not 0 <= first <= last or not self._train:
+            raise ProtocolError(f"{child}: chunks {first} to {last} of {block} by reference")
+        self._check_header(child, block, first)
+        self._check_order(child, block, first)
+        found, elements = carrier.gradient(reference), self._config.chunk_elements
+        self._last[block] = last
+        self.received_bytes += found.nbytes
+        due = self._ledger.obligations[self._ledger.cover(block)]
+        for index in range(max(first, due), last + 1):
+            start = (index - first) * elements
+            self.reducer.chunk(block, index, found[start : start + elements])
+
+    def _check_header(self, child: str, block: Block, first: int) -> None:
+        if not self.reducer.has_header(block):
+            raise ProtocolError(f"{child}: chunk {first} of {block} came before its header")
+
+    def _check_order(self, child: str, block: Block, first: int) -> None:
+        expected = self._last.get(block, self._ledger.edges[child].first - 1) + 1
+        if first != expected:
+            raise ProtocolError(f"{child}: chunk {first} of {block} came; expected chunk {expected}")
 
     def in_compute(self, child: str) -> Block | None:
         """Return the block that a child computes now, as far as can be told here: the first that it has not begun."""
@@ -162,58 +218,89 @@ class Gradients:
 
     # ---- to the parent; at the root, into the sum
 
-    def collect(self) -> list[Action]:
-        """Move what is ready into the root's sum, and return the credit that this gives."""
-        ledger, reducer = self._ledger, self.reducer
-        actions: list[Action] = []
-        while (item := ledger.sendable(reducer.has)) is not None:
-            block, index = item
-            if index == 0:
-                self.sums, self.skipped = reducer.sums(block), reducer.skipped(block, self._id)
-            started = perf_counter()
-            last = reducer.absent(block)
-            if not last and self._out is not None:
-                start = index * self._config.chunk_elements
-                self._out[start : start + self._config.chunk_elements] = reducer.take(block, index)
-            self.phases.add("sum", perf_counter() - started)
-            actions += ledger.sent(block, index, last=last)
-        return actions
+    def claim(self) -> Batch | None:
+        """At the root: take what can go into the sum now; None where nothing can."""
+        found = self._sendable(lambda _: _ROOT_CHUNKS)
+        if found is None:
+            return None
+        block, first, last = found
+        if first == 0:
+            self.sums, self.skipped = self.reducer.sums(block), self.reducer.skipped(block, self._id)
+        if self.reducer.absent(block):
+            return Batch([], 0, [], self._ledger.sent(block, first, last=True))
+        works: list[Callable[[], None]] = []
+        elements, total, out, dtype = self._config.chunk_elements, 0, self._out, self._config.gradient_dtype
+        expressions = [self.reducer.collect(block, index) for index in range(first, last + 1)]
+        if out is not None:
+            sums = [
+                (expression, out[index * elements : (index + 1) * elements])
+                for index, expression in enumerate(expressions, first)
+                if expression is not None
+            ]
+            middle = (len(sums) + 1) // 2
+            works = [_summing(part, dtype) for part in (sums[:middle], sums[middle:]) if part]
+            total = sum(_leaves(expression) * target.size for expression, target in sums)
+        return Batch(works, total, [], self._ledger.sent(block, last))
 
-    def next(self, tag: pb.Tag, session: int) -> tuple[Outgoing, list[Action]] | None:
-        """Encode the next chunk for the parent, and return it with the credit that this gives; None: nothing to send.
-
-        From here on it counts as sent. Were it to count only when it has left, children that a new attempt asks in the
-        meantime would send it again, for nobody to take.
-        """
-        ledger, reducer = self._ledger, self.reducer
+    def claim_up(self, tag: pb.Tag, session: int) -> Batch | None:
+        """Take what can go to the parent now, and its messages once it is summed; None where nothing can."""
+        ledger, reducer, carrier = self._ledger, self.reducer, self.carrier
         # While they arrive again, on a new link, there is no digest to send along; what was computed stays good.
-        item = ledger.sendable(reducer.has) if self._weights.complete else None
+        found = self._sendable(carrier.most) if self._weights.complete else None
+        if found is None:
+            return None
+        block, first, last = found
+        if reducer.absent(block) or not self._train:
+            return self._alone(tag, session, block, first)
+        own = reducer.own(block)
+        works: list[Callable[[], None]] = []
+        messages: list[Outgoing | None] = []
+        elements = 0
+        ranges = [(first, last)] if carrier.together() else [(index, index) for index in range(first, last + 1)]
+        for low, high in ranges:
+            message = pb.WorkRequest(tag=tag, session=session, attempt=ledger.attempt)
+            if low == ledger.from_chunk:
+                self._write_header(message.gradient_header, block, absent=False)
+            if high == ledger.chunks - 1:
+                self._write_footer(message.gradient_footer, block)
+            _fit(message, MAX_MESSAGE_BYTES - self._config.chunk_bytes - _CHUNK_FRAME_BYTES)
+            expressions = [e for i in range(low, high + 1) if (e := reducer.collect(block, i)) is not None]
+            piece = Piece(message, block, low, expressions, own)
+            carrier.reserve(piece)
+            if own is None:
+                elements += sum(map(_leaves, expressions)) * self._config.chunk_elements
+            works.append(_encoding(carrier, piece, messages, len(messages)))
+            messages.append(None)
+        return Batch(works, elements, messages, ledger.sent(block, last))  # type: ignore[arg-type]
+
+    def _alone(self, tag: pb.Tag, session: int, block: Block, index: int) -> Batch:
+        """A block without payload: absent, or of an evaluation."""
+        message = pb.WorkRequest(tag=tag, session=session, attempt=self._ledger.attempt)
+        absent = self.reducer.absent(block)
+        self._write_header(message.gradient_header, block, absent=absent)
+        self._write_footer(message.gradient_footer, block)
+        if not absent:
+            self.reducer.collect(block, index)
+            message.gradient_chunk.block.lo, message.gradient_chunk.block.hi = block
+        _fit(message, MAX_MESSAGE_BYTES - _CHUNK_FRAME_BYTES)
+        sent = Outgoing(message.SerializeToString(), 0)
+        return Batch([], 0, [sent], self._ledger.sent(block, index, last=True))
+
+    def _sendable(self, most: Callable[[int], int]) -> tuple[Block, int, int] | None:
+        """Return the block, the first and the last chunk that can go at once."""
+        ledger, has = self._ledger, self.reducer.has
+        item = ledger.sendable(has)
         if item is None:
             return None
-        block, index = item
-        message = pb.WorkRequest(tag=tag, session=session, attempt=ledger.attempt)
-        absent = reducer.absent(block)
-        last = absent or index == ledger.chunks - 1
-        if absent or index == ledger.from_chunk:
-            self._write_header(message.gradient_header, block, absent=absent)
-        if last:
-            self._write_footer(message.gradient_footer, block)
-        if absent:
-            _fit(message, MAX_MESSAGE_BYTES)
-            return Outgoing(message.SerializeToString(), 0), ledger.sent(block, index, last=True)
-        started = perf_counter()
-        array = reducer.take(block, index) if self._train else None
-        self.phases.add("sum", perf_counter() - started)
-        payload: memoryview | bytes = b"" if array is None else array.data.cast("B")
-        chunk = pb.Chunk(
-            block=pb.Block(lo=block.lo, hi=block.hi),
-            index=index,
-            offset_bytes=index * self._config.chunk_bytes,
-            crc32c=crc32c(payload),
-        )
-        _fit(message, MAX_MESSAGE_BYTES - len(payload) - _CHUNK_FRAME_BYTES)
-        data = encode_with_chunk(message, chunk, payload)
-        return Outgoing(data, len(payload)), ledger.sent(block, index, last=last)
+        block, first = item
+        end = min(ledger.chunks, first + most(first))
+        if not ledger.root:
+            end = min(end, ledger.allowed + 1)
+        last = first
+        if not self.reducer.absent(block):
+            while last + 1 < end and has(block, last + 1):
+                last += 1
+        return block, first, last
 
     def _write_header(self, header: pb.GradientHeader, block: Block, *, absent: bool) -> None:
         header.block.lo, header.block.hi = block
@@ -251,6 +338,25 @@ class Gradients:
             else:
                 parts += self._contributions.get(slot, [])
         return sorted(parts)
+
+
+def _leaves(expression: Expression) -> int:
+    return _leaves(expression[0]) + _leaves(expression[1]) if isinstance(expression, tuple) else 1
+
+
+def _summing(sums: Sequence[tuple[Expression, Array]], dtype: str) -> Callable[[], None]:
+    def work() -> None:
+        for expression, out in sums:
+            add_up(expression, out, dtype)
+
+    return work
+
+
+def _encoding(carrier: Carrier, piece: Piece, into: list[Outgoing | None], place: int) -> Callable[[], None]:
+    def work() -> None:
+        into[place] = Outgoing(*carrier.encode(piece))
+
+    return work
 
 
 def _fit(message: pb.WorkRequest, room: int) -> None:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from time import perf_counter
 from typing import Literal
 
 from spheres.blocks import Block, checked
+from spheres.carrier import Carrier, Inline
 from spheres.config import NodeConfig
 from spheres.errors import LinkClosedError, ProtocolError, StaleError, WrongRunError
 from spheres.frames import blocks_from, blocks_to
-from spheres.gradients import Array, Gradients, Outgoing
+from spheres.gradients import Array, Batch, Gradients, Outgoing
 from spheres.ledger import Action, Ledger, SendAssign, SendBegin, SendCredit, SendReady, Stuck
 from spheres.phases import PhaseTimes
 from spheres.reducer import Held
+from spheres.segments import Memory
 from spheres.task import Sums
 from spheres.v1 import common_pb2
 from spheres.v1 import work_pb2 as pb
@@ -36,17 +39,29 @@ _ASIDE_SECONDS, _LONGEST_ASIDE = 2.0, 64.0
 _CHANGES = 256
 #: spheres of which it is known by which child they are reached; directives to others go to all children
 _MOST_WAYS = 20_000
+#: elements that are summed on the loop: for so few a thread would cost more than it takes off it
+_INLINE_ELEMENTS = 1 << 16
 
 
 class Hub:
     """Mutable state: the present work, the ledger, the gradients, the weights, the children, what waits to go up."""
 
-    def __init__(self, config: NodeConfig, node_id: str, *, incarnation: int = 1, worker: Worker | None = None) -> None:
+    def __init__(
+        self,
+        config: NodeConfig,
+        node_id: str,
+        *,
+        incarnation: int = 1,
+        worker: Worker | None = None,
+        memory: Memory | None = None,
+    ) -> None:
         self.config, self.id, self.incarnation = config, node_id, incarnation
         self.root = node_id == "control"
         self.hooks = Hooks()
         self.counts = Counts()
-        self.weights = Weights(config)
+        #: shared with other processes of this host; None where all payload goes inline
+        self.memory = memory
+        self.weights = Weights(config, memory=memory, root=self.root)
         self.ledger = Ledger(config.window, computes=worker is not None, root=self.root)
         self.gradients = Gradients(config, node_id, self.ledger, self.weights)
         self.children: dict[str, Child] = {}
@@ -64,6 +79,9 @@ class Hub:
         self._worker = worker
         self._unit: Unit | None = None
         self._up: list[pb.WorkRequest] = []
+        #: gradient messages that are ready to go up, and what is being summed beside the loop
+        self._ready: deque[Outgoing] = deque()
+        self._batch: Batch | None = None
         #: of the present step's computation here
         self._failure: pb.TaskFailure | None = None
         #: how often the task has failed here
@@ -120,6 +138,18 @@ class Hub:
         """Begin a step on the published weights. ``gradient`` takes the sum of a training step."""
         self._begin(work, self.weights.version, [Block(0, self._total(work.kind))], out=gradient)
 
+    def announce(self, work: Work) -> None:
+        """The weights of ``work`` are coming: children get each chunk as it is there, and are told later what they owe.
+
+        The work is the evaluation before the step, of which nobody is given a part: the step's own header, with what is
+        owed, follows, and so would that of an evaluation after all. A transfer goes on from one to the other (N17).
+        """
+        self._begin(work, self.weights.version, None)
+
+    def stream(self) -> None:
+        """More of the weights is there."""
+        self._wake_children()
+
     def seal(self) -> None:
         """The weights are about to be written: no transfer may read them any more (N15)."""
         for child in self.children.values():
@@ -135,8 +165,11 @@ class Hub:
 
     # ---- parent edge: what came down
 
-    def on_response(self, message: pb.WorkResponse) -> None:
-        """Handle a message of the parent. Raises ProtocolError and its kinds: then the link must end."""
+    def on_response(self, message: pb.WorkResponse, payload: memoryview | None = None, raw: bytes = b"") -> None:
+        """Handle a message of the parent. Raises ProtocolError and its kinds: then the link must end.
+
+        ``payload``: the chunk's data where they are not in the message. ``raw``: the message's bytes, to be passed on.
+        """
         if message.HasField("directive"):
             self._on_directive(message.directive)
             return
@@ -157,14 +190,21 @@ class Hub:
             self._on_header(work, tag.weights_version, message)
         if message.HasField("begin"):
             self.watchdog.progress(self.hooks.clock())
-            self._do(self.ledger.begin(message.begin.attempt, message.begin.from_chunk))
+            actions = self.ledger.begin(message.begin.attempt, message.begin.from_chunk)
+            self._recall()
+            self._do(actions)
         if message.HasField("assign") and not message.HasField("weights_header"):
             assign = message.assign
             self._try(
                 lambda: self._do(self.ledger.assign(assign.attempt, assign.from_chunk, self._owed(assign, work.kind)))
             )
         if message.HasField("weights_chunk"):
-            self.weights.put(message.weights_chunk)
+            self.weights.put(message.weights_chunk, payload)
+            if raw and self.children:
+                self._keep_frame(message, raw)
+            self._wake_children()
+        if message.HasField("weights_reference"):
+            self.weights.refer(message.weights_reference)
             self._wake_children()
         if message.HasField("weights_footer"):
             self.weights.finish(message.weights_footer.digest)
@@ -183,8 +223,24 @@ class Hub:
         except StaleError:
             self.counts.refused["stale"] += 1
 
-    def relinked(self, session: int, path: Iterable[pb.Ancestor]) -> None:
+    def _keep_frame(self, message: pb.WorkResponse, raw: bytes) -> None:
+        """Pass a chunk on in the bytes in which it came, where there is nothing else for this node in them."""
+        names = {field.name for field, _ in message.ListFields()}
+        index = message.weights_chunk.index
+        if names <= {"tag", "weights_chunk", "weights_footer"} and (
+            "weights_footer" in names or index < self.config.chunk_count - 1
+        ):
+            self.weights.keep_frame(self.tag.SerializeToString(), index, raw)
+
+    def relinked(self, session: int, path: Iterable[pb.Ancestor], carrier: Carrier | None = None) -> None:
         """A parent took this node in: the obligations of the session before are void (N5b)."""
+        self._recall()
+        if self.session and self.memory is not None and self._worker is not None:
+            # The parent before may still be reading what was sent to it, for as long as it likes: nothing of that is
+            # ever written again (N19).
+            self._worker.retire()
+        self.gradients.carrier = carrier or Inline(self.config)
+        self.ledger.window = self.gradients.carrier.window
         self.session = session
         # What belongs to no step stays: a capacity that changed after the hello was written, for one.
         self._up = [m for m in self._up if not (m.HasField("ready") or m.HasField("sphere_change"))]
@@ -225,7 +281,7 @@ class Hub:
             raise ProtocolError("weights of another layout")
         blocks = self._owed(message.assign, work.kind) if message.HasField("assign") else None
         if header.held_digest:
-            if not weights.complete or (version, header.held_digest) != (weights.version, weights.digest):
+            if not weights.held or (version, header.held_digest) != (weights.version, weights.digest):
                 raise ProtocolError(f"the parent takes weights v{version} as held; held: {weights!r}")
             weights.term = work.term
         else:
@@ -246,12 +302,14 @@ class Hub:
         for child in self.children.values():
             child.outbox.header(self.tag)
         if blocks is not None:
+            self._recall()
             self._do(self.ledger.resume(blocks))
 
     def _begin(self, work: Work, version: int, blocks: list[Block] | None, *, out: Array | None = None) -> None:
         """A new step: drop all of the old one (N14), then give out the new one."""
         self.work, self.version = work, version
         self.tag = self._tag()
+        self._recall()
         if self._unit is not None:
             self._unit.cancelled = True
         self._unit = self._failure = None
@@ -298,13 +356,18 @@ class Hub:
         elif hello.weights_chunks_held:
             child.outbox.interrupted = (hello.weights_term, hello.weights_version, hello.weights_chunks_held)
         child.outbox.reached = (tag.term, tag.step, tag.kind)
-        child.outbox.notice(self.welcome())
+        welcome = self.welcome()
+        if self.memory is not None and child.outbox.carrier.together():
+            welcome.welcome.segment.CopyFrom(self.memory.probe)
+        child.outbox.notice(welcome)
         # At the root between two steps the weights are no longer, or not yet, those of its work: the next step's header
         # will bring them.
         if self.ledger.active:
             child.outbox.header(self.tag)
         holds = bool(hello.held) and Work(tag.term, tag.step, tag.kind) == self.work
-        self._do(self.ledger.child_joined(child.id, hello.capacity, holds=holds, leaving=hello.leaving))
+        window = child.outbox.carrier.window
+        joined = self.ledger.child_joined(child.id, hello.capacity, holds=holds, leaving=hello.leaving, window=window)
+        self._do(joined)
         self._tell_capacity()
         self.change(child.joined(self.id))
 
@@ -321,8 +384,11 @@ class Hub:
         self._tell_capacity()
         self.change(child.lost(self.id, reason, step=self.work.step, computing=computing))
 
-    def on_request(self, child: Child, message: pb.WorkRequest) -> None:
-        """Handle a message of a child. Raises ProtocolError and its kinds: then its link must end."""
+    def on_request(self, child: Child, message: pb.WorkRequest, payload: memoryview | None = None) -> None:
+        """Handle a message of a child. Raises ProtocolError and its kinds: then its link must end.
+
+        ``payload``: the chunk's data where they are not in the message.
+        """
         if self.children.get(child.id) is not child:
             # Its link is over; a newer session may have its edge by now, and must not answer for it (I6).
             self.counts.refused["stale"] += 1
@@ -354,15 +420,15 @@ class Hub:
         if message.session != child.session or Work(tag.term, tag.step, tag.kind) != self.work:
             self.counts.refused["stale"] += 1
             return
-        self._try(lambda: self._on_step(child, message))
+        self._try(lambda: self._on_step(child, message, payload))
 
-    def _on_step(self, child: Child, message: pb.WorkRequest) -> None:
+    def _on_step(self, child: Child, message: pb.WorkRequest, payload: memoryview | None) -> None:
         if message.HasField("ready"):
             ready = message.ready
             held = checked(blocks_from(ready.held), self.ledger.total, what="held")
             computing = checked(blocks_from(ready.computing), self.ledger.total, what="in compute")
             self._do(self.ledger.child_ready(child.id, message.attempt, held, computing, idle=ready.idle))
-        self.gradients.take_in(child.id, message)
+        self.gradients.take_in(child.id, message, child.outbox.carrier, payload)
         self.watchdog.progress(self.hooks.clock())
         self._flow()
 
@@ -467,6 +533,9 @@ class Hub:
                     assign = pb.Assign(attempt=attempt, from_chunk=from_chunk, blocks=blocks_to(blocks))
                     self.children[child].outbox.step(pb.WorkResponse(tag=self.tag, assign=assign))
                 case SendCredit(child, attempt, through):
+                    edge = self.ledger.edges.get(child)
+                    if edge is None or edge.attempt != attempt:
+                        continue  # it waited for a sum, and the child has gone on, or gone
                     credit = pb.Credit(attempt=attempt, through_chunk=through)
                     self.children[child].outbox.credit(pb.WorkResponse(tag=self.tag, credit=credit))
                 case SendReady(attempt, held, computing, idle):
@@ -480,11 +549,51 @@ class Hub:
         if not self.root:
             self.wake_up()
             return
-        self._carry_out(self.gradients.collect())
-        if self.ledger.active and self.ledger.finished:
+        while self._batch is None and (batch := self.gradients.claim()) is not None:
+            self._sum(batch)
+        if self._batch is None and self.ledger.active and self.ledger.finished:
             self.ledger.active = False
             self._finished()
             self.hooks.sealed()
+
+    def _sum(self, batch: Batch) -> None:
+        """Have a batch summed: a small one here, a large one beside the loop, one at a time."""
+        self._batch = batch
+        if batch.elements <= _INLINE_ELEMENTS or self.hooks.run is None:
+            for work in batch.works:
+                work()
+            self._summed(batch)
+            return
+
+        def done(error: BaseException | None) -> None:
+            if error is not None:
+                self._batch = None
+                if not batch.recalled:
+                    self.hooks.broken(error)
+                return
+            self._summed(batch)
+            self._flow()
+
+        self.hooks.run(batch.works, done)
+
+    def _summed(self, batch: Batch) -> None:
+        """A batch's sum is there; it is dropped where its attempt is over."""
+        self._batch = None
+        if batch.recalled:
+            return
+        if batch.elements:
+            self.phases.add("sum", perf_counter() - batch.started)
+        self._ready.extend(batch.messages)
+        self._carry_out(batch.actions)
+        if not self.root and self.ledger.finished:
+            self._finished()
+
+    def _recall(self) -> None:
+        """What was claimed for the parent is of the past: another attempt, step or session."""
+        self._ready.clear()
+        self.gradients.carrier.begin()
+        if self._batch is not None:
+            self._batch.recalled = True
 
     def _finished(self) -> None:
         if not self.ledger.attempts:
@@ -496,7 +605,7 @@ class Hub:
 
     def _compute(self) -> None:
         """Give the compute thread its next block, once the weights are whole (N17)."""
-        if self._worker is None or self._unit is not None or not self.weights.complete:
+        if self._worker is None or self._unit is not None or not self.weights.held:
             return
         block = self.ledger.next_unit()
         if block is None:
@@ -511,6 +620,13 @@ class Hub:
                 self._worker.release(result)
             return
         self._unit = None
+        if not self.weights.intact:
+            # Read while they were being overwritten: that step is sealed (N15), and this says nothing (N19).
+            self.counts.refused["torn"] += 1
+            self.ledger.spoilt(unit.block)
+            if isinstance(result, Held):
+                self._worker.release(result)
+            return
         self.phases.add("compute", unit.seconds)
         self.counts.microbatches += unit.microbatches
         self.counts.samples += unit.samples
@@ -555,14 +671,11 @@ class Hub:
         """Return the next message for the parent, or None where nothing can be sent now."""
         if self._up:
             return self._up.pop(0).SerializeToString()
-        found = self.gradients.next(self.tag, self.session)
-        if found is None:
-            return None
-        item, actions = found
-        self._carry_out(actions)
-        if self.ledger.finished:
-            self._finished()
-        return item
+        if not self._ready and self._batch is None:
+            batch = self.gradients.claim_up(self.tag, self.session)
+            if batch is not None:
+                self._sum(batch)
+        return self._ready.popleft() if self._ready else None
 
     def went_up(self, item: Outgoing, seconds: float) -> None:
         """Note that a gradient message has left."""

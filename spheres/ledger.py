@@ -103,6 +103,8 @@ class Edge:
     """One child. All that is known of it; gone with its link."""
 
     capacity: float
+    #: W, in chunks (N6)
+    window: int = 0
     #: within this child's session and this step (N5b)
     attempt: int = 0
     #: its answer in this attempt: held blocks, those in compute, and whether it is idle
@@ -132,7 +134,7 @@ class Edge:
 class Ledger:
     """Mutable state of one node's step; owned by its hub."""
 
-    #: W, in chunks
+    #: W of the edge upward, in chunks, and of those downward that have none of their own
     window: int
     #: whether this node computes itself: false for control and relays
     computes: bool
@@ -228,9 +230,11 @@ class Ledger:
 
     # ---- from below
 
-    def child_joined(self, child: str, capacity: float, *, holds: bool, leaving: bool = False) -> list[Action]:
+    def child_joined(
+        self, child: str, capacity: float, *, holds: bool, leaving: bool = False, window: int = 0
+    ) -> list[Action]:
         """A link to a child opened. An attempt only where it brings blocks, or work lies unassigned (N13)."""
-        self.edges[child] = Edge(capacity, leaving=leaving)
+        self.edges[child] = Edge(capacity, window or self.window, leaving=leaving)
         if not self.active:
             return []
         if self.waiting is not None:
@@ -316,6 +320,11 @@ class Ledger:
         self.held.add(block)
         self.computing = None
 
+    def spoilt(self, block: Block) -> None:
+        """The block was computed on weights that were being overwritten: its step is sealed, nobody waits for it."""
+        assert block == self.computing
+        self.computing = None
+
     def laggards(self, available: Callable[[Block, int], bool]) -> frozenset[str]:
         """Return who has not given its part of the frontier's chunk, where somebody else has nothing to do (N12)."""
         if not self.assigned or self.waiting is not None or self.stuck or self.finished:
@@ -358,7 +367,7 @@ class Ledger:
         return None
 
     def sent(self, block: Block, index: int, *, last: bool = False) -> list[Action]:
-        """Chunk ``index`` went up; ``last`` where nothing follows (an absent block)."""
+        """Chunks through ``index`` went up; ``last`` where nothing follows (an absent block)."""
         before = self.frontier
         self.obligations[block] = self.chunks if last else index + 1
         after = self.frontier
@@ -366,7 +375,7 @@ class Ledger:
             return []
         actions: list[Action] = []
         for child, edge in self.edges.items():
-            through = after + self.window - 1
+            through = after + edge.window - 1
             if edge.assigned and through > edge.credit and edge.credit < self.chunks - 1:
                 edge.credit = through
                 actions.append(SendCredit(child, edge.attempt, through))
@@ -492,7 +501,7 @@ class Ledger:
             if blocks:
                 self.slots.update(dict.fromkeys(blocks, child))
                 self.below.update(blocks)
-                edge.first, edge.credit = first, first + self.window - 1
+                edge.first, edge.credit = first, first + edge.window - 1
                 actions.append(SendAssign(child, edge.attempt, first, blocks))
         return actions
 

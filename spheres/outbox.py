@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+from spheres.carrier import Carrier, Inline
 from spheres.errors import LinkClosedError
-from spheres.frames import encode_with_chunk
 from spheres.v1 import work_pb2 as pb
 from spheres.weights import Weights
 
@@ -22,8 +22,9 @@ _MOST_WAITING = 1024
 class Outbox:
     """Mutable state: what is due, and how far the child is in the weights."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, carrier: Carrier | None = None) -> None:
         self._weights = weights
+        self.carrier = carrier or Inline(weights.config)
         #: welcome and directives: they belong to no step
         self._notices: deque[pb.WorkResponse] = deque()
         #: begin and assign of the present step
@@ -31,6 +32,7 @@ class Outbox:
         self._credit: pb.WorkResponse | None = None
         self._header: pb.WorkResponse | None = None
         self._tag = pb.Tag()
+        self._encoded_tag = b""
         #: next chunk to send; None where the version is whole at the child, or must not be read
         self._cursor: int | None = None
         #: term and version that the cursor belongs to
@@ -57,7 +59,7 @@ class Outbox:
         self._credit = None
         if (tag.term, tag.step, tag.kind) < self.reached:
             return
-        self._tag = tag
+        self._tag, self._encoded_tag = tag, tag.SerializeToString()
         self._header = pb.WorkResponse(tag=tag)
         self.wake.set()
 
@@ -96,7 +98,9 @@ class Outbox:
         if self._credit is not None:
             message, self._credit = self._credit, None
             return message.SerializeToString()
-        return self._go_on(pb.WorkResponse(tag=self._tag)) if self._cursor is not None else None
+        if self._cursor is None:
+            return None
+        return self._go_on(pb.WorkResponse(tag=self._tag), self._encoded_tag)
 
     def _start(self, message: pb.WorkResponse) -> bytes:
         self._header = None
@@ -111,30 +115,42 @@ class Outbox:
         # Another step on the same version (a joiner got half of it during an evaluation) goes on where it was (N17).
         if self._cursor is None or self._version != (weights.term, weights.version):
             term, version, chunks = self.interrupted or (0, -1, 0)
+            if self.carrier.together():
+                chunks = 0  # what is referred to is referred to as a whole
             self._cursor = chunks if (term, version) == (weights.term, weights.version) else 0
         self.interrupted = None
         self._version = (weights.term, weights.version)
         header.from_chunk = self._cursor
-        if weights.config.chunk_count == 1:
+        if weights.config.chunk_count == 1 or self.carrier.together():
             return self._go_on(message) or message.SerializeToString()
         return message.SerializeToString()
 
-    def _go_on(self, message: pb.WorkResponse) -> bytes | None:
-        """Send the next chunk if it is here, with the footer if it is the last."""
+    def _go_on(self, message: pb.WorkResponse, tag: bytes = b"") -> bytes | None:
+        """Send what is here of the weights, with the footer if it is the last.
+
+        ``tag`` is the message's tag where it holds nothing else: then its bytes are the same for every child.
+        """
         weights, index = self._weights, self._cursor
         assert index is not None
         count = weights.config.chunk_count
-        last = weights.complete and index >= count - 1
+        if index < count and index >= weights.arrived:
+            return None
+        # by reference all that is here goes at once, inline one chunk
+        last = weights.complete and (index >= count - 1 or self.carrier.together())
         if last:
             message.weights_footer.digest = weights.digest
             self.holds = (weights.term, weights.version, weights.digest)
         if index < count:
-            if index >= weights.arrived:
+            footless = index == count - 1 and not last
+            data, through, size = self.carrier.weights(message, b"" if footless else tag, weights, index)
+            if not weights.intact:
+                # They lie with another, who overwrites them by now: their step is sealed (N15), nobody waits for it.
+                self.abort()
+                self.holds = None
                 return None
-            self._cursor = None if last else index + 1
-            chunk, data = weights.chunk(index)
-            self.sent_bytes += len(data)
-            return encode_with_chunk(message, chunk, data)
+            self._cursor = None if last else through + 1
+            self.sent_bytes += size
+            return data
         if last:
             self._cursor = None
             return message.SerializeToString()

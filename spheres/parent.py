@@ -6,11 +6,13 @@ What the messages mean is the hub's; this module owns the link's tasks, the fall
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic_ns, perf_counter
 
+from spheres.carrier import Carrier, Inline, Shared
 from spheres.config import PROTOCOL_VERSION
 from spheres.errors import (
     ArmillaryError,
@@ -23,9 +25,10 @@ from spheres.errors import (
     VersionMismatchError,
     WrongRunError,
 )
-from spheres.frames import blocks_to, decode
+from spheres.frames import blocks_to, decode, decode_with_chunk
 from spheres.hub import Hub, Outgoing
 from spheres.lease import Lease
+from spheres.trace import ClockOffset, Recorder, Taken, write
 from spheres.transport import Link, Rpc, Transport, first_end
 from spheres.v1 import common_pb2
 from spheres.v1 import work_pb2 as pb
@@ -43,6 +46,8 @@ WELCOME_SECONDS = 20.0
 _PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 #: reports of other spheres that ride on one heartbeat
 _REPORTS = 31
+#: seconds between two heartbeats of a traced run until the offset of the parent's clock is known well
+_SETTLING_PAUSE = 0.02
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class Parent:
         # when something last came from the parent; the parent whose lease ran out, which is not dialled first
         self._heard = 0.0
         self._silent = ""
+        # parents that see this node's memory, while it does not see theirs: payload of those links goes inline
+        self._hidden: set[tuple[str, int]] = set()
         # since when there is no way to control: no link, or a parent that has none; None where there is one
         self._alone_since: float | None = None
         self._orphan_timeout = orphan_timeout
@@ -86,6 +93,13 @@ class Parent:
         self._linked = asyncio.Event()
         #: set once the first welcome has come: only then is there a path to hand on
         self.placed = asyncio.Event()
+        #: where the run is traced
+        self.recorder: Recorder | None = None
+        self.clock: Callable[[], int] = monotonic_ns
+        #: the present parent's clock
+        self.offset = ClockOffset()
+        # a heartbeat is wanted at once; everything that waited when it was asked for has gone up
+        self._hurry, self._flushed = asyncio.Event(), asyncio.Event()
         self._cut: asyncio.Future[None] | None = None
         hub.wake_up = self._wake.set
 
@@ -204,17 +218,19 @@ class Parent:
             task_fingerprint=self._fingerprints.task,
             data_fingerprint=self._fingerprints.data,
             environment_fingerprint=self._fingerprints.environment,
-            holds_weights=hub.weights.complete,
+            holds_weights=hub.weights.held,
             weights_version=max(0, hub.weights.version),
             weights_digest=hub.weights.digest,
             held=blocks_to(hub.held()),
             capacity=hub.ledger.capacity,
             address=hub.address,
             member=self._member,
-            weights_chunks_held=0 if hub.weights.complete else hub.weights.arrived,
+            weights_chunks_held=hub.weights.resumable,
             weights_term=hub.weights.term,
             leaving=bool(hub.leaving),
         )
+        if hub.memory is not None and (ancestor.id, ancestor.incarnation) not in self._hidden:
+            hello.segment.CopyFrom(hub.memory.probe)
         message = pb.WorkRequest(tag=hub.tag, session=self._session, hello=hello)
         try:
             async with asyncio.timeout(WELCOME_SECONDS):
@@ -227,12 +243,23 @@ class Parent:
         answer = decode(pb.WorkResponse, data)
         if not answer.HasField("welcome"):
             raise ProtocolError(f"{ancestor.id} answered hello with something else than welcome")
+        carrier = self._carrier(answer.welcome, ancestor)
         self._ancestors = self._path(answer.welcome, ancestor)
         self._hear()
-        hub.relinked(self._session, self._ancestors)
+        hub.relinked(self._session, self._ancestors, carrier)
         self._linked.set()
         self._alone_since = None
         self.placed.set()
+
+    def _carrier(self, welcome: pb.Welcome, ancestor: pb.Ancestor) -> Carrier:
+        """How payload travels, as the parent says. Raises LinkClosedError where it says what cannot be."""
+        hub = self._hub
+        if not welcome.HasField("segment"):
+            return Inline(hub.config)
+        if hub.memory is None or not hub.memory.shares(welcome.segment):
+            self._hidden.add((ancestor.id, ancestor.incarnation))
+            raise LinkClosedError(f"{ancestor.id} sees this node's memory, and this node does not see that of its own")
+        return Shared(hub.config, hub.memory)
 
     def _path(self, welcome: pb.Welcome, ancestor: pb.Ancestor) -> list[pb.Ancestor]:
         """Return the nodes from control to this parent. Raises RefusedError where they are not that (N11)."""
@@ -252,12 +279,12 @@ class Parent:
             if self._cut is None or self._cut.done():
                 return  # what came with the word that ends the link is of the past too (N10)
             self._hear()
-            message = decode(pb.WorkResponse, data)
+            message, payload = decode_with_chunk(pb.WorkResponse, data)
             if message.HasField("welcome"):  # the parent itself has a new parent (N11)
                 self._ancestors = self._path(message.welcome, ancestor)
                 self._hub.renewed(self._ancestors)
             else:
-                self._hub.on_response(message)
+                self._hub.on_response(message, payload, data)
 
     async def _write(self, link: Link) -> None:
         hub, now = self._hub, asyncio.get_running_loop().time
@@ -276,12 +303,14 @@ class Parent:
 
     async def _beat(self, ancestor: pb.Ancestor) -> None:
         """Send reports at heartbeat rate, on a stream of their own; its end alone does not end the edge."""
+        self.offset = ClockOffset()
         while True:
             try:
                 link = await self._transport.dial(ancestor.address, Rpc.HEARTBEAT)
             except UnreachableError:
                 await asyncio.sleep(self._hub.config.heartbeat_seconds)
                 continue
+            taken: list[Taken] = []
             try:
                 while True:
                     message = pb.HeartbeatRequest(
@@ -290,18 +319,61 @@ class Parent:
                         incarnation=self._hub.incarnation,
                         session=self._session,
                         reports=self._reports(_REPORTS),
-                        sent_nanos=monotonic_ns(),
                     )
+                    taken = self._add_spans(message)
+                    message.sent_nanos = self.clock()  # as late as can be
                     await link.send(message.SerializeToString())
                     data = await link.receive()
                     if data is None:
                         break
+                    arrived = self.clock()
+                    taken = []
                     self._hear()
-                    alone = decode(pb.HeartbeatResponse, data).alone_seconds
-                    self._alone_since = self._heard - alone if alone > 0 else None
-                    await asyncio.sleep(self._hub.config.heartbeat_seconds)
+                    answer = decode(pb.HeartbeatResponse, data)
+                    self.offset.sample(answer.sent_nanos, answer.received_nanos, arrived)
+                    self._alone_since = self._heard - answer.alone_seconds if answer.alone_seconds > 0 else None
+                    await self._rest()
             except ArmillaryError as error:
                 log.debug("%s: heartbeat to %s: %s", self._hub.id, ancestor.id, error)
             finally:
+                if self.recorder is not None:
+                    self.recorder.put_back(taken)
                 await link.aclose()
             await asyncio.sleep(self._hub.config.heartbeat_seconds)
+
+    def _add_spans(self, message: pb.HeartbeatRequest) -> list[Taken]:
+        """Let spans ride along, by the parent's clock; not before enough answers have told of that clock.
+
+        After a stop of this process the first answer alone may be wrong by seconds. At the end it has to do.
+        """
+        estimate = self.offset.estimate(self.clock())
+        if self.recorder is None or estimate is None or not (self.offset.settled or self._hurry.is_set()):
+            return []
+        taken = self.recorder.take()
+        write(message.traces, taken, estimate[0])
+        return taken
+
+    async def _rest(self) -> None:
+        """Wait until the next heartbeat is due."""
+        recorder, pause = self.recorder, self._hub.config.heartbeat_seconds
+        if recorder is None:
+            await asyncio.sleep(pause)
+            return
+        if not recorder:
+            self._hurry.clear()
+            self._flushed.set()
+        if recorder or not self.offset.settled:
+            pause = min(pause, _SETTLING_PAUSE)  # what did not fit into the last one does not wait long
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await self._hurry.wait()
+
+    async def flush(self, seconds: float) -> None:
+        """Send up the spans that wait, at once; what has not gone up after so many seconds stays here."""
+        if not self.recorder or not self.linked:
+            return
+        self._flushed.clear()
+        self._hurry.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._flushed.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from spheres.trace import Recorder
 from spheres.v1 import common_pb2
 
 __all__ = ["PHASES", "PhaseTimes"]
@@ -21,6 +22,8 @@ class PhaseTimes:
         self.incarnation: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         #: child -> the times of its subtree in this step; what it says in a later attempt replaces them
         self._children: dict[str, list[tuple[str, float, float, str]]] = {}
+        #: where the run is traced
+        self.recorder: Recorder | None = None
 
     @property
     def below(self) -> dict[str, tuple[float, float, str]]:
@@ -35,8 +38,16 @@ class PhaseTimes:
         """A new step begins."""
         self.own.clear()
         self._children.clear()
+        if self.recorder is not None:
+            self.recorder.begin()
 
-    def add(self, phase: str, seconds: float) -> None:
+    def add(self, phase: str, seconds: float, detail: str = "") -> None:
+        """Count a stretch that ends now."""
+        self._count(phase, seconds)
+        if self.recorder is not None:
+            self.recorder.add(phase, seconds, detail)
+
+    def _count(self, phase: str, seconds: float) -> None:
         self.own[phase] = self.own.get(phase, 0.0) + seconds
         self.incarnation[phase] += seconds
 
@@ -44,7 +55,8 @@ class PhaseTimes:
         """The step's work is done here, for now: what was spent on nothing else was spent waiting."""
         if computes:
             busy = sum(seconds for phase, seconds in self.own.items() if phase != "wait")
-            self.add("wait", max(0.0, elapsed - busy) - self.own.get("wait", 0.0))
+            # no stretch of time: a trace has the gaps themselves
+            self._count("wait", max(0.0, elapsed - busy) - self.own.get("wait", 0.0))
 
     def merge(self, child: str, phases: Iterable[common_pb2.PhaseTime]) -> None:
         """Take in what a child says of its subtree; only the footer of its last block says it."""

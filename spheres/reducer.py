@@ -1,20 +1,21 @@
 """The chunk sums of one node: what children sent and what was computed here, added in canonical order.
 
-It holds payload and adds it; which block is owed by whom is the ledger's, sending is the hub's.
+It holds payload and says what is to be added; which block is owed by whom is the ledger's, sending is the hub's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from spheres.blocks import Block, halves
 from spheres.numerics import add_sums
+from spheres.summing import Expression
 from spheres.task import Sums
-from spheres.tensors import aligned_zeros
 
 __all__ = ["Held", "NonFinite", "Reducer"]
 
@@ -56,7 +57,8 @@ class _Arrived:
     sums: Sums | None
     absent: bool
     skipped: tuple[NonFinite, ...]
-    chunks: dict[int, Array] = field(default_factory=dict)
+    #: float32, or the bits of bfloat16
+    chunks: dict[int, npt.NDArray[Any]] = field(default_factory=dict)
 
 
 class Reducer:
@@ -64,7 +66,6 @@ class Reducer:
 
     def __init__(self, chunk_elements: int) -> None:
         self._chunk = chunk_elements
-        self._scratch: list[Array] = []
         self.cache: dict[Block, Held] = {}
         self.arrived: dict[Block, _Arrived] = {}
         #: block -> who owes it: the ledger's own mapping
@@ -85,7 +86,7 @@ class Reducer:
         if block not in self.arrived:
             self.arrived[block] = _Arrived(sums, absent, skipped)
 
-    def chunk(self, block: Block, index: int, array: Array) -> None:
+    def chunk(self, block: Block, index: int, array: npt.NDArray[Any]) -> None:
         """A child sent a chunk of a block whose header came before."""
         self.arrived[block].chunks[index] = array
 
@@ -135,18 +136,11 @@ class Reducer:
         left, right = (self.skipped(half, own_id) for half in halves(block))
         return left + right
 
-    def take(self, block: Block, index: int) -> Array | None:
-        """Return chunk ``index`` of ``block``, left + right at every canonical node; None where it is absent.
+    def collect(self, block: Block, index: int) -> Expression | None:
+        """Return what chunk ``index`` of ``block`` is the sum of, left + right at every node; None where it is absent.
 
-        The array is valid until the next call. Chunks of children that went into it are let go.
+        Chunks of children that go into it are let go.
         """
-        value, scratch = self._take(block, index)
-        if scratch is not None:
-            self._scratch.append(scratch)
-        return value
-
-    def _take(self, block: Block, index: int) -> tuple[Array | None, Array | None]:
-        """Return the sum, and the scratch buffer that it lies in where it is one."""
         if block in self.slots:
             held = self.cache.get(block)
             if held is not None:
@@ -154,20 +148,15 @@ class Reducer:
                 if block in self.arrived:
                     self.arrived[block].chunks.pop(index, None)
                 part = slice(index * self._chunk, (index + 1) * self._chunk)
-                return (None if held.array is None else held.array[part]), None
+                return None if held.array is None else held.array[part]
             arrived = self.arrived[block]
-            return (None if arrived.absent else arrived.chunks.pop(index)), None
-        (left, left_scratch), (right, right_scratch) = (self._take(half, index) for half in halves(block))
-        if left is None:
-            return right, right_scratch
-        if right is None:
-            return left, left_scratch
-        out = left_scratch
-        if out is None:
-            out = self._scratch.pop() if self._scratch else aligned_zeros(self._chunk)
-        # a sum that overflows is control's to judge, not a warning's
-        with np.errstate(over="ignore", invalid="ignore"):
-            total = np.add(left, right, out=out[: left.size])
-        if right_scratch is not None:
-            self._scratch.append(right_scratch)
-        return total, out
+            return None if arrived.absent else arrived.chunks.pop(index)
+        left, right = (self.collect(half, index) for half in halves(block))
+        if left is None or right is None:
+            return left if right is None else right
+        return left, right
+
+    def own(self, block: Block) -> Array | None:
+        """Return the gradient of ``block`` where it was computed here, whole."""
+        held = self.cache.get(block) if block in self.slots else None
+        return None if held is None else held.array

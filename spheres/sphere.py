@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic_ns
 
 from spheres.children import Children
 from spheres.config import PROTOCOL_VERSION, NodeConfig
@@ -23,14 +24,18 @@ from spheres.errors import (
     TaskError,
     UnreachableError,
 )
-from spheres.hub import Hub
+from spheres.hub import EVALUATE, Hub
 from spheres.lease import Lease
 from spheres.parent import Fingerprints, Parent
+from spheres.segments import node_memory
+from spheres.summing import Summer
 from spheres.task import Task, data_fingerprint, load_task, task_fingerprint
+from spheres.tensors import aligned_zeros
+from spheres.trace import Recorder
 from spheres.transport import Handlers, Link, Listener, Transport
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
-from spheres.worker import Worker
+from spheres.worker import Array, Worker
 
 __all__ = ["Sphere", "SphereOptions"]
 
@@ -38,6 +43,8 @@ log = logging.getLogger(__name__)
 
 #: seconds between two looks of a sphere that leaves at whether it is needed still
 _LOOK_SECONDS = 0.05
+#: of a traced run: seconds that a sphere waits for the last spans of its children, and that its own have to go up
+_LAST_SPANS_SECONDS, _FLUSH_SECONDS = 2.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class SphereOptions:
     host: str = ""
     #: whether idle nodes may compute what late ones have in compute; tests switch it off, since it hides deadlocks
     speculate: bool = True
+    #: what a trace's times are read from, in nanoseconds; tests give spheres clocks that differ
+    clock: Callable[[], int] = monotonic_ns
 
 
 class Sphere:
@@ -73,13 +82,14 @@ class Sphere:
         transport: Transport,
         *,
         task: Task | None = None,
-        make_worker: Callable[[NodeConfig, Task], Worker] = Worker,
+        make_worker: Callable[[NodeConfig, Task, Callable[[int], Array]], Worker] = Worker,
         log_lines: Callable[[int], list[str]] = lambda _: [],
     ) -> None:
         self._options, self._transport, self._task = options, transport, task
         self._make_worker, self._log_lines = make_worker, log_lines
         self._address = ""
         self._leaving: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         #: set once it has its place and serves children
         self.ready = asyncio.Event()
@@ -112,8 +122,9 @@ class Sphere:
                 except StaleError as error:
                     log.warning("enrolling anew: %s", error)
         finally:
-            if self._leaving is not None:
-                self._leaving.cancel()
+            for task in (self._leaving, self._ending):
+                if task is not None:
+                    task.cancel()
             if listener is not None:
                 await listener.aclose()
             await self._transport.aclose()
@@ -124,8 +135,13 @@ class Sphere:
         granted = await self._enroll(self._address)
         config = NodeConfig.from_proto(granted.configuration)
         fingerprints = await asyncio.to_thread(self._prepare, config)
-        worker = None if options.relay or self._task is None else self._make_worker(config, self._task)
-        hub = self.hub = Hub(config, granted.sphere_id, incarnation=granted.incarnation, worker=worker)
+        memory = node_memory(config.wire)
+        worker: Worker | None = None
+        if not options.relay and self._task is not None:
+            worker = self._make_worker(config, self._task, aligned_zeros if memory is None else memory.allocate)
+        summer = Summer()
+        hub = self.hub = Hub(config, granted.sphere_id, incarnation=granted.incarnation, worker=worker, memory=memory)
+        hub.hooks.run, hub.hooks.broken = summer.run, self._broken
         hub.address = self._address
         hub.watchdog.enabled = options.speculate
         hub.hooks.directed, hub.hooks.stuck = self._directed, self._stuck
@@ -147,6 +163,8 @@ class Sphere:
             reports=self._reports,
         )
         children.alone = self.parent.alone
+        if config.trace:
+            self._trace(hub, self.parent, children)
         self.ready.set()
         log.info("%s joins %s (incarnation %d)", hub.id, ancestors[-1].id, hub.incarnation)
         try:
@@ -156,6 +174,13 @@ class Sphere:
             children.drain(LinkClosedError("the sphere ends"))
             if worker is not None:
                 worker.close()
+            summer.close()
+
+    def _trace(self, hub: Hub, parent: Parent, children: Children) -> None:
+        clock = self._options.clock
+        recorder = Recorder(hub.id, clock=clock, work=lambda: (hub.work.step, hub.work.kind == EVALUATE))
+        hub.phases.recorder = parent.recorder = children.recorder = recorder
+        parent.clock = children.clock = clock
 
     async def _live(self, hub: Hub, parent: Parent, children: Children) -> None:
         def look(now: float) -> None:
@@ -190,6 +215,15 @@ class Sphere:
                     break
                 await asyncio.sleep(_LOOK_SECONDS)
             self._children.drain(LinkClosedError(f"{hub.id} leaves"))
+            await self.parent.flush(_FLUSH_SECONDS)
+        self._stop.set()
+
+    async def _end(self) -> None:
+        """End, where the run is traced: once the children have, and their last spans have come, send up what waits."""
+        assert self._children is not None
+        assert self.parent is not None
+        await self._children.gone(_LAST_SPANS_SECONDS)
+        await self.parent.flush(_FLUSH_SECONDS)
         self._stop.set()
 
     def _member(self) -> common_pb2.Member:
@@ -263,8 +297,12 @@ class Sphere:
     def _directed(self, directive: pb.Directive) -> None:
         if directive.kind == pb.DIRECTIVE_KIND_STOP:
             log.info("told to stop: %s", directive.reason)
-            # Children have the directive in their outboxes: give the writers their turn before the links go.
-            asyncio.get_running_loop().call_later(0.05, self._stop.set)
+            loop = asyncio.get_running_loop()
+            if self.hub is not None and self.hub.config.trace and not directive.target_sphere_id:
+                self._ending = self._ending or loop.create_task(self._end())
+            else:
+                # Children have the directive in their outboxes: give the writers their turn before the links go.
+                loop.call_later(0.05, self._stop.set)
         elif directive.kind == pb.DIRECTIVE_KIND_REPORT_STATE:
             assert self.hub is not None
             state = getattr(self._task, "state_dict", None)
@@ -281,6 +319,12 @@ class Sphere:
             self.hub.log(pb.LogReport(request_id=directive.request_id, sphere_id=self.hub.id, lines=lines))
         else:
             log.warning("directive %d is not known here", directive.kind)
+
+    def _broken(self, error: BaseException) -> None:
+        """A sum failed, for want of memory for one: give back what is owed, as where nobody can compute it."""
+        log.error("a sum failed", exc_info=error)
+        if self.parent is not None:
+            self.parent.cut(LinkClosedError(f"a sum failed: {error!r}"))
 
     def _stuck(self) -> None:
         """Nobody here can compute what is owed: give it back by ending the link (docs/adr/0004)."""

@@ -1,29 +1,47 @@
-"""One version of the weights on one node: how it arrives chunk by chunk, its digest, and who may read it when.
+"""One version of the weights on one node: how it arrives, its digest, and who may read it when.
 
-One flat buffer, overwritten in place by the next version (N15); it never overwrites itself: the hub says when.
+It arrives in messages, into this node's own buffer, or lies in a segment of another process, where tasks and children
+read it in place. A buffer is overwritten by the next version (N15), never by itself: the hub says when. Who maps it
+sees by its generation that it is being overwritten, and publishes nothing that it has read meanwhile (N19, N20).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from spheres.config import NodeConfig
 from spheres.errors import ChecksumError, DecodeError
+from spheres.narrow import from_wire, round_in_place, to_wire, wire_itemsize
 from spheres.numerics import crc32c, version_digest
+from spheres.segments import Attached, Memory, Segment, key_of
 from spheres.tensors import aligned_zeros
 from spheres.v1 import work_pb2 as pb
 
 __all__ = ["Weights"]
 
+Array = npt.NDArray[np.float32]
+
+#: bytes of encoded chunks that are kept for other children
+_FRAME_BYTES = 8 << 20
+
 
 class Weights:
-    """The node's weights. Mutable: version, how many chunks have arrived, checksums, digest."""
+    """The node's weights. Mutable: version, how many chunks have arrived, checksums, digest, where they lie.
 
-    def __init__(self, config: NodeConfig) -> None:
+    ``root``: control's, whose ``flat`` is the master; what others read of it is rounded to the run's type.
+    """
+
+    def __init__(self, config: NodeConfig, *, memory: Memory | None = None, root: bool = False) -> None:
         self.config = config
-        self.flat: npt.NDArray[np.float32] = aligned_zeros(config.manifest.size)
-        self._bytes = self.flat.data.cast("B")
+        self._memory = memory
+        self._segment: Segment | None = None
+        self._attached: Attached | None = None
+        self._own: Array | None = None
+        self._master: Array | None = None
+        self._itemsize = wire_itemsize(config.weights_dtype)
         self.version = -1
         self.term = 0
         #: chunks 0 .. arrived-1 of the version are here and fit their checksums
@@ -33,11 +51,66 @@ class Weights:
         self.digest = b""
         self.previous_digest = b""
         self._checksums = [0] * config.chunk_count
-        #: read-only, for tasks
-        self.views = config.manifest.views(self.flat, writeable=False)
+        # the generation of the segment in which the version is whole
+        self._generation = 0
+        self._views: Mapping[str, Array] | None = None
+        # encoded chunks, for one tag
+        self._frames: dict[int, bytes] = {}
+        self._frames_tag = b""
+        if root:
+            own = self._allocate()
+            # rounded weights are another buffer than the master
+            self._master = own if config.weights_dtype == "float32" else aligned_zeros(config.manifest.size)
 
     def __repr__(self) -> str:
         return f"Weights(v{self.version}, {self.arrived}/{len(self._checksums)} chunks, complete={self.complete})"
+
+    def _allocate(self) -> Array:
+        if self._own is None:
+            size = self.config.manifest.size
+            if self._memory is None:
+                self._own = aligned_zeros(size)
+            else:
+                self._segment = self._memory.make(size)
+                self._own = self._segment.array
+        return self._own
+
+    @property
+    def flat(self) -> Array:
+        """Control's master weights; elsewhere what is read here."""
+        return self.served if self._master is None else self._master
+
+    @property
+    def served(self) -> Array:
+        """What tasks and children read: the weights as they are on the wire, as float32."""
+        return self._allocate() if self._attached is None else self._attached.array[: self.config.manifest.size]
+
+    @property
+    def views(self) -> Mapping[str, Array]:
+        """Read-only, for tasks."""
+        if self._views is None:
+            self._views = self.config.manifest.views(self.served, writeable=False)
+        return self._views
+
+    @property
+    def intact(self) -> bool:
+        """Whether nobody has begun to overwrite what was read here since it was whole; always, in a buffer of its own.
+
+        To be asked after reading, before anything that follows from it is published (N19).
+        """
+        return self._attached is None or self._attached.generation == self._generation
+
+    @property
+    def held(self) -> bool:
+        """Whether the version is whole here and can be read."""
+        return self.complete and self.intact
+
+    @property
+    def resumable(self) -> int:
+        """Chunks of an interrupted version to go on from (N17); what lies with another is asked for again."""
+        return 0 if self.complete or self._attached is not None else self.arrived
+
+    # ---- arriving
 
     def begin(self, *, term: int, version: int, previous_digest: bytes, from_chunk: int) -> None:
         """A version starts to arrive at ``from_chunk``: 0, or where the same version was interrupted (N17)."""
@@ -50,13 +123,18 @@ class Weights:
         self.complete = False
         self.digest = b""
 
-    def put(self, chunk: pb.Chunk) -> None:
-        """Take the next chunk. Raises DecodeError for one out of order or of a wrong length, ChecksumError."""
-        index, data = chunk.index, chunk.data
-        start = index * self.config.chunk_bytes
-        length = min(self.config.chunk_bytes, len(self._bytes) - start)
+    def put(self, chunk: pb.Chunk, data: memoryview | bytes | None = None) -> None:
+        """Take the next chunk. Raises DecodeError for one out of order or of a wrong length, ChecksumError.
+
+        ``data`` where it does not lie in the chunk itself.
+        """
+        index = chunk.index
+        if data is None:
+            data = chunk.data
+        first = index * self.config.chunk_elements
+        size = min(self.config.chunk_elements, self.config.manifest.size - first)
         expected = not self.complete and index == self.arrived < len(self._checksums)
-        if not expected or chunk.offset_bytes != start or len(data) != length:
+        if not expected or chunk.offset_bytes != 4 * first or len(data) != size * self._itemsize:
             raise DecodeError(
                 f"weights chunk {index} at byte {chunk.offset_bytes} with {len(data)} bytes; "
                 f"expected chunk {self.arrived} of {len(self._checksums)}"
@@ -64,9 +142,36 @@ class Weights:
         checksum = crc32c(data)
         if checksum != chunk.crc32c:
             raise ChecksumError(f"weights chunk {index} of v{self.version} does not fit its checksum")
-        self._bytes[start : start + length] = data
+        if index == 0:
+            self._overwrite()
+        elif self._attached is not None:
+            raise DecodeError(f"weights chunk {index} of v{self.version} came in a message, those before by reference")
+        from_wire(data, self.config.weights_dtype, out=self._allocate()[first : first + size])
         self._checksums[index] = checksum
         self.arrived = index + 1
+
+    def refer(self, reference: pb.WeightsReference) -> None:
+        """Take the next chunks, which lie in a segment. Raises DecodeError, SegmentError."""
+        first, through, count = reference.from_chunk, reference.through_chunk, len(self._checksums)
+        if self.complete or first != self.arrived or not first <= through < count:
+            raise DecodeError(f"weights chunks {first} to {through}; expected chunk {self.arrived} of {count}")
+        if len(reference.crc32c) != through + 1 - first:
+            raise DecodeError(f"{len(reference.crc32c)} checksums for weights chunks {first} to {through}")
+        if self._memory is None:
+            raise DecodeError("weights by reference; this node said that it takes none")
+        attached = self._attached
+        if attached is None or key_of(attached.name) != key_of(reference.segment):
+            attached = Attached(reference.segment)
+        if attached.array.size < self.config.manifest.size:
+            raise DecodeError(f"a segment of {attached.array.nbytes} bytes is none of the weights")
+        if first and (attached is not self._attached or reference.generation != self._generation):
+            raise DecodeError(f"weights chunks {first} to {through} lie elsewhere than those before")
+        if attached is not self._attached:
+            # a buffer of its own is not needed any more; who has mapped it keeps it
+            self._attached, self._views, self._own, self._segment = attached, None, None, None
+        self._generation = reference.generation
+        self._checksums[first : through + 1] = reference.crc32c
+        self.arrived = through + 1
 
     def finish(self, digest: bytes) -> None:
         """The footer came. Raises ChecksumError where its digest is not that of the chunks."""
@@ -76,24 +181,97 @@ class Weights:
         if own != digest:
             raise ChecksumError(f"weights v{self.version}: digest {own.hex()} is not the footer's {digest.hex()}")
         self.digest, self.complete = digest, True
+        if self._attached is None and self._segment is not None:
+            self._segment.generation = self._generation
+
+    def _overwrite(self) -> None:
+        """This node's own buffer is about to be written: who has mapped it must see that first."""
+        if self._attached is not None:
+            self._attached, self._views = None, None
+        self._generation = self._next_generation()
+        if self._segment is not None:
+            self._segment.generation = self._generation - 1
+
+    def _next_generation(self) -> int:
+        self._allocate()
+        now = 0 if self._segment is None else self._segment.generation
+        return now + 2 - now % 2
+
+    # ---- control's own
 
     def publish(self, *, term: int, version: int) -> None:
         """The buffer was written in place (by control's update, or a restore): make it ``version``."""
-        chunk = self.config.chunk_bytes
-        for index in range(len(self._checksums)):
-            self._checksums[index] = crc32c(self._bytes[index * chunk : (index + 1) * chunk])
-        self.previous_digest = self.digest
+        self.announce(term=term, version=version)
+        self.publish_through(len(self._checksums))
+        self.seal()
+
+    def announce(self, *, term: int, version: int) -> None:
+        """``version`` is coming, chunk by chunk; nothing of it is here yet."""
+        self.withdraw()
+        self.previous_digest, self.digest = self.digest or self.previous_digest, b""
         self.term, self.version = term, version
-        self.arrived = len(self._checksums)
+
+    def publish_through(self, chunks: int) -> None:
+        """The first so many chunks are final: round them to the run's type, take their checksums, let them be sent.
+
+        For any thread, one at a time.
+        """
+        flat, served = self.flat, self.served
+        for index in range(self.arrived, chunks):
+            part = slice(index * self.config.chunk_elements, (index + 1) * self.config.chunk_elements)
+            if served is not flat:
+                served[part] = flat[part]
+                round_in_place(served[part], self.config.weights_dtype)
+            self._checksums[index] = crc32c(to_wire(served[part], self.config.weights_dtype))
+            self.arrived = index + 1
+
+    def seal(self) -> None:
+        """Every chunk is published: the version is whole."""
+        assert self.arrived == len(self._checksums)
         self.digest = version_digest(self.config.manifest.digest, self._checksums)
+        if self._segment is not None:
+            self._segment.generation = self._generation
         self.complete = True
 
     def withdraw(self) -> None:
         """The buffer is about to be written: nobody may read it until it is published again."""
+        if self.complete or not self._generation:
+            self._overwrite()
         self.arrived, self.complete = 0, False
 
+    # ---- passing on
+
     def chunk(self, index: int) -> tuple[pb.Chunk, memoryview]:
-        """Return chunk ``index`` without its data, and the data as a view."""
-        start = index * self.config.chunk_bytes
-        head = pb.Chunk(index=index, offset_bytes=start, crc32c=self._checksums[index])
-        return head, self._bytes[start : start + self.config.chunk_bytes]
+        """Return chunk ``index`` without its data, and the data as it goes on the wire."""
+        elements = self.config.chunk_elements
+        head = pb.Chunk(index=index, offset_bytes=4 * index * elements, crc32c=self._checksums[index])
+        part = self.served[index * elements : (index + 1) * elements]
+        return head, memoryview(to_wire(part, self.config.weights_dtype))
+
+    def reference(self, first: int, through: int) -> pb.WeightsReference | None:
+        """Return where chunks ``first`` to ``through`` lie, None where they lie in no segment."""
+        name = self._attached.name if self._attached is not None else None
+        if name is None and self._segment is not None:
+            name = self._segment.name
+        if name is None:
+            return None
+        return pb.WeightsReference(
+            from_chunk=first,
+            through_chunk=through,
+            segment=name,
+            generation=self._generation,
+            crc32c=self._checksums[first : through + 1],
+        )
+
+    def frame(self, tag: bytes, index: int) -> bytes | None:
+        """Return the whole message with chunk ``index`` as it was sent to, or came from, somebody under that tag."""
+        return self._frames.get(index) if tag == self._frames_tag else None
+
+    def keep_frame(self, tag: bytes, index: int, data: bytes) -> None:
+        """Keep a message that holds nothing but tag, chunk and footer: the next child gets the same bytes."""
+        if tag != self._frames_tag:
+            self._frames.clear()
+            self._frames_tag = tag
+        self._frames[index] = data
+        while len(self._frames) > max(2, _FRAME_BYTES // len(data)):
+            del self._frames[next(iter(self._frames))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from spheres.blocks import Block
@@ -66,6 +66,10 @@ class Child:
         return pb.SphereChange(sphere_id=self.id, incarnation=self.incarnation, session=self.session, parent_id=parent)
 
 
+def _broken(error: BaseException) -> None:
+    raise error
+
+
 @dataclass
 class Hooks:
     """What a node does with what its hub finds; each is set once by its owner."""
@@ -86,6 +90,10 @@ class Hooks:
     #: the loop's clock, in seconds, and a call after so many of them; without a loop at once
     clock: Callable[[], float] = time.monotonic
     call_later: Callable[[float, Callable[[], None]], object] = lambda _, call: call()
+    #: has work done side by side beside the loop, then calls on the loop with the first error or None; None: do it here
+    run: Callable[[Sequence[Callable[[], None]], Callable[[BaseException | None], None]], None] | None = None
+    #: a sum failed, for want of memory for one: this node cannot go on with its step
+    broken: Callable[[BaseException], None] = field(default=_broken)
 
 
 @dataclass

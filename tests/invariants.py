@@ -17,6 +17,7 @@ class HubWatch:
         self.hub, self.given = hub, given
         self.slots: Any = {}
         self.below = 0
+        self.room = 0
         self.path: Any = None
         self.order: tuple[Any, ...] = ()
         #: child -> its link, work and attempt
@@ -40,15 +41,15 @@ class HubWatch:
         if ledger.slots is not self.slots:  # given out anew
             self.slots = ledger.slots
             self.below = sum(1 for owner in ledger.slots.values() if owner != SELF)
+            self.room = sum(ledger.edges[owner].window for owner in ledger.slots.values() if owner != SELF)
             open_ones = [block for block, index in ledger.obligations.items() if index < ledger.chunks]
             indices = sorted(i for slot in ledger.slots for i in range(*slot))
             assert indices == sorted(i for block in open_ones for i in range(*block)), "I2"
             assert all(any(block.contains(slot) for block in open_ones) for slot in ledger.slots), "I2"
         if ledger.edges:
             pending = reducer.pending
-            assert pending <= ledger.window * self.below, f"I4: {pending} chunks, {self.below} slots"
-            most = ledger.frontier + ledger.window - 1
-            assert all(edge.credit <= most for edge in ledger.edges.values()), "I3"
+            assert pending <= self.room, f"I4: {pending} chunks, {self.below} slots"
+            assert all(e.credit <= ledger.frontier + e.window - 1 for e in ledger.edges.values()), "I3"
 
     def _check_attempts(self) -> None:
         """I6: (session, attempt) grows, upward and per child."""

@@ -178,6 +178,7 @@ def put_run(run: pb.Run, *, json: bool, short: bool = False) -> None:
             *((name, format_value(name, value)) for name, value in sorted(run.metrics.items())),
             ("rates", ", ".join(texts)),
             ("time", _shares(run.phase_seconds)),
+            ("bottleneck", run.bottleneck),
             ("spheres", f"{run.living_spheres_count}/{run.known_spheres_count}"),
             ("parameters", f"{run.parameters_count:,}"),
             ("checkpoint", run.latest_checkpoint),

@@ -498,6 +498,7 @@ class Run(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     PARAMETERS_COUNT_FIELD_NUMBER: _builtins.int
     BEST_VALUE_FIELD_NUMBER: _builtins.int
+    BOTTLENECK_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Its id."""
     term: _builtins.int
@@ -536,6 +537,8 @@ class Run(_message.Message):
     """Model: number of parameters."""
     best_value: _builtins.float
     """Best value of the best metric; absent before the first evaluation."""
+    bottleneck: _builtins.str
+    """What takes most of the latest steps, such as "compute on s-4: 72 % of the step"; empty before the first."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Latest values: loss, accuracy, ..."""
@@ -578,10 +581,11 @@ class Run(_message.Message):
         error: _builtins.str = ...,
         parameters_count: _builtins.int = ...,
         best_value: _builtins.float | None = ...,
+        bottleneck: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_best_value", b"_best_value", "best_value", b"best_value", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_value", b"_best_value", "best_value", b"best_value", "config_json", b"config_json", "epoch", b"epoch", "error", b"error", "known_spheres_count", b"known_spheres_count", "latest_checkpoint", b"latest_checkpoint", "living_spheres_count", b"living_spheres_count", "metrics", b"metrics", "parameters_count", b"parameters_count", "phase_seconds", b"phase_seconds", "rates", b"rates", "reason", b"reason", "run_dir", b"run_dir", "run_id", b"run_id", "samples_count", b"samples_count", "start_time", b"start_time", "state", b"state", "step", b"step", "steps_per_epoch", b"steps_per_epoch", "term", b"term", "total_steps", b"total_steps", "weights_digest", b"weights_digest", "weights_version", b"weights_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_value", b"_best_value", "best_value", b"best_value", "bottleneck", b"bottleneck", "config_json", b"config_json", "epoch", b"epoch", "error", b"error", "known_spheres_count", b"known_spheres_count", "latest_checkpoint", b"latest_checkpoint", "living_spheres_count", b"living_spheres_count", "metrics", b"metrics", "parameters_count", b"parameters_count", "phase_seconds", b"phase_seconds", "rates", b"rates", "reason", b"reason", "run_dir", b"run_dir", "run_id", b"run_id", "samples_count", b"samples_count", "start_time", b"start_time", "state", b"state", "step", b"step", "steps_per_epoch", b"steps_per_epoch", "term", b"term", "total_steps", b"total_steps", "weights_digest", b"weights_digest", "weights_version", b"weights_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_value: _TypeAlias = _typing.Literal["best_value"]  # noqa: Y015
     _WhichOneofArgType__best_value: _TypeAlias = _typing.Literal["_best_value", b"_best_value"]  # noqa: Y015

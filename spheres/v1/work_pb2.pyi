@@ -1264,8 +1264,8 @@ class HeartbeatRequest(_message.Message):
 
     @_builtins.property
     def traces(self) -> _containers.RepeatedCompositeFieldContainer[Global___Trace]:
-        """What the child and those below it did, where the run is traced: times are by the child's monotonic clock. At most
-        4,096 spans.
+        """What the child and those below it did, where the run is traced: times are by the receiver's monotonic clock, as the
+        child estimates it from answers so far; none before the first answer. At most 4,096 spans.
         """
 
     def __init__(
@@ -1333,7 +1333,7 @@ class Span(_message.Message):
     name: _builtins.str
     """compute, wait, sum, send_up, send_down, ...: a phase, or a part of one."""
     start_nanos: _builtins.int
-    """When it began, by the monotonic clock of whoever sends the message."""
+    """When it began, by the monotonic clock of whoever receives the message."""
     duration_nanos: _builtins.int
     """How long it took."""
     step: _builtins.int

@@ -144,8 +144,13 @@ def test_the_stall_is_that_of_the_copy_and_stands_in_events_and_journal(run, tmp
     run(train())
     assert set(states) == {RunState.RUNNING}  # "checkpointing" is while the copy is taken
     saved = lines(tmp_path, "events.jsonl", "checkpoint")
-    assert [record["step"] for record in saved] == taken
-    assert all(record["ok"] and record["seconds"] > record["stall_seconds"] >= 0.05 for record in saved)
+    # where the one before took until the end, the last is saved without a copy
+    assert [record["step"] for record in saved if record["step"] in {*taken, *range(12)}] == taken
+    assert all(
+        record["ok"] and record["seconds"] > record["stall_seconds"] >= 0.05
+        for record in saved
+        if record["step"] in taken
+    )
     stalls = {r["step"]: r["seconds"].get("checkpoint_stall") for r in lines(tmp_path, "journal.jsonl", "step")}
     # in the record of the step that had to wait: the one after the copy
     assert {step for step, stall in stalls.items() if stall} == {step for step in taken if step < 12}

@@ -68,11 +68,16 @@ def _chunk(index: int) -> Callable[[pb.WorkRequest], bool]:
     return fits
 
 
-POINTS: dict[str, Callable[[pb.WorkRequest], bool]] = {
-    "before its first chunk": _chunk(0),
-    "after its first chunk": _chunk(1),
-    "in the middle": _chunk(25),
-    "before its last chunk": _chunk(51),
+def _reference(message: pb.WorkRequest) -> bool:
+    return message.tag.step == STEP and message.HasField("gradient_reference")
+
+
+POINTS: dict[str, tuple[str, Callable[[pb.WorkRequest], bool]]] = {
+    "before its first chunk": ("inline", _chunk(0)),
+    "after its first chunk": ("inline", _chunk(1)),
+    "in the middle": ("inline", _chunk(25)),
+    "before its last chunk": ("inline", _chunk(51)),
+    "before it says where its gradient lies": ("shm", _reference),
 }
 
 
@@ -86,14 +91,15 @@ def config(**changes: Any) -> RunConfig:
 def test_a_leaf_lost_at_a_named_point(point, run, tmp_path):
     task = Synthetic(parameters=53_000, samples=200)
     network = MemoryNetwork()
+    wire, fits = POINTS[point]
 
     async def train() -> str:
-        silent = SilentTransport(network, LEAF, POINTS[point])
+        silent = SilentTransport(network, LEAF, fits)
 
         def transport(name: str) -> MemoryTransport:
             return silent if name == LEAF else MemoryTransport(network, name)
 
-        async with local_tree(config(), task, transport, directory=tmp_path) as tree:
+        async with local_tree(config(wire=wire), task, transport, directory=tmp_path) as tree:
             assert tree.tree.parent_of(LEAF) == "s-2"
             training = asyncio.create_task(tree.run())
             await silent.reached.wait()

@@ -137,7 +137,7 @@ def test_a_sphere_says_hello_with_the_fields_that_the_document_shows(run, tmp_pa
     sphere = Recording(network, "s-1")
 
     async def main():
-        config = RunConfig(task="synthetic", steps=1, spheres=1, eval_every=None, checkpoint_every=None)
+        config = RunConfig(task="synthetic", steps=1, spheres=1, wire="inline", eval_every=None, checkpoint_every=None)
         task = Synthetic(parameters=10, samples=64)
 
         def transport(name):

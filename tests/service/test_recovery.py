@@ -72,6 +72,7 @@ def test_a_sphere_that_drains_hands_over_and_goes(who, run, tmp_path, expected):
             await going
             await asyncio.wait_for(asyncio.shield(tree.tasks[who]), 10)  # it ends by itself, without an error
             del tree.tasks[who]
+            await tree.tree.until(lambda: len(tree.tree.shape()) == 5)  # its children are with their fallbacks
             controller.resume()
             sha256 = await training
             return sha256, set(tree.tree.shape())

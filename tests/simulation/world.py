@@ -345,7 +345,7 @@ class World:
             self.last_move = self.loop.time()
             self.computed[self.term, step, index] += 1
 
-        def make_worker(config: Any, task: Any) -> VirtualWorker:
+        def make_worker(config: Any, task: Any, _: Any) -> VirtualWorker:
             node.worker = VirtualWorker(config, task, seconds=seconds, computed=computed)
             return node.worker
 

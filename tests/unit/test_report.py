@@ -184,11 +184,17 @@ def test_a_directory_without_a_run_and_one_that_cannot_be_written(
     assert not (tmp_path / ".report.html.tmp").exists()
 
 
+def test_the_page_says_what_held_steps_up(tmp_path: Path) -> None:
+    ended = summary(bottleneck="compute on s-2: 72 % of the step")
+    page(tmp_path, [step_record(0)], ended=ended)
+    assert "Bottleneck: compute on s-2: 72 % of the step" in (tmp_path / "report.html").read_text()
+
+
 def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
     sphere = {"id": f"s{EVIL}1", "parent": "control", "host": EVIL, "role": EVIL, "phase_seconds": {EVIL: 1.0}}
     ended = summary(
         run_id=EVIL, state=EVIL, error=EVIL, reason=f"because {EVIL}", metrics={EVIL: 0.5, f"accuracy{EVIL}": 0.5},
-        weights_sha256=EVIL, spheres=[sphere], tree={sphere["id"]: EVIL},
+        weights_sha256=EVIL, bottleneck=EVIL, spheres=[sphere], tree={sphere["id"]: EVIL},
     )  # fmt: skip
     steps = [step_record(n, metrics={EVIL: 0.5}, phases={EVIL: {"sum": 0.1}}) for n in range(5)]
     events = [

@@ -19,6 +19,7 @@ CODES = {
     e.StaleError: "ABORTED",
     e.WrongRunError: "NOT_FOUND",
     e.DecodeError: "INVALID_ARGUMENT",
+    e.SegmentError: "INVALID_ARGUMENT",
     e.ProtocolError: "INVALID_ARGUMENT",
     e.ConfigError: "INVALID_ARGUMENT",
     e.CreditError: "OUT_OF_RANGE",
