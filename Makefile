@@ -14,6 +14,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STUBS_VENV := .venv-stubs
 STUBS_BIN := $(STUBS_VENV)/bin
+BENCH_VENV := .venv-bench
+BENCH_OUT := bench-results
 PROTOS := $(sort $(wildcard protos/spheres/v1/*.proto))
 SERVICE_PROTOS := $(if $(PROTOS),$(shell grep -lE '^service ' $(PROTOS)))
 ARGS ?=
@@ -48,7 +50,7 @@ help: ## List the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 # ---------------------------------------------------------------------------------------------------------------------
-.PHONY: setup run test test-slow simulate storm clean
+.PHONY: setup run test test-slow simulate storm bench clean
 
 setup: $(VENV)/.dev ## Make .venv with both commands and the tools of development
 
@@ -68,9 +70,17 @@ simulate: $(VENV)/.dev ## Run SEEDS=1000 seeded runs with faults on virtual time
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS) $(ARGS)
 	$(BIN)/python -m tests.simulation --spheres 10,100,1000
 
+bench: $(VENV)/.dev $(BENCH_VENV)/.made ## Run a short form of the benchmarks, with peers where they are; minutes
+	@echo 'bench: JSON and pictures go to $(BENCH_OUT)/'
+	$(BIN)/python benchmarks/round.py --n 4 --megabytes 40 --rounds 3 --repetitions 2 --peers gloo,mpi --out $(BENCH_OUT)
+	$(BIN)/python benchmarks/step.py --steps 200 --repetitions 1 --short --out $(BENCH_OUT)
+	$(BIN)/python benchmarks/scaling.py --short --n 1,2,4 --batch 256 --steps 30 --repetitions 1 --out $(BENCH_OUT)
+	$(BIN)/python benchmarks/memory.py --megabytes 100 --steps 3 --out $(BENCH_OUT)
+	$(BIN)/python -m benchmarks.network --megabytes 4 --rounds 1 --repetitions 1 --out $(BENCH_OUT)
+
 clean: ## Remove environments, caches and build output; runs/ stays
 	@echo 'clean: removing environments, caches and build output'
-	@rm -rf $(VENV) $(STUBS_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	@rm -rf $(VENV) $(STUBS_VENV) $(BENCH_VENV) $(BENCH_OUT) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
 	@find spheres control tests examples benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.runtime: pyproject.toml
@@ -88,6 +98,13 @@ $(STUBS_VENV)/.made: protos/requirements.txt
 	@echo 'setup: installing the stub generator into $(STUBS_VENV)'
 	@$(call make-venv,$(STUBS_VENV))
 	@$(STUBS_BIN)/pip install -q -r protos/requirements.txt
+	@touch $@
+
+# What we are measured against, never in the environment of the project. A benchmark skips, and says so, what is not here.
+$(BENCH_VENV)/.made:
+	@echo 'bench: installing torch into $(BENCH_VENV)'
+	@$(call make-venv,$(BENCH_VENV))
+	@$(BENCH_VENV)/bin/pip install -q torch==2.13.0 numpy || echo 'bench: no torch here: gloo and DDP will be skipped' >&2
 	@touch $@
 
 # ---------------------------------------------------------------------------------------------------------------------

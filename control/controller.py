@@ -86,7 +86,7 @@ class Controller:
         self._hub = tree.hub
         # set by whatever the loop should look at; and set when the state has changed, for those who wait for it
         self._wake, self._changed = asyncio.Event(), asyncio.Event()
-        # the same while a step is in hand; one future serves many steps
+        # the same while a step is in hand; asyncio.wait for this and the step would cost more than all else in a wait
         self._interrupt: asyncio.Future[None] | None = None
         self._stop_reason: str | None = None
         self._failure: ArmillaryError | None = None
@@ -256,13 +256,17 @@ class Controller:
 
     async def _while_waiting(self, work: Awaitable[None], *, always: bool = False) -> bool:
         """Wait for ``work``; False where a stop came while no sphere could finish it (or ``always``)."""
-        task = asyncio.ensure_future(work)
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+        task.add_done_callback(self._stir)
         try:
             while not task.done():
-                if self._interrupt is None or self._interrupt.done():
-                    self._interrupt = asyncio.get_running_loop().create_future()
+                self._interrupt = loop.create_future()
                 # by the clock too: nobody says when max_time is over
-                await asyncio.wait({task, self._interrupt}, return_when=asyncio.FIRST_COMPLETED, timeout=_LOOK_SECONDS)
+                look = loop.call_later(_LOOK_SECONDS, self._stir)
+                try:
+                    await self._interrupt
+                finally:
+                    look.cancel()
                 waiting = not task.done() and (always or not self._hub.children or self._hub.ledger.stuck)
                 self.reason = "waiting for spheres" if waiting else ""
                 if not waiting:
@@ -281,6 +285,10 @@ class Controller:
     def _look_now(self) -> None:
         """Something was asked for: let the loop see it."""
         self._wake.set()
+        self._stir()
+
+    def _stir(self, _: object = None) -> None:
+        """Let who waits while a step is in hand look again."""
         if self._interrupt is not None and not self._interrupt.done():
             self._interrupt.set_result(None)
 

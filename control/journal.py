@@ -29,6 +29,8 @@ _TAIL_BYTES = 1 << 16
 #: how a line ends: with the CRC-32C of all bytes before that member, so that whoever has the line can check it
 _CHECKSUM = re.compile(rb',"crc32c":"(.{8})"\}\n', re.DOTALL)
 _CHECKSUM_BYTES = len(b',"crc32c":"00000000"}\n')
+#: made once: json.dumps makes one for each record
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +196,7 @@ class EventLog:
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record. A disk that takes no more is no reason to stop: the journal is what tells of that."""
         try:
-            _append(self._file, json.dumps(record, separators=(",", ":")).encode() + b"\n")
+            _append(self._file, _encode(record).encode() + b"\n")
         except OSError as error:
             log.warning("cannot write %s: %s", self._path, error.strerror)
 
@@ -203,7 +205,7 @@ class EventLog:
 
 
 def _checked_line(record: Mapping[str, Any]) -> bytes:
-    body = json.dumps(record, separators=(",", ":")).encode()[:-1]
+    body = _encode(record).encode()[:-1]
     return body + b',"crc32c":"%08x"}\n' % crc32c(body)
 
 

@@ -105,8 +105,15 @@ class Sphere:
 class Membership:
     """Mutable state: the spheres, who hangs below whom, places that are promised, and where there is room."""
 
-    def __init__(self, host: str, fan_out: int, *, forgotten: Callable[[str], None] = lambda _: None) -> None:
-        self.host, self.fan_out = host, fan_out
+    def __init__(
+        self,
+        host: str,
+        fan_out: int,
+        *,
+        hosts_per_host: int | None = None,
+        forgotten: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.host, self.fan_out, self.hosts_per_host = host, fan_out, hosts_per_host
         self.spheres: dict[str, Sphere] = {}
         #: active spheres, those that are told to leave included
         self.living = 0
@@ -123,6 +130,9 @@ class Membership:
         # sphere -> the parent that it is told to move to; and how many are on their way to each
         self._moving: dict[str, str] = {}
         self._coming: Counter[str] = Counter()
+        # edges between hosts, promised ones included: by their child as host above and host below, and counted
+        self._crossing: dict[tuple[str, bool], tuple[str, str]] = {}
+        self._hosts_below: dict[str, Counter[str]] = {}
         # those that joined and are not active, in the order in which that happened
         self._lost: dict[str, None] = {}
         self._most_living = 0
@@ -180,6 +190,20 @@ class Membership:
     def children_of(self, id: str) -> list[str]:
         """Return those that hang below a node."""
         return list(self._below.get(id, ()))
+
+    def host_of(self, id: str) -> str:
+        """Return the host of a node; "" for a stranger."""
+        sphere = self.spheres.get(id)
+        return self.host if id == CONTROL else "" if sphere is None else sphere.member.host
+
+    def hosts_below(self, host: str) -> list[str]:
+        """Return the other hosts that hang on a host, those included that are on their way there."""
+        return list(self._hosts_below.get(host, ()))
+
+    def crowded_hosts(self) -> list[str]:
+        """Return the hosts on which more others hang than may."""
+        most = self.hosts_per_host
+        return [] if most is None else [host for host, below in self._hosts_below.items() if len(below) > most]
 
     def moving_to(self, id: str) -> str | None:
         """Return where a sphere is told to move to, as long as it has not arrived."""
@@ -243,11 +267,13 @@ class Membership:
         self.arrived(id)
         self._moving[id] = parent
         self._coming[parent] += 1
+        self._cross(id, parent, planned=True)
 
     def arrived(self, id: str) -> None:
         """A move is over, or given up."""
         parent = self._moving.pop(id, None)
         if parent is not None:
+            self._uncross(id, planned=True)
             self._coming[parent] -= 1
             if not self._coming[parent]:
                 del self._coming[parent]
@@ -301,6 +327,7 @@ class Membership:
         sphere.parent = parent
         below = self._below.setdefault(parent, {})
         below[sphere.id] = None
+        self._cross(sphere.id, parent, planned=False)
         if len(below) > self.fan_out:
             self.overfull[parent] = None
         self._renew(sphere)
@@ -310,12 +337,30 @@ class Membership:
         below = self._below.get(sphere.parent, {})
         if sphere.id in below:
             del below[sphere.id]
+            self._uncross(sphere.id, planned=False)
             if len(below) <= self.fan_out:
                 self.overfull.pop(sphere.parent, None)
             if not below:
                 del self._below[sphere.parent]
             self._offer(sphere.parent)
         self._renew(sphere)
+
+    def _cross(self, id: str, parent: str, *, planned: bool) -> None:
+        """Note an edge that leads from one host to another."""
+        above, below = self.host_of(parent), self.host_of(id)
+        if above and above != below:
+            self._crossing[id, planned] = above, below
+            self._hosts_below.setdefault(above, Counter())[below] += 1
+
+    def _uncross(self, id: str, *, planned: bool) -> None:
+        above, below = self._crossing.pop((id, planned), ("", ""))
+        if above:
+            counted = self._hosts_below[above]
+            counted[below] -= 1
+            if not counted[below]:
+                del counted[below]
+            if not counted:
+                del self._hosts_below[above]
 
     def _renew(self, top: Sphere) -> None:
         """Carry down what follows from the place of ``top``: levels, and who is active."""
@@ -355,12 +400,15 @@ class Membership:
     def place_for(self, member: Member, *, moving: Sphere | None = None) -> str | None:
         """Return the parent for a newcomer, or for one that is to move; None where nobody has room.
 
-        The shallowest free place on its own host; where that has none, the shallowest anywhere, in its own zone first.
-        Never below one that is lost or leaves, nor, for one that moves, below itself or another that moves (N11).
+        The shallowest free place on its own host; where that has none, the shallowest anywhere, in its own zone first
+        and, if there is one, on a host that may carry one more (``hosts_per_host``). Never below one that is lost or
+        leaves, nor, for one that moves, below itself or another that moves (N11).
         """
         own = self._shallowest(("host", member.host), moving)
         if own is not None:
             return own[1]
+        if self.hosts_per_host is not None and (allowed := self.room_abroad(member, moving=moving)) is not None:
+            return allowed[1]
         best, near = self._shallowest(("", ""), moving), self._shallowest(("zone", member.zone), moving)
         if best is None:
             return None
@@ -370,9 +418,25 @@ class Membership:
         """Return level and id of the shallowest node on a host that has room."""
         return self._shallowest(("host", host), moving)
 
-    def room_anywhere(self, *, moving: Sphere | None = None) -> tuple[int, str] | None:
-        """Return level and id of the shallowest node that has room."""
-        return self._shallowest(("", ""), moving)
+    def room_abroad(self, member: Member, *, moving: Sphere | None = None) -> tuple[int, str] | None:
+        """Return level and id of the shallowest node with room on a host that ``member``'s may hang on.
+
+        Ties go to the same zone. Asked for one sphere per host, as a rule, so a look at every host is not dear.
+        """
+        most = self.hosts_per_host
+        if most is None:
+            return self._shallowest(("", ""), moving)
+        found = []
+        for kind, host in list(self._free):
+            others = self._hosts_below.get(host, {}).keys() - {member.host}
+            if kind != "host" or (host != member.host and len(others) >= most):
+                continue
+            room = self._shallowest((kind, host), moving)
+            if room is not None:
+                level, id = room
+                zone, rank = ("", ()) if id == CONTROL else (self.spheres[id].member.zone, self.spheres[id].rank)
+                found.append((level, zone != member.zone, rank, id))
+        return (min(found)[0], min(found)[-1]) if found else None
 
     def _steady(self, id: str, moving: Sphere) -> bool:
         """Whether neither ``moving`` nor another that is told to move stands between ``id`` and control."""

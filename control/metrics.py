@@ -55,8 +55,9 @@ def step_record(
     ``sums`` None: no microbatch had a gradient.
     """
     seconds = times.updated - times.began
-    shown = {p: {"sum": total, "max": most, "slowest": who} for p, (total, most, who) in phases.below.items()}
-    compute = float(phases.below.get("compute", (0.0, 0.0, ""))[1])
+    below = phases.below
+    shown = {p: {"sum": total, "max": most, "slowest": who} for p, (total, most, who) in below.items()}
+    compute = below.get("compute", (0.0, 0.0, ""))[1]
     return {
         "event": "step",
         "step": step,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from control.membership import Membership, Sphere
-from control.placement import CONTROL, levels, lowest_depth, place
+from control.placement import levels, lowest_depth, place
 
 __all__ = ["batches", "mending_moves"]
 
@@ -24,11 +24,12 @@ def mending_moves(members: Membership, now: float, *, most: int) -> list[Move]:
     """Return up to ``most`` moves that mend the shape; none where it is good enough. Their places are taken.
 
     In this order: children beyond a node's fan-out; spheres that hang below another host while their own has room for
-    them; the deepest, where the tree is deeper than it must be by more than one level. No move makes a tree that needs
-    the next one: each takes a free place, and who is moved for its depth gains two levels.
+    them; hosts beyond those that one may carry, where another may; the deepest, where the tree is deeper than it must
+    be by more than one level. No move makes a tree that needs the next one: each takes a free place, and who is moved
+    for its depth gains two levels.
     """
     moves: list[Move] = []
-    for find in (_surplus, _away_from_their_host, _deepest):
+    for find in (_surplus, _away_from_their_host, _beyond_their_hosts, _deepest):
         for sphere, parent in find(members, now):
             members.move(sphere.id, parent)
             moves.append((sphere.id, parent))
@@ -62,9 +63,7 @@ def _away_from_their_host(members: Membership, now: float) -> Iterator[tuple[Sph
     heads: dict[str, Sphere] = {}
     crossing: list[Sphere] = []
     for sphere in members.spheres.values():
-        above = members.spheres.get(sphere.parent)
-        host = members.host if sphere.parent == CONTROL else "" if above is None else above.member.host
-        if not sphere.active or host == sphere.member.host:
+        if not sphere.active or members.host_of(sphere.parent) == sphere.member.host:
             continue
         if sphere.member.host == members.host:
             crossing.append(sphere)  # control itself is the head of its own host
@@ -81,6 +80,21 @@ def _away_from_their_host(members: Membership, now: float) -> Iterator[tuple[Sph
             yield sphere, room[1]
 
 
+def _beyond_their_hosts(members: Membership, now: float) -> Iterator[tuple[Sphere, str]]:
+    """Spheres of hosts that hang on one that carries too many: the latest, and first those that carry no others."""
+    for host in members.crowded_hosts():
+        crossing = [s for s in members.spheres.values() if s.member.host != host == members.host_of(s.parent)]
+        movable = _movable(members, [s.id for s in crossing], now)
+        movable.sort(key=lambda s: s.rank, reverse=True)
+        movable.sort(key=lambda s: len(members.hosts_below(s.member.host)))
+        surplus = len(members.hosts_below(host)) - (members.hosts_per_host or 0)
+        for sphere in movable:
+            room = members.room_abroad(sphere.member, moving=sphere) if surplus > 0 else None
+            if room is not None:
+                surplus -= 1
+                yield sphere, room[1]
+
+
 def _deepest(members: Membership, now: float) -> Iterator[tuple[Sphere, str]]:
     depth = max(members.levels, default=0)
     limit = lowest_depth(members.living, members.fan_out) + 1
@@ -93,7 +107,7 @@ def _deepest(members: Membership, now: float) -> Iterator[tuple[Sphere, str]]:
         if room is None or room[0] + 1 > sphere.level - _GAIN:
             if above is not None and above.member.host == sphere.member.host:
                 continue  # it would leave its host
-            room = members.room_anywhere(moving=sphere)
+            room = members.room_abroad(sphere.member, moving=sphere)
         if room is not None and room[0] + 1 <= sphere.level - _GAIN:
             yield sphere, room[1]
 
@@ -104,7 +118,7 @@ def batches(members: Membership) -> list[list[Move]]:
     Carried out in this order no circle can come up: whoever gets children stands where it will stay.
     """
     staying = [s.member for s in members.spheres.values() if s.active and not s.leaving]
-    goal = place(members.host, staying, members.fan_out)
+    goal = place(members.host, staying, members.fan_out, hosts_per_host=members.hosts_per_host)
     found: dict[int, list[Move]] = {}
     level = levels(goal)
     for id, parent in goal.items():

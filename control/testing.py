@@ -62,7 +62,7 @@ def control_node(
     registry = CallbackRegistry(on_error=config.on_callback_error)
     for callback in callbacks:
         registry.register(callback)
-    tree = Tree(node, transport, host=HOST, term=term)
+    tree = Tree(node, transport, host=HOST, term=term, hosts_per_host=config.hosts_per_host)
     journal, events = Journal(directory / "journal.jsonl"), EventLog(directory / "events.jsonl")
     checkpoints = Checkpoints(store or directory / "checkpoints", keep=config.keep, keep_every=config.keep_every)
     controller = Controller(

@@ -228,7 +228,13 @@ class Training:
         settings = config.model_dump(mode="json")
         servicer = ControlServicer()
         transport = GrpcTransport(lambda server: add_services(server, servicer))
-        self._tree = Tree(node, transport, host=socket.gethostname(), term=int(directory.info["term"]) + 1)
+        self._tree = Tree(
+            node,
+            transport,
+            host=socket.gethostname(),
+            term=int(directory.info["term"]) + 1,
+            hosts_per_host=config.hosts_per_host,
+        )
         await self._stack.enter_async_context(
             traced(self._tree.recorder, directory.path, run_id=directory.run_id, term=self._tree.term)
         )
@@ -481,6 +487,7 @@ def _sphere_summary(tree: Tree, name: str) -> dict[str, Any]:
         report = found[1]
         sphere |= {
             "host": report.host,
+            "pid": report.pid,
             "role": report.role,
             "microbatches": report.microbatches_count,
             "samples": report.samples_count,

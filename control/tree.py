@@ -61,10 +61,11 @@ class Tree:
         *,
         host: str,
         term: int,
+        hosts_per_host: int | None = None,
         speculate: bool = True,
     ) -> None:
         self.config, self._transport = config, transport
-        self.members = Membership(host, config.fan_out, forgotten=self._forgotten)
+        self.members = Membership(host, config.fan_out, hosts_per_host=hosts_per_host, forgotten=self._forgotten)
         #: raised at each start and restore: what spheres cached of the one before is dropped (N1)
         self.term = term
         self.hub = Hub(config, CONTROL, incarnation=term, memory=node_memory(config.wire))

@@ -6,6 +6,7 @@ A block is ``[lo, hi)`` with ``hi = min(lo + 2**k, M)`` and ``lo`` a multiple of
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ class Block(NamedTuple):
         return f"[{self.lo},{self.hi})"
 
 
+@lru_cache(maxsize=4096)  # every step asks for the same few, many times
 def halves(block: Block) -> tuple[Block, Block]:
     """Return the two canonical blocks whose sum, left + right, is ``block``; it has at least two microbatches."""
     half = 1 << (block.width - 1).bit_length() - 1
@@ -60,10 +62,10 @@ def checked(blocks: Iterable[Block], total: int, *, what: str) -> list[Block]:
 
 def decompose(indices: set[int] | frozenset[int], top: Block) -> list[Block]:
     """Return the maximal canonical blocks below ``top`` whose microbatches all are in ``indices``, in order."""
-    inside = sum(1 for i in range(top.lo, top.hi) if i in indices)
-    if inside == 0:
+    wanted = range(top.lo, top.hi)
+    if indices.isdisjoint(wanted):
         return []
-    if inside == top.width:
+    if indices.issuperset(wanted):
         return [top]
     left, right = halves(top)
     return decompose(indices, left) + decompose(indices, right)
@@ -87,7 +89,7 @@ class BlockSet:
         self._indices.difference_update(range(block.lo, block.hi))
 
     def covers(self, block: Block) -> bool:
-        return all(i in self._indices for i in range(block.lo, block.hi))
+        return self._indices.issuperset(range(block.lo, block.hi))
 
     def within(self, tops: Iterable[Block]) -> list[Block]:
         """Maximal canonical blocks of the set that lie below one of ``tops``."""

@@ -173,8 +173,9 @@ class Children:
     async def _read(self, child: Child, link: Link) -> None:
         now = asyncio.get_running_loop().time
         while (data := await link.receive()) is not None:
-            self._lease.check(now())
-            child.heard = now()
+            arrived = now()
+            self._lease.check(arrived)
+            child.heard = arrived
             came = self.clock()
             message, payload = decode_with_chunk(pb.WorkRequest, data)
             if message.HasField("capacity"):

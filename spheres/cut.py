@@ -18,13 +18,16 @@ _MOST_EXACT = 64
 
 
 def cut(blocks: Sequence[Block], workers: Sequence[tuple[Owner, float]]) -> list[tuple[Owner, list[Block]]]:
-    """Share ``blocks`` out over ``workers`` (owner, capacity > 0) in contiguous pieces, in the order given.
+    """Share ``blocks`` out over ``workers`` (owner, capacity > 0) in contiguous pieces, the largest capacity first.
 
-    The slowest worker gets as little as it can get, counted in microbatches per capacity; of the cuts that keep to that
+    Widths that fall are aligned: of twelve, a child that has eight spheres below and comes first sends one block up;
+    after four single ones it would send two that only its parent can add. Equal ones come in the order given. The
+    slowest worker gets as little as it can get, counted in microbatches per capacity; of the cuts that keep to that
     it is one with the fewest canonical blocks, since every block is one gradient on the wire; of those the one that
     gives the earlier workers more. Of many microbatches it is one with few blocks, found border by border. Workers that
     get nothing are left out. Each piece is a list of maximal canonical blocks, none reaching across two of ``blocks``.
     """
+    workers = sorted(workers, key=lambda worker: -worker[1])
     # The same from step to step, for as long as nobody comes or goes.
     shares = _shares(tuple(sorted(blocks)), tuple(capacity for _, capacity in workers))
     return [(owner, list(share)) for (owner, _), share in zip(workers, shares, strict=True) if share]

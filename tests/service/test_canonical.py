@@ -101,8 +101,8 @@ def _sum_in_another_order(monkeypatch):
     """Put every microbatch's gradient in its neighbour's place: each is summed once still, but with other partners."""
     microbatch = Worker._microbatch
 
-    def shifted(worker: Worker, unit: Any, weights: Any, index: int, **options: Any) -> Any:
-        return microbatch(worker, unit, weights, (index + 1) % worker._config.microbatches, **options)
+    def shifted(worker: Worker, unit: Any, weights: Any, index: int, **more: Any) -> Any:
+        return microbatch(worker, unit, weights, (index + 1) % worker._config.microbatches, **more)
 
     monkeypatch.setattr(Worker, "_microbatch", shifted)
 

@@ -11,6 +11,7 @@ import pytest
 
 from control import tree as tree_module
 from control.config import RunConfig
+from control.placement import CONTROL
 from control.reference import reference
 from control.testing import HOST, LocalTree, local_tree
 from spheres.errors import ConfigError, UnreachableError
@@ -45,7 +46,7 @@ async def training(tmp_path: Any, **changes: Any) -> AsyncIterator[tuple[LocalTr
         yield local, network, running
         if not running.done():
             await running
-        assert running.result() == reference(TASK, config(**changes)).weights_sha256
+        assert running.result() == reference(TASK, config(**changes), steps=local.controller.step).weights_sha256
 
 
 def depth(local: LocalTree) -> int:
@@ -138,6 +139,47 @@ def test_losses_are_mended_without_a_command(run, tmp_path, monkeypatch):
             mended = lambda: local.tree.living == 7 and not local.tree.members.overfull  # noqa: E731
             await local.tree.until(lambda: mended() or running.done())
             assert not running.done()
+
+    run(main())
+
+
+async def join(local: LocalTree, network: MemoryNetwork, host: str) -> None:
+    """Start one more sphere, on a host of that name; wait until it takes part."""
+    name = f"s-{len(local.tree.spheres) + 1}"
+    options = SphereOptions(control=local.tree.address, host=host, orphan_timeout=5.0)
+    sphere = local.spheres[name] = Sphere(options, MemoryTransport(network, name), task=TASK)
+    local.tasks[name] = asyncio.create_task(sphere.run())
+    await local.tree.until(lambda: local.tree.shape().get(name) is not None)
+
+
+def crossings(local: LocalTree) -> list[tuple[str, str]]:
+    """Every edge between two hosts, as the host above and that below."""
+    host = {CONTROL: HOST, **{name: sphere.member.host for name, sphere in local.tree.spheres.items()}}
+    edges = [(host[parent], host[sphere]) for sphere, parent in local.tree.shape().items()]
+    return sorted((above, below) for above, below in edges if above != below)
+
+
+def test_hosts_form_a_chain_and_do_so_again_after_the_loss_of_a_head(run, tmp_path, monkeypatch):
+    """Spheres of three hosts join one by one, in turn; one sum and one copy of the weights cross each host edge."""
+    monkeypatch.setattr(tree_module, "_SETTLE_SECONDS", 0.05)
+
+    async def main() -> None:
+        async with training(tmp_path, spheres=2, fan_out=12, hosts_per_host=1, steps=2_000) as (
+            local,
+            network,
+            running,
+        ):
+            for host in ("a", "b", HOST, "b", "a", "b", "a"):
+                await join(local, network, host)
+            assert crossings(local) == [("a", "b"), (HOST, "a")]
+            await local.kill("s-3")  # the head of a: its spheres and b's go to control
+            chain = lambda: crossings(local) in ([("a", "b"), (HOST, "a")], [("b", "a"), (HOST, "b")])  # noqa: E731
+            await local.tree.until(lambda: (local.tree.living == 8 and chain()) or running.done())
+            assert not running.done()
+            await local.controller.between_steps(local.tree.rebalance)
+            assert chain()
+            local.controller.request_stop("seen")
+            await running
 
     run(main())
 

@@ -56,8 +56,8 @@ SHIFTED = """
 
     microbatch = Worker._microbatch
 
-    def shifted(worker, unit, weights, index, **options):
-        return microbatch(worker, unit, weights, (index + 1) % worker._config.microbatches, **options)
+    def shifted(worker, unit, weights, index, **more):
+        return microbatch(worker, unit, weights, (index + 1) % worker._config.microbatches, **more)
 
     Worker._microbatch = shifted
 """

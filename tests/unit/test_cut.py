@@ -21,11 +21,21 @@ def cases(draw: st.DrawFn, most: int = 40, workers: int = 8) -> tuple[int, list[
     total = draw(st.integers(1, most))
     indices = draw(st.sets(st.integers(0, total - 1), min_size=1)) if draw(st.booleans()) else set(range(total))
     capacities = draw(st.lists(capacity, min_size=1, max_size=workers))
-    return total, decompose(indices, Block(0, total)), [(f"w{k}", c) for k, c in enumerate(capacities)]
+    workers = [(f"w{k}", c) for k, c in enumerate(capacities)]
+    return total, decompose(indices, Block(0, total)), sorted(workers, key=lambda worker: -worker[1])
 
 
 def expand(blocks: Sequence[Block]) -> list[int]:
     return [i for block in blocks for i in range(block.lo, block.hi)]
+
+
+def test_a_large_subtree_gets_one_block_whatever_stands_before_it() -> None:
+    shares = cut([Block(0, 12)], [("a", 1.0), ("b", 1.0), ("host-2", 8.0), ("c", 1.0), ("d", 1.0)])
+    assert shares[0] == ("host-2", [Block(0, 8)])
+    assert [owner for owner, _ in shares[1:]] == ["a", "b", "c", "d"]
+    assert cut([Block(0, 8)], [("own", 1.0), ("x", 1.0), ("y", 1.0), ("z", 1.0), ("host-3", 4.0)])[0][1] == [
+        Block(0, 4)
+    ]
 
 
 @given(cases())
@@ -34,7 +44,7 @@ def test_every_microbatch_goes_to_exactly_one_worker(case: tuple[int, list[Block
     shares = cut(blocks, workers)
     assert [i for _, share in shares for i in expand(share)] == expand(sorted(blocks))
     owners = [owner for owner, _ in shares]
-    assert owners == [owner for owner, _ in workers if owner in owners]  # in the order given, each once
+    assert owners == [owner for owner, _ in workers if owner in owners]  # the largest first, each once
     assert all(share for _, share in shares)
 
 

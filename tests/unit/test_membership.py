@@ -25,9 +25,9 @@ HOME = "host-0"
 class Tree:
     """A membership with the events of its spheres in short."""
 
-    def __init__(self, fan_out: int = 2, *, term: int = 1) -> None:
+    def __init__(self, fan_out: int = 2, *, term: int = 1, hosts_per_host: int | None = None) -> None:
         self.forgotten: list[str] = []
-        self.members = Membership(HOME, fan_out, forgotten=self.forgotten.append)
+        self.members = Membership(HOME, fan_out, hosts_per_host=hosts_per_host, forgotten=self.forgotten.append)
         self.term, self.now = term, 0.0
         self.sessions: Counter[str] = Counter()
 
@@ -66,6 +66,9 @@ class Tree:
 
     def states(self) -> dict[str, str]:
         return {id: sphere.state for id, sphere in self.members.spheres.items()}
+
+    def hosts(self) -> set[str]:
+        return {HOME, *(s.member.host for s in self.members.spheres.values())}
 
     def shape(self) -> dict[str, str]:
         return {s.id: s.parent for s in self.members.spheres.values() if s.active}
@@ -264,6 +267,21 @@ def disturb(tree: Tree, rng: random.Random, events: int) -> None:
                 tree.joins(rng.choice([HOME, "host-1", "host-2"]), address=rng.choice(["a:1", "a:1", ""]))
 
 
+def hosts_below(tree: Tree, *, linked: bool = False) -> dict[str, set[str]]:
+    """Host -> the other hosts that hang on it, by looking at every edge: of active spheres, or of all with a place."""
+    found: dict[str, set[str]] = {host: set() for host in tree.hosts()}
+    for sphere in tree.members.spheres.values():
+        above = tree.members.host_of(sphere.parent)
+        placed = sphere.id in tree.members.children_of(sphere.parent) if linked else sphere.active
+        if placed and above and above != sphere.member.host:
+            found[above].add(sphere.member.host)
+    return found
+
+
+def chain(tree: Tree) -> dict[str, set[str]]:
+    return {host: below for host, below in hosts_below(tree).items() if below}
+
+
 @given(st.integers(1, 4), st.integers())
 def test_what_is_counted_is_what_is_there(fan_out: int, seed: int) -> None:
     tree = Tree(fan_out)
@@ -276,9 +294,11 @@ def test_what_is_counted_is_what_is_there(fan_out: int, seed: int) -> None:
     assert set(members.overfull) == {parent for parent, count in children.items() if count > fan_out}
 
 
-@given(st.integers(2, 4), st.integers())
-def test_a_tree_that_losses_have_disturbed_is_mended_and_then_left_alone(fan_out: int, seed: int) -> None:
-    tree = Tree(fan_out)
+@given(st.integers(2, 4), st.sampled_from([None, 1, 2]), st.integers())
+def test_a_tree_that_losses_have_disturbed_is_mended_and_then_left_alone(
+    fan_out: int, hosts_per_host: int | None, seed: int
+) -> None:
+    tree = Tree(fan_out, hosts_per_host=hosts_per_host)
     disturb(tree, random.Random(seed), 60)
     for _ in range(60):
         moves = mending_moves(tree.members, 0.0, most=8)
@@ -294,11 +314,21 @@ def test_a_tree_that_losses_have_disturbed_is_mended_and_then_left_alone(fan_out
         for id in set(tree.members.children_of(parent)) & movable:
             sphere = tree.members.spheres[id]
             assert tree.members.place_for(sphere.member, moving=sphere) is None
+    assert hosts_below(tree, linked=True) == {host: set(tree.members.hosts_below(host)) for host in tree.hosts()}
+    for host in tree.members.crowded_hosts():  # only where no other may carry those that are too many
+        crossing = [id for id in movable if tree.members.host_of(tree.members.parent_of(id)) == host]
+        assert all(
+            tree.members.room_abroad(tree.members.spheres[id].member, moving=tree.members.spheres[id]) is None
+            for id in crossing
+            if tree.members.host_of(id) != host
+        )
 
 
-@given(st.integers(1, 4), st.integers())
-def test_a_rebalance_from_the_top_down_makes_no_circle_and_ends_at_the_goal(fan_out: int, seed: int) -> None:
-    tree = Tree(fan_out)
+@given(st.integers(1, 4), st.sampled_from([None, 1, 2]), st.integers())
+def test_a_rebalance_from_the_top_down_makes_no_circle_and_ends_at_the_goal(
+    fan_out: int, hosts_per_host: int | None, seed: int
+) -> None:
+    tree = Tree(fan_out, hosts_per_host=hosts_per_host)
     disturb(tree, random.Random(seed), 40)
     staying = {s.id for s in tree.members.spheres.values() if s.active and not s.leaving}
     for batch in batches(tree.members):
@@ -346,6 +376,65 @@ def test_a_sphere_goes_home_to_its_host_when_there_is_room() -> None:
     head = tree.joins("host-1")
     tree.opens(tree.enroll("host-1"), CONTROL)
     assert mending_moves(tree.members, 0.0, most=8) == [("s-2", head)]
+
+
+@pytest.mark.parametrize("fan_out", [2, 3, 12])
+def test_hosts_whose_spheres_join_in_any_order_form_a_chain(fan_out: int) -> None:
+    rng = random.Random(fan_out)
+    for _ in range(20):
+        tree = Tree(fan_out, hosts_per_host=1)
+        hosts = [f"host-{n}" for n in (0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3)]
+        rng.shuffle(hosts)
+        for host in hosts:
+            tree.joins(host)
+        assert max(map(len, chain(tree).values())) == 1
+        crossing = [s for s in tree.members.spheres.values() if tree.members.host_of(s.parent) != s.member.host]
+        assert len({s.member.host for s in crossing}) == 3
+        assert mending_moves(tree.members, 0.0, most=32) == []
+        assert len(crossing) == 3 or fan_out == 2  # one each, but where control's own host fills its places
+
+
+def test_without_a_limit_every_host_hangs_where_there_is_room_first() -> None:
+    tree = Tree(12)
+    for host in ("host-1", "host-2", "host-3"):
+        tree.joins(host)
+    assert chain(tree) == {HOME: {"host-1", "host-2", "host-3"}}
+
+
+def test_hosts_that_a_loss_has_left_on_control_form_a_chain_again() -> None:
+    tree = Tree(12, hosts_per_host=1)
+    for host in ("host-1", "host-1", "host-2", "host-2", "host-3"):
+        tree.joins(host)
+    assert tree.shape() == {"s-1": CONTROL, "s-2": "s-1", "s-3": "s-1", "s-4": "s-3", "s-5": "s-3"}
+    tree.ends("s-1")
+    for orphan in ("s-2", "s-3"):
+        tree.opens(orphan, CONTROL)
+    assert chain(tree) == {HOME: {"host-1", "host-2"}, "host-2": {"host-3"}}
+    # host-2 carries host-3 already: the other is moved, to the end of the chain
+    assert mending_moves(tree.members, 0.0, most=8) == [("s-2", "s-5")]
+    assert tree.members.hosts_below("host-3") == ["host-1"]  # promised
+    assert mending_moves(tree.members, 0.0, most=8) == []
+    tree.opens("s-2", "s-5")
+    assert chain(tree) == {HOME: {"host-2"}, "host-2": {"host-3"}, "host-3": {"host-1"}}
+    assert mending_moves(tree.members, 0.0, most=8) == []
+
+
+def test_a_host_that_nobody_may_carry_reaches_control_all_the_same() -> None:
+    tree = Tree(12, hosts_per_host=1)
+    tree.joins("host-1", address="")  # a dead end
+    assert tree.members.parent_of(tree.joins("host-2")) == CONTROL
+    assert mending_moves(tree.members, 0.0, most=8) == [("s-1", "s-2")]
+    tree.opens("s-1", "s-2")
+    assert mending_moves(tree.members, 0.0, most=8) == []
+
+
+def test_a_deep_chain_of_hosts_is_no_tree_out_of_shape() -> None:
+    tree = Tree(12, hosts_per_host=1)
+    for n in range(9):
+        tree.joins(f"host-{n + 1}")
+    assert max(tree.members.levels) == 9
+    assert mending_moves(tree.members, 0.0, most=8) == []
+    assert dict(move for batch in batches(tree.members) for move in batch) == tree.shape()
 
 
 def test_the_deepest_are_moved_up_when_that_gains_two_levels() -> None:
