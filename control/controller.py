@@ -34,6 +34,7 @@ from spheres.blocks import Block
 from spheres.config import NodeConfig
 from spheres.errors import ArmillaryError, CheckpointError, GradientError, RunStateError
 from spheres.hub import EVALUATE, TRAIN, Array, Work
+from spheres.numerics import Run, in_turn
 from spheres.tensors import aligned_zeros
 from spheres.v1 import checkpoint_pb2
 
@@ -384,7 +385,7 @@ class Controller:
         hub, term = self._hub, self.tree.term
         hub.seal()
 
-        def apply(announce: Callable[[], None] = _nothing, progress: Callable[[], None] = _nothing) -> Update:
+        def apply(run: Run, announce: Callable[[], None] = _nothing, progress: Callable[[], None] = _nothing) -> Update:
             return self._updater.apply(
                 hub.weights,
                 self._gradient,
@@ -394,12 +395,14 @@ class Controller:
                 skipped=skipped,
                 announce=announce,
                 progress=progress,
+                run=run,
             )
 
         if self.node.manifest.size <= _INLINE_ELEMENTS:
-            return apply()
+            return apply(in_turn)
+        side_by_side = self.tree.side_by_side
         if not self._trains_next():
-            return await asyncio.to_thread(apply)
+            return await asyncio.to_thread(apply, side_by_side)
         # Children get the new version while it is being made; what they owe, which makes the step visible, after its
         # record is on disk (N18).
         loop = asyncio.get_running_loop()
@@ -411,7 +414,7 @@ class Controller:
         def progress() -> None:
             loop.call_soon_threadsafe(hub.stream)
 
-        return await asyncio.to_thread(apply, announce, progress)
+        return await asyncio.to_thread(apply, side_by_side, announce, progress)
 
     def _trains_next(self) -> bool:
         """Whether the step in hand is followed by another at once, as far as is known now."""

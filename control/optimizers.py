@@ -26,6 +26,8 @@ Array = npt.NDArray[np.float32]
 
 #: elements updated at a time: weights, gradient, state and scratch of one block stay in the cache
 BLOCK = 65_536
+#: pieces that can be updated side by side
+LANES = 2
 
 
 class _Span(NamedTuple):
@@ -41,7 +43,6 @@ class Optimizer(ABC):
     """Updates weights in place. Mutable state: ``count`` and the flat buffers of ``state()``.
 
     One update is ``begin()``, then ``update()`` over pieces that cover the buffer, in any order, each element once.
-    Not thread-safe: the pieces share one scratch block.
     """
 
     name: str
@@ -51,8 +52,8 @@ class Optimizer(ABC):
         self._size = manifest.size
         self._spans = _spans(config, manifest)
         self._starts = [span.lo for span in self._spans]
-        self._scratch = aligned_zeros(min(BLOCK, manifest.size))
-        self._scratch2 = aligned_zeros(min(BLOCK, manifest.size))
+        size = min(BLOCK, manifest.size)
+        self._scratch = [(aligned_zeros(size), aligned_zeros(size)) for _ in range(LANES)]
         #: updates begun since the start of the run
         self.count = 0
 
@@ -61,8 +62,11 @@ class Optimizer(ABC):
         self.count += 1
 
     @abstractmethod
-    def update(self, weights: Array, gradient: Array, learning_rate: float, lo: int, hi: int) -> None:
-        """Update elements ``[lo, hi)`` of the flat buffer ``weights``; ``gradient`` is left as it is."""
+    def update(self, weights: Array, gradient: Array, learning_rate: float, lo: int, hi: int, lane: int = 0) -> None:
+        """Update elements ``[lo, hi)`` of the flat buffer ``weights``; ``gradient`` is left as it is.
+
+        Two threads may update different elements at once, each in a lane of its own, from 0 to ``LANES`` - 1.
+        """
 
     @abstractmethod
     def state(self) -> dict[str, Array]:
@@ -87,10 +91,11 @@ class Optimizer(ABC):
             np.copyto(buffer, state[name])
         self.count = count
 
-    def _pieces(self, lo: int, hi: int) -> Iterator[tuple[slice, _Span, Array, Array]]:
+    def _pieces(self, lo: int, hi: int, lane: int) -> Iterator[tuple[slice, _Span, Array, Array]]:
         """Yield what of the spans lies in ``[lo, hi)``, at most a block at a time, with scratch of that length."""
         if not 0 <= lo <= hi <= self._size:
             raise ValueError(f"elements [{lo}, {hi}) are not in a buffer of {self._size}")
+        first, second = self._scratch[lane]
         for index in range(max(0, bisect_right(self._starts, lo) - 1), len(self._spans)):
             span = self._spans[index]
             if span.lo >= hi:
@@ -98,7 +103,7 @@ class Optimizer(ABC):
             end = min(hi, span.hi)
             for start in range(max(lo, span.lo), end, BLOCK):
                 stop = min(start + BLOCK, end)
-                yield slice(start, stop), span, self._scratch[: stop - start], self._scratch2[: stop - start]
+                yield slice(start, stop), span, first[: stop - start], second[: stop - start]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} count={self.count} size={self._size} spans={len(self._spans)}>"
@@ -122,9 +127,9 @@ class SGD(Optimizer):
         return {} if self._momentum is None else {"momentum": self._momentum}
 
     @np.errstate(over="ignore", invalid="ignore")  # whether weights are finite is checked, not printed
-    def update(self, weights: Array, gradient: Array, learning_rate: float, lo: int, hi: int) -> None:
+    def update(self, weights: Array, gradient: Array, learning_rate: float, lo: int, hi: int, lane: int = 0) -> None:
         momentum = np.float32(self._config.momentum)
-        for at, span, step, other in self._pieces(lo, hi):
+        for at, span, step, other in self._pieces(lo, hi, lane):
             w, g = weights[at], gradient[at]
             if span.weight_decay:
                 np.multiply(w, np.float32(span.weight_decay), out=step)
@@ -163,7 +168,7 @@ class Adam(Optimizer):
         return {"m": self._m, "v": self._v}
 
     @np.errstate(over="ignore", invalid="ignore")
-    def update(self, weights: Array, gradient: Array, learning_rate: float, lo: int, hi: int) -> None:
+    def update(self, weights: Array, gradient: Array, learning_rate: float, lo: int, hi: int, lane: int = 0) -> None:
         if self.count < 1:
             raise ValueError("begin() comes before the first update()")
         config = self._config
@@ -172,7 +177,7 @@ class Adam(Optimizer):
         epsilon = np.float32(config.epsilon)
         correction1 = 1.0 - config.beta1**self.count
         root2 = np.float32(1.0 / math.sqrt(1.0 - config.beta2**self.count))
-        for at, span, step, other in self._pieces(lo, hi):
+        for at, span, step, other in self._pieces(lo, hi, lane):
             w, g, m, v = weights[at], gradient[at], self._m[at], self._v[at]
             rate = learning_rate * span.learning_rate_scale
             if span.weight_decay and self.decoupled:

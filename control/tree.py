@@ -26,6 +26,7 @@ from spheres.errors import (
 )
 from spheres.hub import EVALUATE, Array, Hub, Work
 from spheres.lease import Lease
+from spheres.numerics import Run
 from spheres.segments import node_memory
 from spheres.summing import Summer
 from spheres.trace import Recorder
@@ -127,6 +128,11 @@ class Tree:
         self.children.drain(RefusedError("the run is over"))
         if self._listener is not None:
             await self._listener.aclose()
+
+    @property
+    def side_by_side(self) -> Run:
+        """Does work in two threads, for a third one that waits."""
+        return self._summer.wait
 
     def stop_spheres(self, reason: str) -> None:
         """Tell every sphere to end."""

@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from control.config import RunConfig
 from control.gradients import GradientDecision, Outcome, decide, outcome
-from control.optimizers import make_optimizer
+from control.optimizers import LANES, make_optimizer
 from control.schedules import learning_rate
 from spheres.errors import GradientError
-from spheres.numerics import BLOCK_ELEMENTS, crc32c, global_norm, is_finite, version_digest
+from spheres.numerics import BLOCK_ELEMENTS, Run, crc32c, global_norm, in_turn, is_finite, version_digest
 from spheres.task import Sums
 from spheres.tensors import Manifest
 from spheres.weights import Weights
@@ -68,13 +69,14 @@ class Updater:
         rate: float | None = None,
         announce: Callable[[], None] = lambda: None,
         progress: Callable[[], None] = lambda: None,
+        run: Run = in_turn,
     ) -> Update:
         """Turn the summed ``gradient`` into its clipped mean and the weights into version ``step + 1``, in place.
 
         What it updates is the float32 master, ``weights.flat``; what spheres see of it is made by ``weights.publish``.
 
         Every decision comes before the first change (N16). Then ``announce`` is called, and ``progress`` whenever more
-        of the new version may be read, the last time when it is whole.
+        of the new version may be read, the last time when it is whole. ``run`` may do what it is given side by side.
 
         ``sums`` None: no microbatch has a gradient. ``skipped`` of them were left out. ``rate`` None: the schedule's.
         Of a skipped step the next version is the same bytes, and the optimizer counts nothing. Raises GradientError,
@@ -87,7 +89,7 @@ class Updater:
         checksum, decision = 0, None
         if sums is not None:
             checksum = crc32c(gradient)
-            norm = global_norm(manifest, gradient)
+            norm = global_norm(manifest, gradient, run)
             decision = decide(norm, sums.count, clip_norm=config.clip_norm, clip_value=config.clip_value)
         decided = outcome(
             config.on_nonfinite,
@@ -107,16 +109,25 @@ class Updater:
         announce()
         if decision is not None:
             self.optimizer.begin()
+        finite = [True] * LANES
         chunk, count = weights.config.chunk_elements, weights.config.chunk_count
-        for first in range(0, count, _CHUNKS):
-            lo, hi = first * chunk, min((first + _CHUNKS) * chunk, gradient.size)
+
+        def renew(first: int, lane: int) -> None:
+            """Make some chunks of the new version."""
+            end = min(first + _CHUNKS, count)
+            lo, hi = first * chunk, min(end * chunk, gradient.size)
             if decision is not None:
                 decision.apply(gradient, lo, hi)
-                self.optimizer.update(weights.flat, gradient, rate, lo, hi)
-                if not is_finite(weights.flat[lo:hi]):
-                    text = f"the weights are not finite after step {step}; lower the learning rate or clip"
-                    raise GradientError(text)
-            weights.publish_through(min(first + _CHUNKS, count))
+                self.optimizer.update(weights.flat, gradient, rate, lo, hi, lane)
+                finite[lane] = finite[lane] and is_finite(weights.flat[lo:hi])
+            weights.prepare(first, end)
+
+        for first in range(0, count, LANES * _CHUNKS):
+            starts = range(first, min(first + LANES * _CHUNKS, count), _CHUNKS)
+            run([partial(renew, start, lane) for lane, start in enumerate(starts)])
+            if not all(finite):
+                raise GradientError(f"the weights are not finite after step {step}; lower the learning rate or clip")
+            weights.offer(min(first + LANES * _CHUNKS, count))
             progress()
         weights.seal()
         progress()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import crc32c as _crc32c
@@ -21,12 +21,13 @@ from spheres.tensors import Manifest
 
 __all__ = [
     "BLOCK_ELEMENTS",
-    "NormSum",
+    "Run",
     "TensorStatistics",
     "add_sums",
     "clip_value",
     "crc32c",
     "global_norm",
+    "in_turn",
     "is_finite",
     "mean",
     "scale",
@@ -76,44 +77,41 @@ def _square_sum(block: Array, scratch: Wide) -> float:
     return float(np.add.reduce(wide))
 
 
-class NormSum:
-    """The global norm of a flat buffer, gathered as the buffer fills from its start (N16).
+#: does pieces of work that know nothing of each other, in any order or side by side, and returns when all are done
+Run = Callable[[Sequence[Callable[[], None]]], None]
 
-    The result depends on the contents alone, not on how ``advance`` was called. Mutable state: the next block, the
-    sum of the present tensor, the sum of the tensors before it.
+
+def in_turn(works: Sequence[Callable[[], None]]) -> None:
+    """Do one after the other."""
+    for work in works:
+        work()
+
+
+def global_norm(manifest: Manifest, flat: Array, run: Run = in_turn) -> float:
+    """Return the Euclidean norm over all tensors, padding excluded; finite exactly when every element is.
+
+    The squares of each block are summed apart, two halves of the blocks side by side where ``run`` can; the result does
+    not depend on that.
     """
+    blocks = [list(_blocks(spec.offset, spec.size)) for spec in manifest.tensors]
+    every = [block for of_tensor in blocks for block in of_tensor]
+    sums = [0.0] * len(every)
 
-    def __init__(self, manifest: Manifest, flat: Array) -> None:
-        self._flat = flat
-        self._pending = (
-            (block, block.stop == spec.offset + spec.size)
-            for spec in manifest.tensors
-            for block in _blocks(spec.offset, spec.size)
-        )
-        self._next = next(self._pending, None)
-        self._scratch = np.empty(min(BLOCK_ELEMENTS, flat.size), np.float64)
-        self._tensor = 0.0
-        self._total = 0.0
+    def part(start: int, stop: int) -> None:
+        scratch = np.empty(min(BLOCK_ELEMENTS, flat.size), np.float64)
+        for index in range(start, stop):
+            sums[index] = _square_sum(flat[every[index]], scratch)
 
-    def advance(self, filled: int) -> None:
-        """Take in what can be: the first ``filled`` elements of the buffer are final."""
-        while self._next is not None and self._next[0].stop <= filled:
-            block, last = self._next
-            self._tensor += _square_sum(self._flat[block], self._scratch)
-            if last:
-                self._total += self._tensor
-                self._tensor = 0.0
-            self._next = next(self._pending, None)
-
-    def norm(self) -> float:
-        """Return the norm, taking in all that is left; it is finite exactly when every element is."""
-        self.advance(self._flat.size)
-        return math.sqrt(self._total)
-
-
-def global_norm(manifest: Manifest, flat: Array) -> float:
-    """Return the Euclidean norm over all tensors, padding excluded; finite exactly when every element is."""
-    return NormSum(manifest, flat).norm()
+    middle = len(every) // 2
+    run([lambda: part(0, middle), lambda: part(middle, len(every))])
+    total, done = 0.0, 0
+    for of_tensor in blocks:
+        tensor = 0.0
+        for value in sums[done : done + len(of_tensor)]:
+            tensor += value
+        total += tensor
+        done += len(of_tensor)
+    return math.sqrt(total)
 
 
 @dataclass(frozen=True, slots=True)

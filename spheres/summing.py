@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from spheres.narrow import add_rounded
+from spheres.narrow import add_rounded, from_wire
 from spheres.tensors import aligned_zeros
 
 __all__ = ["Expression", "Summer", "add_up", "chunk_scratch"]
@@ -49,7 +49,7 @@ def _value(expression: Expression, part: slice, out: Array, depth: int, dtype: s
         elements = expression[part]
         if elements.dtype == np.float32:
             return elements
-        np.left_shift(elements, 16, out=out.view(np.uint32), dtype=np.uint32)
+        from_wire(elements.data.cast("B"), "bfloat16", out)
         return out
     left = _value(expression[0], part, out, depth, dtype)
     right = _value(expression[1], part, _scratch(depth)[: out.size], depth + 1, dtype)
@@ -104,6 +104,11 @@ class Summer:
 
         for work in works:
             self._pool.submit(work).add_done_callback(finished)
+
+    def wait(self, works: Sequence[Callable[[], None]]) -> None:
+        """Have work done side by side, and return when all is done; for a thread that is none of these."""
+        for future in [self._pool.submit(work) for work in works]:
+            future.result()
 
     def close(self) -> None:
         """Wait for nobody: what is being summed is nobody's any more."""

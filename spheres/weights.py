@@ -202,7 +202,8 @@ class Weights:
     def publish(self, *, term: int, version: int) -> None:
         """The buffer was written in place (by control's update, or a restore): make it ``version``."""
         self.announce(term=term, version=version)
-        self.publish_through(len(self._checksums))
+        self.prepare(0, len(self._checksums))
+        self.offer(len(self._checksums))
         self.seal()
 
     def announce(self, *, term: int, version: int) -> None:
@@ -211,19 +212,22 @@ class Weights:
         self.previous_digest, self.digest = self.digest or self.previous_digest, b""
         self.term, self.version = term, version
 
-    def publish_through(self, chunks: int) -> None:
-        """The first so many chunks are final: round them to the run's type, take their checksums, let them be sent.
+    def prepare(self, first: int, end: int) -> None:
+        """Chunks ``first`` to ``end`` - 1 are final: round them to the run's type, and take their checksums.
 
-        For any thread, one at a time.
+        For any thread, several at once.
         """
         flat, served = self.flat, self.served
-        for index in range(self.arrived, chunks):
+        for index in range(first, end):
             part = slice(index * self.config.chunk_elements, (index + 1) * self.config.chunk_elements)
             if served is not flat:
                 served[part] = flat[part]
                 round_in_place(served[part], self.config.weights_dtype)
             self._checksums[index] = crc32c(to_wire(served[part], self.config.weights_dtype))
-            self.arrived = index + 1
+
+    def offer(self, end: int) -> None:
+        """Chunks before ``end`` are prepared: they may be sent."""
+        self.arrived = end
 
     def seal(self) -> None:
         """Every chunk is published: the version is whole."""
