@@ -95,6 +95,8 @@ class Hub:
         self.watchdog = Watchdog(config.patience_seconds)
         self._capacity = self.ledger.capacity
         self._down_bytes = 0
+        # when the present version of the weights began to come
+        self._arriving_since = 0.0
 
     def __repr__(self) -> str:
         return f"Hub({self.id}, {self.work}, frontier {self.ledger.frontier}, {len(self.children)} children)"
@@ -208,7 +210,7 @@ class Hub:
             self._wake_children()
         if message.HasField("weights_footer"):
             self.weights.finish(message.weights_footer.digest)
-            self.phases.add("send_down", self.gradients.elapsed)
+            self.phases.add("send_down", perf_counter() - self._arriving_since)
             self._wake_children()
             self._compute()
             self._flow()
@@ -286,6 +288,7 @@ class Hub:
             weights.term = work.term
         else:
             if not header.from_chunk:
+                self._arriving_since = perf_counter()
                 for child in self.children.values():
                     child.outbox.abort()
             weights.begin(
