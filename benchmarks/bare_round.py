@@ -7,6 +7,7 @@ with as many bytes, and control adds them as they arrive. `benchmarks/step.py` r
 """
 
 import asyncio
+import contextlib
 import json
 import sys
 import time
@@ -103,7 +104,8 @@ async def control(n: int, size: int, rounds: int) -> list[float]:
     finally:
         await server.stop(0)
         for process in children:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):  # it saw the server go, and ended
+                process.kill()
             await process.wait()
 
 

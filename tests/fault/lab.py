@@ -1,9 +1,9 @@
 """A network on one machine: hosts are network namespaces, one process is their switch and their cables.
 
 Linux, as root, with `ip` (Debian: iproute2) and /dev/net/tun; the kernel needs no netem. Host N has one interface,
-eth0, with the address 10.77.0.N and no way out of the lab, and a /dev/shm of its own. `python tests/fault/lab.py 3`
-makes three hosts and takes commands from its standard input, each answered by one line; when that ends it kills what
-runs on the hosts and removes them:
+eth0, with the address 10.77.0.N and no way out of the lab, and cannot map the memory of another host's processes.
+`python tests/fault/lab.py 3` makes three hosts and takes commands from its standard input, each answered by one line;
+when that ends it kills what runs on the hosts and removes them:
 
     slow N MS MBIT PERCENT   cable of host N, each direction: delay, rate (0: any), loss
     cut N [from|to]          nothing comes through any more, or only nothing from it, or to it
@@ -26,7 +26,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from typing import Any
 
 __all__ = ["Lab", "missing"]
 
-TUN, SHARED_MEMORY = Path("/dev/net/tun"), Path("/dev/shm")
+TUN = Path("/dev/net/tun")
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 #: what a drop-tail queue holds, in seconds of its rate
 _QUEUE_SECONDS = 0.1
@@ -249,10 +248,9 @@ class Lab:
         self._count = count
         self._hosts: list[str] = []
         self._processes: list[subprocess.Popen[str]] = []
-        self._memory = Path()
+        self._keepers: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Lab:
-        self._memory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}-lab-", dir=SHARED_MEMORY))
         # A session of its own: what kills a test by its process group leaves it to see the end of its input.
         self._switch = subprocess.Popen(
             [sys.executable, __file__, str(self._count)],
@@ -268,7 +266,26 @@ class Lab:
         if not self._hosts:
             with self._switch:
                 raise RuntimeError(f"the lab cannot be made: {self._switch.stderr.read()}")
+        try:
+            for host in self._hosts:
+                self._keep(host)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
+
+    def _keep(self, host: str) -> None:
+        """Give a host a user namespace, which lives as long as this process of it does.
+
+        All hosts are one kernel, and what one process can open of another's below /proc is shared memory to them:
+        payload would go past the network. Processes of two user namespaces cannot.
+        """
+        words = ("ip", "netns", "exec", host, "unshare", "--user", "--map-root-user", "sh", "-c", "echo; exec cat")
+        keeper = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._keepers.append(keeper)
+        assert keeper.stdout is not None
+        if not keeper.stdout.readline():
+            raise RuntimeError("the lab cannot be made: no user namespaces")
 
     @property
     def switch_pid(self) -> int:
@@ -281,6 +298,8 @@ class Lab:
         return tuple(self._hosts)
 
     def __exit__(self, *_: object) -> None:
+        for keeper in self._keepers:
+            keeper.communicate()  # its input ends, and so does it
         try:
             self._switch.communicate(timeout=20)  # closes its input, and waits until all is removed
         except subprocess.TimeoutExpired:
@@ -289,7 +308,6 @@ class Lab:
         for process in self._processes:
             process.kill()
             process.communicate()
-        shutil.rmtree(self._memory, ignore_errors=True)
 
     def kill(self) -> None:
         """Kill the switch, as a fault: the hosts stay behind, without a network."""
@@ -309,11 +327,7 @@ class Lab:
 
     def start(self, host: int, words: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         """Start a command on a host; it is killed with the lab."""
-        # Hosts share no memory: what is meant for the network would go past it. `ip netns exec` has left the mounts of
-        # the machine already, so this one is seen by the command alone.
-        memory = self._memory / str(host)
-        memory.mkdir(exist_ok=True)
-        inside = ["sh", "-c", f'mount --bind "$0" {SHARED_MEMORY} && exec "$@"', str(memory)]
+        inside = ["nsenter", "--user", "--target", str(self._keepers[host - 1].pid), "--"]
         command = ["ip", "netns", "exec", self._hosts[host - 1], *inside, *words]
         process = subprocess.Popen(command, text=True, start_new_session=True, **options)
         self._processes.append(process)
