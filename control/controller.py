@@ -417,7 +417,9 @@ class Controller:
         return await asyncio.to_thread(apply, side_by_side, announce, progress)
 
     def _trains_next(self) -> bool:
-        """Whether the step in hand is followed by another at once, as far as is known now."""
+        """Whether the step in hand is followed by another at once, as far as is known now, and weights then travel."""
+        if all(child.outbox.carrier.together() for child in self._hub.children.values()):
+            return False  # they lie where their readers are
         following = self.step + 1
         if self._failure is not None or self._stop_reason is not None or self._requests or self._pause:
             return False

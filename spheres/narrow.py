@@ -5,6 +5,7 @@ Rounding is to nearest even. Pure, safe from several threads at once; when somet
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import ml_dtypes
@@ -90,7 +91,7 @@ def round_and_check(array: Array, dtype: str, *, checksum: bool = False) -> tupl
             if narrow:
                 _round(block, scratch)
             # rounded to the end, so that whoever looks for the tensors sees them all
-            finite = finite and bool(np.logical_and.reduce(np.isfinite(block)))
+            finite = finite and _is_finite(block)
             if checksum:
                 crc = crc32c(block, crc)
     return finite, crc
@@ -116,6 +117,14 @@ def add_rounded(left: Array, right: Array, out: Array, dtype: str, *, checksum: 
             if checksum:
                 crc = crc32c(block, crc)
     return crc
+
+
+def _is_finite(block: Array) -> bool:
+    """Whether all of a block is finite: it is where its sum of squares is, which BLAS has in half the time.
+
+    Where squares have overflowed each element is looked at. In which order BLAS adds makes no difference.
+    """
+    return math.isfinite(np.dot(block, block)) or bool(np.logical_and.reduce(np.isfinite(block)))
 
 
 def _blocks(size: int) -> Iterator[slice]:

@@ -133,10 +133,11 @@ class Outbox:
         weights, index = self._weights, self._cursor
         assert index is not None
         count = weights.config.chunk_count
-        if index < count and index >= weights.arrived:
+        together = self.carrier.together()
+        # nothing is gained by a reference to a part: it costs as much as one to all of it, and moves nothing
+        if index < count and (index >= weights.arrived or (together and not weights.complete)):
             return None
-        # by reference all that is here goes at once, inline one chunk
-        last = weights.complete and (index >= count - 1 or self.carrier.together())
+        last = weights.complete and (index >= count - 1 or together)
         if last:
             message.weights_footer.digest = weights.digest
             self.holds = (weights.term, weights.version, weights.digest)

@@ -1,4 +1,7 @@
-"""The next version streams down while control is still making it (N18): the same bits, whatever comes in between."""
+"""The next version streams down while control is still making it (N18): the same bits, whatever comes in between.
+
+Where weights travel: in shared memory they lie where they are read.
+"""
 
 import asyncio
 import json
@@ -45,14 +48,11 @@ def expected(types):
     return reference(task(), config(**types)).weights_sha256
 
 
-@pytest.mark.parametrize("wire", WIRES)
-def test_weights_are_on_their_way_before_their_step_is_in_the_journal(
-    wire, types, expected, run, tmp_path, monkeypatch
-):
+def test_weights_are_on_their_way_before_their_step_is_in_the_journal(types, expected, run, tmp_path, monkeypatch):
     early: list[int] = []
 
     async def train() -> str:
-        async with tree_of(config(wire=wire, **types), tmp_path) as tree:
+        async with tree_of(config(wire="inline", **types), tmp_path) as tree:
             hub, append = tree.tree.hub, Journal.append
             before = 0
 
@@ -90,13 +90,12 @@ def test_an_evaluation_a_pause_a_restore_and_a_stop_come_in_between(wire, types,
     assert [e["step"] for e in events if e["event"] == "evaluation"] == [3, 3, 6, 8]
 
 
-@pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("who", ["s-1", "s-4"])
-def test_a_sphere_is_lost_while_the_next_version_is_on_its_way(who, wire, types, expected, run, tmp_path, monkeypatch):
+def test_a_sphere_is_lost_while_the_next_version_is_on_its_way(who, types, expected, run, tmp_path, monkeypatch):
     """An inner one, whose children are left with half a version, and a leaf."""
 
     async def train() -> str:
-        async with tree_of(config(wire=wire, **types), tmp_path) as tree:
+        async with tree_of(config(wire="inline", **types), tmp_path) as tree:
             hub = tree.tree.hub
             announce = hub.announce
             lost: list[asyncio.Task[None]] = []
@@ -115,10 +114,9 @@ def test_a_sphere_is_lost_while_the_next_version_is_on_its_way(who, wire, types,
     assert run(train()) == expected
 
 
-@pytest.mark.parametrize("wire", WIRES)
-def test_a_stop_after_the_announcement_ends_the_run_there(wire, run, tmp_path, monkeypatch):
+def test_a_stop_after_the_announcement_ends_the_run_there(run, tmp_path, monkeypatch):
     async def train() -> tuple[RunState, int]:
-        async with tree_of(config(wire=wire), tmp_path) as tree:
+        async with tree_of(config(wire="inline"), tmp_path) as tree:
             controller, hub = tree.controller, tree.tree.hub
             announce = hub.announce
 
