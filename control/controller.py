@@ -604,9 +604,10 @@ class Controller:
             passed_over: list[str] = []
             snapshot = await asyncio.to_thread(self.checkpoints.load, name or None, passed_over.append)
             self.tell_passed_over(passed_over)
+            # before anything is changed: under the old term spheres would take what comes now for what they had
+            self.tree.term = await asyncio.to_thread(self._raise_term)
             self.load(snapshot)
             self._started = time.monotonic()
-            self.tree.term = await asyncio.to_thread(self._raise_term)
         finally:
             self._hub.weights.publish(term=self.tree.term, version=self.step)
             self._move(before)

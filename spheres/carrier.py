@@ -80,8 +80,15 @@ class Carrier(Protocol):
         """Find the place for a piece's sum; on the loop."""
         ...
 
-    def begin(self) -> None:
-        """A new attempt: what was sent for the one before is read no more."""
+    def begin(self, *, attempt: bool) -> None:
+        """A new step, of which the parent has let go what was sent for the one before; or a new attempt of this one.
+
+        Then a sum of the parent's may be under way that counts as sent, and reads on.
+        """
+        ...
+
+    def let_go(self) -> None:
+        """The child begins a new attempt: what it has sent so far is read no more, but for what is being read now."""
         ...
 
     def gradient(self, reference: pb.GradientReference) -> Array:
@@ -100,7 +107,7 @@ class Inline:
         data = weights.frame(tag, first) if tag else None
         if data is None:
             data = encode_with_chunk(message, *weights.chunk(first))
-            if tag:
+            if tag and weights.intact:
                 weights.keep_frame(tag, first, data)
         return data, first, _elements(self._config, first, first) * wire_itemsize(self._config.weights_dtype)
 
@@ -128,7 +135,10 @@ class Inline:
         )
         return encode_with_chunk(piece.message, chunk, payload), len(payload)
 
-    def begin(self) -> None:
+    def begin(self, *, attempt: bool) -> None:
+        pass
+
+    def let_go(self) -> None:
         pass
 
     def gradient(self, reference: pb.GradientReference) -> Array:
@@ -138,8 +148,8 @@ class Inline:
 class Shared:
     """Payload in shared memory. Mutable state: segments for sums, and those of the other end that are mapped.
 
-    A sum of chunk ``i`` lies at ``i`` modulo twice the window: chunks that the parent may still be reading are those of
-    one window below its frontier, and credit ends one window above it (N6, N19).
+    A sum of chunk ``i`` lies at ``i`` modulo twice the window: within an attempt, chunks that the parent may still be
+    reading are those of one window below its frontier, and credit ends one window above it (N6, N19).
     """
 
     def __init__(self, config: NodeConfig, memory: Memory) -> None:
@@ -187,8 +197,13 @@ class Shared:
                 add_up(expression, out, self._config.gradient_dtype)
         return piece.message.SerializeToString(), 4 * _elements(self._config, piece.first, piece.last)
 
-    def begin(self) -> None:
+    def begin(self, *, attempt: bool) -> None:
         self._areas.clear()
+        if attempt:
+            self._rings.clear()  # what was sent keeps its place, others are made
+
+    def let_go(self) -> None:
+        self._attached.clear()
 
     def _ring(self, block: Block) -> Segment:
         area = self._areas.setdefault(block, len(self._areas))

@@ -85,8 +85,10 @@ def _last_field(data: bytes, position: int) -> tuple[int, int] | None:
                 position += 1
                 length |= (byte & 0x7F) << shift
                 shift += 7
-                if byte <= 0x7F or shift > 35:
+                if byte <= 0x7F:
                     break
+                if shift >= 35:
+                    return None
             if key == _KEY_15[0]:
                 return (start, position) if position + length == end else None
             position += length

@@ -202,8 +202,6 @@ class Hub:
             )
         if message.HasField("weights_chunk"):
             self.weights.put(message.weights_chunk, payload)
-            if raw and self.children:
-                self._keep_frame(message, raw)
             self._wake_children()
         if message.HasField("weights_reference"):
             self.weights.refer(message.weights_reference)
@@ -214,6 +212,8 @@ class Hub:
             self._wake_children()
             self._compute()
             self._flow()
+        if raw and self.children and message.HasField("weights_chunk"):
+            self._keep_frame(message, raw)
         if message.HasField("credit"):
             self._try(lambda: self.ledger.credit(message.credit.attempt, message.credit.through_chunk))
             self.wake_up()
@@ -229,8 +229,10 @@ class Hub:
         """Pass a chunk on in the bytes in which it came, where there is nothing else for this node in them."""
         names = {field.name for field, _ in message.ListFields()}
         index = message.weights_chunk.index
-        if names <= {"tag", "weights_chunk", "weights_footer"} and (
-            "weights_footer" in names or index < self.config.chunk_count - 1
+        if (
+            names <= {"tag", "weights_chunk", "weights_footer"}
+            and message.tag == self.tag
+            and ("weights_footer" in names or index < self.config.chunk_count - 1)
         ):
             self.weights.keep_frame(self.tag.SerializeToString(), index, raw)
 
@@ -313,7 +315,7 @@ class Hub:
         """A new step: drop all of the old one (N14), then give out the new one."""
         self.work, self.version = work, version
         self.tag = self._tag()
-        self._recall()
+        self._recall(attempt=False)
         if self._unit is not None:
             self._unit.cancelled = True
         self._unit = self._failure = None
@@ -531,6 +533,7 @@ class Hub:
         for action in actions:
             match action:
                 case SendBegin(child, attempt, from_chunk):
+                    self.children[child].outbox.carrier.let_go()
                     begin = pb.Begin(attempt=attempt, from_chunk=from_chunk)
                     self.children[child].outbox.step(pb.WorkResponse(tag=self.tag, begin=begin))
                 case SendAssign(child, attempt, from_chunk, blocks):
@@ -569,16 +572,20 @@ class Hub:
         """Have a batch summed: a small one here, a large one beside the loop, one at a time."""
         self._batch = batch
         if batch.elements <= _INLINE_ELEMENTS or self.hooks.run is None:
-            for work in batch.works:
-                work()
-            self._summed(batch)
+            try:
+                for work in batch.works:
+                    work()
+            except Exception as error:  # noqa: BLE001 - for want of memory, for one: as beside the loop
+                self._batch = None
+                self.hooks.broken(error)
+            else:
+                self._summed(batch)
             return
 
         def done(error: BaseException | None) -> None:
-            if error is not None:
+            if error is not None and not batch.recalled:
                 self._batch = None
-                if not batch.recalled:
-                    self.hooks.broken(error)
+                self.hooks.broken(error)
                 return
             self._summed(batch)
             self._flow()
@@ -597,10 +604,10 @@ class Hub:
         if not self.root and self.ledger.finished:
             self._finished()
 
-    def _recall(self) -> None:
-        """What was claimed for the parent is of the past: another attempt, step or session."""
+    def _recall(self, *, attempt: bool = True) -> None:
+        """What was claimed for the parent is of the past: another attempt or session, or a new step."""
         self._ready.clear()
-        self.gradients.carrier.begin()
+        self.gradients.carrier.begin(attempt=attempt)
         if self._batch is not None:
             self._batch.recalled = True
 
@@ -619,7 +626,7 @@ class Hub:
         block = self.ledger.next_unit()
         if block is None:
             return
-        self._unit = Unit(block, self.work.step, self.work.kind == TRAIN)
+        self._unit = Unit(block, self.work.step, self.work.kind == TRAIN, reads=self.weights.mark)
         self._worker.submit(self._unit, self.weights.views, self._computed)
 
     def _computed(self, unit: Unit, result: Held | Failure | None) -> None:
@@ -629,12 +636,13 @@ class Hub:
                 self._worker.release(result)
             return
         self._unit = None
-        if not self.weights.intact:
-            # Read while they were being overwritten: that step is sealed (N15), and this says nothing (N19).
+        if not unit.reads.intact:
+            # Overwritten while they were read: that step is sealed (N15), or they came anew; this says nothing (N19).
             self.counts.refused["torn"] += 1
             self.ledger.spoilt(unit.block)
             if isinstance(result, Held):
                 self._worker.release(result)
+            self._compute()
             return
         self.phases.add("compute", unit.seconds)
         self.counts.microbatches += unit.microbatches

@@ -321,9 +321,11 @@ class Ledger:
         self.computing = None
 
     def spoilt(self, block: Block) -> None:
-        """The block was computed on weights that were being overwritten: its step is sealed, nobody waits for it."""
+        """The block was computed on weights that were being overwritten; where it is owed still, it is computed anew."""
         assert block == self.computing
         self.computing = None
+        if self.slots.get(block) == SELF:
+            self.queue.insert(0, block)
 
     def laggards(self, available: Callable[[Block, int], bool]) -> frozenset[str]:
         """Return who has not given its part of the frontier's chunk, where somebody else has nothing to do (N12)."""

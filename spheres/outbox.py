@@ -69,6 +69,7 @@ class Outbox:
         A header that waits is dropped with the rest: it would go out with the next version's chunks under the old tag.
         """
         self._cursor = self._header = self._credit = None
+        self.holds = None  # it may come again, the same bytes in another place
         self._steps.clear()
 
     def step(self, message: pb.WorkResponse) -> None:
@@ -122,7 +123,10 @@ class Outbox:
         self._version = (weights.term, weights.version)
         header.from_chunk = self._cursor
         if weights.config.chunk_count == 1 or self.carrier.together():
-            return self._go_on(message) or message.SerializeToString()
+            data = self._go_on(message)
+            if data is None and self._cursor is None:
+                return None  # it ended as it began
+            return data or message.SerializeToString()
         return message.SerializeToString()
 
     def _go_on(self, message: pb.WorkResponse, tag: bytes = b"") -> bytes | None:
@@ -147,7 +151,6 @@ class Outbox:
             if not weights.intact:
                 # They lie with another, who overwrites them by now: their step is sealed (N15), nobody waits for it.
                 self.abort()
-                self.holds = None
                 return None
             self._cursor = None if last else through + 1
             self.sent_bytes += size

@@ -89,11 +89,12 @@ def _close(fd: int, pid: int) -> None:
 
 
 class Attached:
-    """A segment of another process, mapped for reading. Raises SegmentError where there is none of that name."""
+    """A segment of another process, mapped for reading. Raises SegmentError where there is none of that name.
 
-    def __init__(self, name: pb.Segment) -> None:
-        self.name = pb.Segment()
-        self.name.CopyFrom(name)  # of its own: a part of a message would keep the whole of it
+    ``keep``: keep it open, so that others can find it here when its maker is gone; ``name`` then says so.
+    """
+
+    def __init__(self, name: pb.Segment, *, keep: bool = False) -> None:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
             fd = os.open(f"/proc/{name.pid}/fd/{name.fd}", flags)
@@ -106,9 +107,13 @@ class Attached:
         except (OSError, ValueError) as error:
             raise SegmentError(f"cannot map memory of process {name.pid}: {error}") from None
         finally:
-            os.close(fd)
+            if keep:
+                weakref.finalize(self, _close, fd, os.getpid())
+            else:
+                os.close(fd)
         if len(self._map) < HEADER_BYTES or len(name.nonce) != _NONCE_BYTES or self._map[:_NONCE_BYTES] != name.nonce:
             raise SegmentError(f"memory of process {name.pid} is not what was named: another nonce")
+        self.name = pb.Segment(pid=os.getpid(), fd=fd, nonce=name.nonce) if keep else name
         self._words = np.frombuffer(self._map, np.int64, 1, _NONCE_BYTES)
         elements = (len(self._map) - HEADER_BYTES) // 4
         #: read-only

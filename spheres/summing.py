@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -90,7 +90,7 @@ class Summer:
 
         def finished(future: Future[None]) -> None:
             nonlocal left
-            error = future.exception()
+            error = asyncio.CancelledError() if future.cancelled() else future.exception()
             with lock:
                 left -= 1
                 if error is not None:
@@ -107,7 +107,9 @@ class Summer:
 
     def wait(self, works: Sequence[Callable[[], None]]) -> None:
         """Have work done side by side, and return when all is done; for a thread that is none of these."""
-        for future in [self._pool.submit(work) for work in works]:
+        futures = [self._pool.submit(work) for work in works]
+        wait(futures)
+        for future in futures:
             future.result()
 
     def close(self) -> None:

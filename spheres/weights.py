@@ -8,6 +8,7 @@ sees by its generation that it is being overwritten, and publishes nothing that 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,16 +17,31 @@ from spheres.config import NodeConfig
 from spheres.errors import ChecksumError, DecodeError
 from spheres.narrow import from_wire, round_in_place, to_wire, wire_itemsize
 from spheres.numerics import crc32c, version_digest
-from spheres.segments import Attached, Memory, Segment, key_of
+from spheres.segments import Attached, Memory, Segment
 from spheres.tensors import aligned_zeros
 from spheres.v1 import work_pb2 as pb
 
-__all__ = ["Weights"]
+__all__ = ["Mark", "Weights"]
 
 Array = npt.NDArray[np.float32]
 
 #: bytes of encoded chunks that are kept for other children
 _FRAME_BYTES = 8 << 20
+
+
+class Mark(NamedTuple):
+    """A version in memory that another may overwrite, or in this node's own (None)."""
+
+    attached: Attached | None = None
+    generation: int = 0
+
+    @property
+    def intact(self) -> bool:
+        """Whether nobody has begun to overwrite it.
+
+        To be asked after reading, before anything that follows from it is published (N19).
+        """
+        return self.attached is None or self.attached.generation == self.generation
 
 
 class Weights:
@@ -93,12 +109,14 @@ class Weights:
         return self._views
 
     @property
-    def intact(self) -> bool:
-        """Whether nobody has begun to overwrite what was read here since it was whole; always, in a buffer of its own.
+    def mark(self) -> Mark:
+        """What is read here now; to be asked after reading whether it was intact (N19)."""
+        return Mark(self._attached, self._generation)
 
-        To be asked after reading, before anything that follows from it is published (N19).
-        """
-        return self._attached is None or self._attached.generation == self._generation
+    @property
+    def intact(self) -> bool:
+        """Whether nobody has begun to overwrite what lies here; always, in a buffer of its own."""
+        return self.mark.intact
 
     @property
     def held(self) -> bool:
@@ -160,8 +178,8 @@ class Weights:
         if self._memory is None:
             raise DecodeError("weights by reference; this node said that it takes none")
         attached = self._attached
-        if attached is None or key_of(attached.name) != key_of(reference.segment):
-            attached = Attached(reference.segment)
+        if attached is None or attached.name.nonce != reference.segment.nonce:
+            attached = Attached(reference.segment, keep=True)
         if attached.array.size < self.config.manifest.size:
             raise DecodeError(f"a segment of {attached.array.nbytes} bytes is none of the weights")
         if first and (attached is not self._attached or reference.generation != self._generation):
@@ -179,6 +197,7 @@ class Weights:
             raise DecodeError(f"weights v{self.version} end after {self.arrived} of {len(self._checksums)} chunks")
         own = version_digest(self.config.manifest.digest, self._checksums)
         if own != digest:
+            self.arrived = 0  # none of it can be gone on from
             raise ChecksumError(f"weights v{self.version}: digest {own.hex()} is not the footer's {digest.hex()}")
         self.digest, self.complete = digest, True
         if self._attached is None and self._segment is not None:

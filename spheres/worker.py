@@ -72,6 +72,8 @@ class Unit:
     block: Block
     step: int
     train: bool
+    #: the weights that it is computed on
+    reads: Mark = Mark()
     cancelled: bool = False
     samples: int = 0
     microbatches: int = 0
