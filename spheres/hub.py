@@ -281,8 +281,11 @@ class Hub:
             raise ProtocolError("weights of another layout")
         blocks = self._owed(message.assign, work.kind) if message.HasField("assign") else None
         if header.held_digest:
-            if not weights.held or (version, header.held_digest) != (weights.version, weights.digest):
+            if not weights.complete or (version, header.held_digest) != (weights.version, weights.digest):
                 raise ProtocolError(f"the parent takes weights v{version} as held; held: {weights!r}")
+            if not weights.intact:
+                # They lay with another, who has overwritten them since the hello: the next hello says so.
+                raise LinkClosedError(f"weights v{version} are held no more")
             weights.term = work.term
         else:
             if not header.from_chunk:

@@ -94,11 +94,12 @@ class Weights:
 
     @property
     def intact(self) -> bool:
-        """Whether nobody has begun to overwrite what was read here since it was whole; always, in a buffer of its own.
+        """Whether nobody has begun to overwrite what has arrived here; always, in a buffer of its own.
 
         To be asked after reading, before anything that follows from it is published (N19).
         """
-        return self._attached is None or self._attached.generation == self._generation
+        # one below: its owner is still writing this very version, of which these chunks are final
+        return self._attached is None or 0 <= self._generation - self._attached.generation <= 1
 
     @property
     def held(self) -> bool:
@@ -195,7 +196,7 @@ class Weights:
     def _next_generation(self) -> int:
         self._allocate()
         now = 0 if self._segment is None else self._segment.generation
-        return now + 2 - now % 2
+        return now + 2 + now % 2  # never that of a version which was not finished
 
     # ---- control's own
 
