@@ -80,8 +80,11 @@ class Carrier(Protocol):
         """Find the place for a piece's sum; on the loop."""
         ...
 
-    def begin(self) -> None:
-        """A new attempt: what was sent for the one before is read no more."""
+    def begin(self, *, attempt: bool) -> None:
+        """A new step, of which the parent has let go what was sent for the one before; or a new attempt of this one.
+
+        Then a sum of the parent's may be under way that counts as sent, and reads on.
+        """
         ...
 
     def gradient(self, reference: pb.GradientReference) -> Array:
@@ -128,7 +131,7 @@ class Inline:
         )
         return encode_with_chunk(piece.message, chunk, payload), len(payload)
 
-    def begin(self) -> None:
+    def begin(self, *, attempt: bool) -> None:
         pass
 
     def gradient(self, reference: pb.GradientReference) -> Array:
@@ -139,7 +142,7 @@ class Shared:
     """Payload in shared memory. Mutable state: segments for sums, and those of the other end that are mapped.
 
     A sum of chunk ``i`` lies at ``i`` modulo twice the window: chunks that the parent may still be reading are those of
-    one window below its frontier, and credit ends one window above it (N6, N19).
+    one window below its frontier, and credit ends one window above it (N6, N19). A new attempt makes new rings.
     """
 
     def __init__(self, config: NodeConfig, memory: Memory) -> None:
@@ -187,8 +190,10 @@ class Shared:
                 add_up(expression, out, self._config.gradient_dtype)
         return piece.message.SerializeToString(), 4 * _elements(self._config, piece.first, piece.last)
 
-    def begin(self) -> None:
+    def begin(self, *, attempt: bool) -> None:
         self._areas.clear()
+        if attempt:
+            self._rings.clear()  # what was sent keeps its place, others are made
 
     def _ring(self, block: Block) -> Segment:
         area = self._areas.setdefault(block, len(self._areas))

@@ -312,7 +312,7 @@ class Hub:
         """A new step: drop all of the old one (N14), then give out the new one."""
         self.work, self.version = work, version
         self.tag = self._tag()
-        self._recall()
+        self._recall(attempt=False)
         if self._unit is not None:
             self._unit.cancelled = True
         self._unit = self._failure = None
@@ -596,10 +596,10 @@ class Hub:
         if not self.root and self.ledger.finished:
             self._finished()
 
-    def _recall(self) -> None:
-        """What was claimed for the parent is of the past: another attempt, step or session."""
+    def _recall(self, *, attempt: bool = True) -> None:
+        """What was claimed for the parent is of the past: another attempt or session, or a new step."""
         self._ready.clear()
-        self.gradients.carrier.begin()
+        self.gradients.carrier.begin(attempt=attempt)
         if self._batch is not None:
             self._batch.recalled = True
 
