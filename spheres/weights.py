@@ -51,6 +51,8 @@ class Weights:
         self.digest = b""
         self.previous_digest = b""
         self._checksums = [0] * config.chunk_count
+        # so many chunks of the version that begins to arrive lie here already
+        self._known = 0
         # the generation of the segment in which the version is whole
         self._generation = 0
         self._views: Mapping[str, Array] | None = None
@@ -119,6 +121,8 @@ class Weights:
             if (term, version, from_chunk) != (self.term, self.version, self.arrived):
                 raise DecodeError(f"weights v{version} go on at chunk {from_chunk}; held: {self!r}")
         else:
+            again = (term, version) == (self.term, self.version) and self._attached is None
+            self._known = max(self.arrived, self._known) if again else 0
             self.arrived = 0
         self.term, self.version, self.previous_digest = term, version, previous_digest
         self.complete = False
@@ -143,12 +147,16 @@ class Weights:
         checksum = crc32c(data)
         if checksum != chunk.crc32c:
             raise ChecksumError(f"weights chunk {index} of v{self.version} does not fit its checksum")
-        if index == 0:
+        if index < self._known and checksum == self._checksums[index]:
+            # Sent again on a new link. Nothing is overwritten: children on other links read on.
+            self.arrived = index + 1
+            return
+        if index == 0 or index < self._known:
             self._overwrite()
         elif self._attached is not None:
             raise DecodeError(f"weights chunk {index} of v{self.version} came in a message, those before by reference")
         from_wire(data, self.config.weights_dtype, out=self._allocate()[first : first + size])
-        self._checksums[index] = checksum
+        self._checksums[index], self._known = checksum, 0
         self.arrived = index + 1
 
     def refer(self, reference: pb.WeightsReference) -> None:
