@@ -94,7 +94,8 @@ def send(sender: Carrier, config: NodeConfig, first: int, last: int, *sources: A
             sender.reserve(one)
             data, size = sender.encode(one)
             assert size == sum(
-                chunk_of(config, sources[0], i).size * (4 if sender.together() or config.gradient_dtype == "float32" else 2)
+                chunk_of(config, sources[0], i).size
+                * (4 if sender.together() or config.gradient_dtype == "float32" else 2)
                 for i in range(low, high + 1)
             )
             found.append(data)
@@ -506,5 +507,3 @@ def test_the_data_of_a_large_chunk_are_a_view_of_the_message(kind: Any) -> None:
     assert payload.obj is data
     _, payload = decode_with_chunk(kind, encode_with_chunk(kind(), pb.Chunk(index=1), bytes(100)))
     assert payload is None
-
-

@@ -139,7 +139,9 @@ class Node:
         self.hub.wake_up = lambda: self.link.wake(UP) if self.link else None
         self.hub.hooks.stuck = lambda: self.link.cut() if self.link else None
         self.hub.hooks.clock = lambda: sim.now
-        self.hub.hooks.call_later = lambda seconds, call: sim.at(sim.now + seconds, self, lambda: (call(), sim.check(self)))
+        self.hub.hooks.call_later = lambda seconds, call: sim.at(
+            sim.now + seconds, self, lambda: (call(), sim.check(self))
+        )
         self.link: Link | None = None
         self.session = 0
         self.ancestors: list[Any] = []
