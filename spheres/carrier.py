@@ -149,7 +149,8 @@ class Shared:
     """Payload in shared memory. Mutable state: segments for sums, and those of the other end that are mapped.
 
     A sum of chunk ``i`` lies at ``i`` modulo twice the window: within an attempt, chunks that the parent may still be
-    reading are those of one window below its frontier, and credit ends one window above it (N6, N19).
+    reading are those of one window below its frontier, and credit ends one window above it (N6, N19). A new attempt
+    makes new rings.
     """
 
     def __init__(self, config: NodeConfig, memory: Memory) -> None:

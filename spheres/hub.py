@@ -636,7 +636,7 @@ class Hub:
                 self._worker.release(result)
             return
         self._unit = None
-        if not unit.reads.intact:
+        if unit.reads is not None and not unit.reads.intact:
             # Overwritten while they were read: that step is sealed (N15), or they came anew; this says nothing (N19).
             self.counts.refused["torn"] += 1
             self.ledger.spoilt(unit.block)

@@ -321,7 +321,7 @@ class Ledger:
         self.computing = None
 
     def spoilt(self, block: Block) -> None:
-        """The block was computed on weights that were being overwritten; where it is owed still, it is computed anew."""
+        """The block was computed on weights that were being overwritten: where it is owed, it is computed anew."""
         assert block == self.computing
         self.computing = None
         if self.slots.get(block) == SELF:

@@ -108,7 +108,7 @@ class Outbox:
         weights = self._weights
         header = message.weights_header
         header.manifest_digest = weights.config.manifest.digest
-        if weights.complete and self.holds == (weights.term, weights.version, weights.digest):
+        if weights.held and self.holds == (weights.term, weights.version, weights.digest):
             header.held_digest = weights.digest
             return message.SerializeToString()
         self.holds = None
@@ -122,11 +122,8 @@ class Outbox:
         self.interrupted = None
         self._version = (weights.term, weights.version)
         header.from_chunk = self._cursor
-        if weights.config.chunk_count == 1 or self.carrier.together():
-            data = self._go_on(message)
-            if data is None and self._cursor is None:
-                return None  # it ended as it began
-            return data or message.SerializeToString()
+        if weights.arrived > self._cursor and (weights.config.chunk_count == 1 or self.carrier.together()):
+            return self._go_on(message) or message.SerializeToString()
         return message.SerializeToString()
 
     def _go_on(self, message: pb.WorkResponse, tag: bytes = b"") -> bytes | None:
@@ -151,6 +148,8 @@ class Outbox:
             if not weights.intact:
                 # They lie with another, who overwrites them by now: their step is sealed (N15), nobody waits for it.
                 self.abort()
+                message.ClearField("weights_footer")
+                message.ClearField("weights_reference")
                 return None
             self._cursor = None if last else through + 1
             self.sent_bytes += size

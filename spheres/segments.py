@@ -15,6 +15,7 @@ import os
 import secrets
 import sys
 import weakref
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from spheres.errors import SegmentError
 from spheres.v1 import work_pb2 as pb
 
-__all__ = ["Attached", "Key", "Memory", "Segment", "key_of", "node_memory"]
+__all__ = ["Attached", "Key", "Mark", "Memory", "Segment", "key_of", "node_memory"]
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,22 @@ class Attached:
     @property
     def generation(self) -> int:
         return int(self._words[0])
+
+
+class Mark(NamedTuple):
+    """A version in memory that another may overwrite, or in this node's own (None)."""
+
+    attached: Attached | None = None
+    generation: int = 0
+
+    @property
+    def intact(self) -> bool:
+        """Whether nobody has begun to overwrite what has arrived of it.
+
+        To be asked after reading, before anything that follows from it is published (N19).
+        """
+        # one below: its owner is still writing this very version, of which these chunks are final
+        return self.attached is None or 0 <= self.generation - self.attached.generation <= 1
 
 
 #: what tells one segment from another

@@ -8,7 +8,6 @@ sees by its generation that it is being overwritten, and publishes nothing that 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,31 +16,16 @@ from spheres.config import NodeConfig
 from spheres.errors import ChecksumError, DecodeError
 from spheres.narrow import from_wire, round_in_place, to_wire, wire_itemsize
 from spheres.numerics import crc32c, version_digest
-from spheres.segments import Attached, Memory, Segment
+from spheres.segments import Attached, Mark, Memory, Segment
 from spheres.tensors import aligned_zeros
 from spheres.v1 import work_pb2 as pb
 
-__all__ = ["Mark", "Weights"]
+__all__ = ["Weights"]
 
 Array = npt.NDArray[np.float32]
 
 #: bytes of encoded chunks that are kept for other children
 _FRAME_BYTES = 8 << 20
-
-
-class Mark(NamedTuple):
-    """A version in memory that another may overwrite, or in this node's own (None)."""
-
-    attached: Attached | None = None
-    generation: int = 0
-
-    @property
-    def intact(self) -> bool:
-        """Whether nobody has begun to overwrite it.
-
-        To be asked after reading, before anything that follows from it is published (N19).
-        """
-        return self.attached is None or self.attached.generation == self.generation
 
 
 class Weights:
@@ -67,6 +51,8 @@ class Weights:
         self.digest = b""
         self.previous_digest = b""
         self._checksums = [0] * config.chunk_count
+        # so many chunks of the version that begins to arrive lie here already
+        self._known = 0
         # the generation of the segment in which the version is whole
         self._generation = 0
         self._views: Mapping[str, Array] | None = None
@@ -136,6 +122,8 @@ class Weights:
             if (term, version, from_chunk) != (self.term, self.version, self.arrived):
                 raise DecodeError(f"weights v{version} go on at chunk {from_chunk}; held: {self!r}")
         else:
+            again = (term, version) == (self.term, self.version) and self._attached is None
+            self._known = max(self.arrived, self._known) if again else 0
             self.arrived = 0
         self.term, self.version, self.previous_digest = term, version, previous_digest
         self.complete = False
@@ -160,12 +148,16 @@ class Weights:
         checksum = crc32c(data)
         if checksum != chunk.crc32c:
             raise ChecksumError(f"weights chunk {index} of v{self.version} does not fit its checksum")
-        if index == 0:
+        if index < self._known and checksum == self._checksums[index]:
+            # Sent again on a new link. Nothing is overwritten: children on other links read on.
+            self.arrived = index + 1
+            return
+        if index == 0 or index < self._known:
             self._overwrite()
         elif self._attached is not None:
             raise DecodeError(f"weights chunk {index} of v{self.version} came in a message, those before by reference")
         from_wire(data, self.config.weights_dtype, out=self._allocate()[first : first + size])
-        self._checksums[index] = checksum
+        self._checksums[index], self._known = checksum, 0
         self.arrived = index + 1
 
     def refer(self, reference: pb.WeightsReference) -> None:
@@ -214,7 +206,7 @@ class Weights:
     def _next_generation(self) -> int:
         self._allocate()
         now = 0 if self._segment is None else self._segment.generation
-        return now + 2 - now % 2
+        return now + 2 + now % 2  # never that of a version which was not finished
 
     # ---- control's own
 

@@ -26,6 +26,7 @@ from spheres.narrow import add_rounded, round_and_check
 from spheres.numerics import add_sums, crc32c
 from spheres.reducer import Held, NonFinite
 from spheres.sampling import evaluation_slice
+from spheres.segments import Mark
 from spheres.task import Sums, Task
 from spheres.tensors import aligned_zeros
 
@@ -73,7 +74,7 @@ class Unit:
     step: int
     train: bool
     #: the weights that it is computed on
-    reads: Mark = Mark()
+    reads: Mark | None = None
     cancelled: bool = False
     samples: int = 0
     microbatches: int = 0

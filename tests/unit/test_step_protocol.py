@@ -1,7 +1,8 @@
 """The step protocol without a loop, a clock or a socket: whole trees of shipped hubs, driven event by event.
 
 A seed decides the tree, every delay, the faults, and so the order of everything. Replaced are the compute thread and
-the links; the messages are the real bytes. Rules N1 to N17 and invariants I1 to I12 are those of docs/protocol.md.
+the links; the messages are the real bytes. A seed decides the wire of each edge, too, and whether sums are done beside
+the loop. Rules N1 to N21 and invariants I1 to I13 are those of docs/protocol.md.
 By hand: ``python tests/unit/test_step_protocol.py --seeds 5000``.
 """
 
@@ -14,22 +15,28 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
+import spheres.hub
 from spheres.blocks import Block
+from spheres.carrier import Carrier, Inline, Shared
 from spheres.config import PROTOCOL_VERSION, NodeConfig
-from spheres.errors import ProtocolError
-from spheres.frames import blocks_to, decode
+from spheres.errors import LinkClosedError, ProtocolError, SegmentError
+from spheres.frames import blocks_to, decode_with_chunk
 from spheres.hub import EVALUATE, TRAIN, Child, Hub, Outgoing, Work
+from spheres.narrow import round_in_place
 from spheres.outbox import Outbox
 from spheres.reducer import Held
 from spheres.sampling import evaluation_slice
+from spheres.segments import Memory
 from spheres.task import Sums
-from spheres.tensors import Manifest
+from spheres.tensors import Manifest, aligned_zeros
 from spheres.v1 import work_pb2 as pb
-from spheres.worker import Failure, Unit
+from spheres.weights import Weights
+from spheres.worker import Failure, Pool, Unit
 from tests.invariants import HubWatch
 
 #: elements per row; a chunk is whole rows
@@ -38,6 +45,12 @@ UP, DOWN = 0, 1
 #: far more than any seed needs
 MOST_EVENTS = 300_000
 CONTROL = "control"
+
+
+def offer_through(weights: Weights, end: int) -> None:
+    """Control's next chunks are final."""
+    weights.prepare(weights.arrived, end)
+    weights.offer(end)
 
 
 def canonical(total: int, leaf: Callable[[int], Any], add: Callable[[Any, Any], Any], lo: int = 0) -> Any:
@@ -57,10 +70,15 @@ def add_plain(left: Sums, right: Sums) -> Sums:
 
 
 class InlineWorker:
-    """The compute thread: takes its time, reads half of the weights when it starts and half when it ends."""
+    """The compute thread: takes its time, reads half of the weights when it starts and half when it ends.
+
+    A gradient that it gets back is spoilt at once: who reads it still, and says what it read, shows.
+    """
 
     def __init__(self, node: Node) -> None:
         self.node, self.sim = node, node.sim
+        allocate = aligned_zeros if node.memory is None else node.memory.allocate
+        self.pool = Pool(node.sim.weights_size, allocate)
         self.free_at = 0.0
         self.given: dict[int, Held] = {}
 
@@ -85,7 +103,11 @@ class InlineWorker:
         array = None
         if unit.train:
             sim.computed.update((unit.step, m) for m in range(*block))
-            array = canonical(block.width, lambda m: sim.gradient(now, unit.step, m), np.add, block.lo)
+            array = canonical(block.width, lambda m: sim.gradient(now, unit.step, m), sim.add, block.lo)
+        if array is not None:
+            out = self.pool.take()
+            out[:] = array
+            array = out
         held = Held(array, sums)
         if array is not None:
             self.given[id(array)] = held
@@ -95,6 +117,13 @@ class InlineWorker:
     def release(self, held: Held) -> None:
         if held.array is not None:
             assert self.given.pop(id(held.array)) is held, "released twice"
+            before = len(self.pool)
+            self.pool.give_back(held.array)
+            if len(self.pool) > before:
+                held.array.fill(np.nan)
+
+    def retire(self) -> None:
+        self.pool.retire()
 
     def close(self) -> None: ...
 
@@ -104,14 +133,22 @@ class Node:
         self.sim, self.id, self.incarnation = sim, name, incarnation
         self.alive = True
         self.slowness = sim.rng.choice([1, 1, 1, 1, 8, 60])
+        self.host = sim.wires.choice(sim.hosts)
+        self.memory = Memory() if self.host else None
         self.worker = None if relay or name == CONTROL else InlineWorker(self)
-        self.hub = Hub(sim.config, name, incarnation=incarnation, worker=self.worker)  # type: ignore[arg-type]
+        self.hub = Hub(sim.config, name, incarnation=incarnation, worker=self.worker, memory=self.memory)  # type: ignore[arg-type]
+        #: how long its sums take beside the loop
+        self.beside = sim.beside * sim.wires.choice([0.1, 1.0, 1.0, 10.0])
+        if sim.beside:
+            self.hub.hooks.run = self.sum_beside
         self.held_to = HubWatch(self.hub, None if self.worker is None else self.worker.given)
         self.hub.address = name
         self.hub.wake_up = lambda: self.link.wake(UP) if self.link else None
         self.hub.hooks.stuck = lambda: self.link.cut() if self.link else None
         self.hub.hooks.clock = lambda: sim.now
-        self.hub.hooks.call_later = lambda seconds, call: sim.at(sim.now + seconds, self, call)
+        self.hub.hooks.call_later = lambda seconds, call: sim.at(
+            sim.now + seconds, self, lambda: (call(), sim.check(self))
+        )
         self.link: Link | None = None
         self.session = 0
         self.ancestors: list[Any] = []
@@ -120,6 +157,26 @@ class Node:
         self.leaving = False
         #: highest (incarnation, session) taken of each child (N1)
         self.orders: dict[str, tuple[int, int]] = {}
+
+    def sum_beside(self, works: Any, done: Callable[[BaseException | None], None]) -> None:
+        """Each work when it likes; then the loop is told."""
+        sim = self.sim
+        left = len(works)
+
+        def finish(work: Callable[[], None]) -> None:
+            nonlocal left
+            work()
+            left -= 1
+            if not left:
+                sim.later(0.3 * self.beside, self, told)
+
+        def told() -> None:
+            sim.stats["sums beside the loop"] += 1
+            done(None)
+            sim.check(self)
+
+        for work in works:
+            sim.later(self.beside, self, lambda work=work: finish(work))
 
     # ---- the child's end, as spheres.parent has it
 
@@ -141,18 +198,22 @@ class Node:
             incarnation=self.incarnation,
             parent_id=where.id,
             parent_incarnation=where.incarnation,
-            holds_weights=hub.weights.complete,
+            holds_weights=hub.weights.held,
             weights_version=max(0, hub.weights.version),
             weights_digest=hub.weights.digest,
             held=blocks_to(hub.held()),
             capacity=hub.ledger.capacity,
             address=hub.address,
+            weights_chunks_held=hub.weights.resumable,
+            weights_term=hub.weights.term,
         )
+        if self.memory is not None:
+            hello.segment.CopyFrom(self.memory.probe)
         message = pb.WorkRequest(tag=hub.tag, session=self.session, hello=hello)
         self.link.put(UP, message.SerializeToString())
 
     def from_parent(self, link: Link, data: bytes) -> None:
-        message = decode(pb.WorkResponse, data)
+        message, payload = decode_with_chunk(pb.WorkResponse, data)
         if message.HasField("welcome"):
             if any(node.id == self.id for node in message.welcome.path):
                 link.cut()  # a circle (N11)
@@ -162,29 +223,44 @@ class Node:
                 self.hub.renewed(self.ancestors)
             else:
                 link.welcomed = True
-                self.hub.relinked(self.session, self.ancestors)
+                carrier: Carrier = Inline(self.sim.config)
+                if message.welcome.HasField("segment"):
+                    assert self.memory is not None
+                    assert self.memory.shares(message.welcome.segment)
+                    carrier = Shared(self.sim.config, self.memory)
+                self.hub.relinked(self.session, self.ancestors, carrier)
                 link.wake(UP)
             return
         if message.HasField("begin"):  # I6
             number = (message.tag.term, message.tag.step, message.tag.kind, message.begin.attempt)
             assert number > link.begun, f"begin {number} after {link.begun}"
             link.begun = number
-        self.hub.on_response(message)
+        try:
+            self.hub.on_response(message, payload, data)
+        except (LinkClosedError, SegmentError) as error:
+            # its weights were overwritten since its hello; or its parent has put them elsewhere since
+            self.sim.stats[type(error).__name__] += 1
+            link.cut(child_knows=True)
 
     # ---- the parent's end, as spheres.children has it
 
     def from_child(self, link: Link, data: bytes) -> None:
-        message = decode(pb.WorkRequest, data)
+        message, payload = decode_with_chunk(pb.WorkRequest, data)
         if link.child_record is None:
             self.accept(link, message)
             return
         record = link.child_record
         if self.hub.children.get(record.id) is record:
-            self.hub.on_request(record, message)
+            try:
+                self.hub.on_request(record, message, payload)
+            except SegmentError:
+                # it has gone, and its memory with it: the end of its link is on the way
+                assert not link.open
+                self.sim.stats["memory that has gone"] += 1
             return
         self.sim.stats["of an older session"] += 1
         before = self.picture()
-        self.hub.on_request(record, message)
+        self.hub.on_request(record, message, payload)
         assert self.picture() == before, "a frame of an older session changed something (I6)"
 
     def picture(self) -> Any:
@@ -209,7 +285,11 @@ class Node:
             self.sim.changes += 1
             hub.dismiss(older, "a newer session took its place")
             older.close(ProtocolError("a newer session took this one's place"))
-        outbox = Outbox(hub.weights)
+        shares = self.memory is not None and hello.HasField("segment") and link.ends[1].host == self.host
+        assert not shares or self.memory.shares(hello.segment)  # type: ignore[union-attr]
+        carrier = Shared(self.sim.config, self.memory) if shares else Inline(self.sim.config)  # type: ignore[arg-type]
+        self.sim.stats["shared edges" if shares else "inline edges"] += 1
+        outbox = Outbox(hub.weights, carrier)
         outbox.wake = Wake(lambda: link.wake(DOWN))  # type: ignore[assignment]
         link.child_record = Child(
             id=hello.sphere_id,
@@ -355,8 +435,11 @@ class Simulation:
         self.count = 0
         self.stats: Counter[str] = Counter()
 
-        def choose(name: str, *values: Any) -> Any:
-            value = rng.choice(values)
+        #: of its own, so that a seed stays what it was on the inline wire
+        wires = self.wires = random.Random(f"wires {seed}")
+
+        def choose(name: str, *values: Any, of: random.Random = rng) -> Any:
+            value = of.choice(values)
             return fixed.get(name, value)
 
         big = choose("big", *[False] * 19, True)
@@ -379,6 +462,14 @@ class Simulation:
         self.mix["join"] += 0.5
         self.relays = choose("relays", 0.0, 0.1, 0.5)
         self.weights_size = rows * ROW
+        #: "" shares nothing with anybody
+        self.hosts = choose("hosts", [""], ["a"], ["a"], ["a", "b"], ["", "a", "a", "b"], of=wires)
+        #: how long a sum beside the loop takes; 0: it is done on the loop
+        self.beside = choose("beside", 0.0, 0.3, 3.0, of=wires)
+        #: whether children get the next version while it is made
+        self.streams = choose("streams", False, True, of=wires)
+        dtypes = choose("dtypes", *[("float32", "float32")] * 3, ("bfloat16", "float32"), ("bfloat16",) * 2, of=wires)
+        self.narrow = dtypes[0] == "bfloat16"
         batch = choose("batch", self.total * 2 + 1, self.total * 3, max(1, self.total // 2))
         self.config = NodeConfig(
             run_id="run",
@@ -390,7 +481,11 @@ class Simulation:
             test_size=choose("test_size", 3, 40),
             chunk_bytes=ROW * 4 * per_chunk,
             window=self.window,
+            gradient_dtype=dtypes[0],
+            weights_dtype=dtypes[1],
         )
+        # so that windows are smaller than the model: a cached property
+        vars(self.config)["shared_window"] = min(self.window * wires.choice([1, 1, 2]), max(self.window, rows))
         self.step = -1
         self.changes = 0
         self.changes_before = 0
@@ -423,6 +518,12 @@ class Simulation:
         self.at(self.now + self.rng.random() * scale, node, act)
 
     def run(self) -> None:
+        with patch.object(spheres.hub, "_INLINE_ELEMENTS", 0):
+            self.run_all()
+        for node in self.nodes.values():
+            self.stats["torn"] += node.hub.counts.refused["torn"]
+
+    def run_all(self) -> None:
         self.later(20.0, self.root, self.next_step)
         # Counted in events, about as many as an undisturbed run of this size has; some close to each other.
         edges, chunks = len(self.nodes) - 1, self.config.chunk_count
@@ -567,10 +668,11 @@ class Simulation:
         if not train:
             self.later(2.0, self.root, self.train)
             return
-        plain = canonical(total, lambda m: self.gradient(hub.weights.flat, step, m), np.add)
+        plain = canonical(total, lambda m: self.gradient(hub.weights.served, step, m), self.add)
         counts = self.gradient_sum.reshape(-1, ROW)[:, -1]
         mask = float(sum(1 << m for m in range(total) if self.config.sampler.count(step, m)))
-        assert (counts == mask).all(), f"step {step}: microbatches lost or counted twice: {set(counts)} not {mask}"
+        if not self.narrow:
+            assert (counts == mask).all(), f"step {step}: microbatches lost or counted twice: {set(counts)} not {mask}"
         assert (self.gradient_sum.view(np.uint32) == plain.view(np.uint32)).all(), f"step {step}: wrong order"
         if not self.disturbed and not self.relays:
             assert hub.ledger.attempts == 0, "N5: attempt 0 needs neither Begin nor Ready"
@@ -582,6 +684,9 @@ class Simulation:
         """The optimizer's thread: it writes the weights while the loop goes on, and publishes them at the end."""
         weights, half = self.root.hub.weights, self.weights_size // 2
         new = np.float32(0.5) * weights.flat + np.float32(0.001) * self.gradient_sum
+        if self.streams:
+            self.stream(new)
+            return
         weights.flat[:half] = new[:half]
 
         def finish() -> None:
@@ -590,6 +695,28 @@ class Simulation:
             self.later(self.pause, self.root, self.next_step)
 
         self.later(1.0, self.root, finish)
+
+    def stream(self, new: Any) -> None:
+        """As the controller does it: announce the next version, publish it chunk by chunk, seal it."""
+        hub, size, step = self.root.hub, self.config.chunk_elements, self.step
+        weights = hub.weights
+        weights.announce(term=1, version=step + 1)
+        if step + 1 < self.steps:
+            hub.announce(Work(1, step + 1, EVALUATE))
+
+        def go_on(index: int) -> None:
+            if index == self.config.chunk_count:
+                weights.seal()
+                hub.stream()
+                self.later(self.pause, self.root, self.next_step)
+                return
+            weights.flat[index * size : (index + 1) * size] = new[index * size : (index + 1) * size]
+            offer_through(weights, index + 1)
+            hub.stream()
+            self.check(self.root)
+            self.later(1.0, self.root, lambda: go_on(index + 1))
+
+        self.later(1.0, self.root, lambda: go_on(0))
 
     def contributions(self, hub: Hub) -> None:
         parts = hub.gradients.contributions(Block(0, hub.ledger.total))
@@ -610,7 +737,14 @@ class Simulation:
         out = base + weights * np.float32(1 + index % 3)
         out[::ROW] = -0.0
         out[ROW - 1 :: ROW] = float(1 << index)
+        round_in_place(out, self.config.gradient_dtype)
         return out
+
+    def add(self, left: Any, right: Any) -> Any:
+        """A node of the canonical sum."""
+        total = left + right
+        round_in_place(total, self.config.gradient_dtype)
+        return total
 
     def sums(self, step: int, index: int, *, train: bool) -> Sums | None:
         if train:
@@ -746,7 +880,7 @@ def test_a_parent_that_gives_out_a_step_which_its_child_has_begun_already(seed: 
         nonlocal moved
         if simulation.step == 1 and early.hub.ledger.held and early.hub.work.step == 1 and not moved:
             assert late.link is not None
-            assert late.hub.work.step == 0
+            assert (late.hub.work.step, late.hub.work.kind) < (1, TRAIN)  # its weights may be on their way
             moved = True
             early.ancestors = list(late.hub.path)
             simulation.cut(early, child_knows=True)
@@ -799,6 +933,25 @@ def test_frames_of_an_older_session_change_nothing(seed: int) -> None:
     simulation.watch = watch
     simulation.run()
     assert leaf.session > first
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_sum_that_is_under_way_while_children_begin_anew_reads_what_they_sent(seed: int) -> None:
+    """N4, N19: it counts as sent and is not recalled; what children have sent lies where it lay."""
+    names = {"p": CONTROL, "c": "p", "l": "c", "x": "p", "y": CONTROL}
+    fixed: dict[str, Any] = {"delay": 0.1, "compute": 0.3, "room": 8, "test_size": 0, "window": 4, "rows": 4}
+    simulation = small_tree(seed, names, hosts=["a"], beside=0.01, dtypes=("float32", "float32"), **fixed)
+    parent, child, victim = (simulation.nodes[name] for name in ("p", "c", "x"))
+    parent.beside, child.beside = 200.0, 0.01
+    victim.slowness = 500  # something is always open where it is lost
+
+    def watch() -> None:
+        if victim.alive and parent.hub._batch is not None and len(parent.hub.ledger.obligations) > 1:
+            simulation.stats["in time"] += 1
+            simulation.kill(victim)
+
+    simulation.watch = watch
+    simulation.run()
 
 
 @pytest.mark.parametrize("seed", range(12))
