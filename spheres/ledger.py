@@ -380,7 +380,10 @@ class Ledger:
         actions: list[Action] = []
         for child, edge in self.edges.items():
             through = after + edge.window - 1
-            if edge.assigned and through > edge.credit and edge.credit < self.chunks - 1:
+            # Half a window at a time: a message for each chunk costs more than it brings. A child that has sent all
+            # that it may gets some, since then the frontier is a whole window further.
+            enough = through >= min(edge.credit + max(1, edge.window // 2), self.chunks - 1)
+            if edge.assigned and through > edge.credit and edge.credit < self.chunks - 1 and enough:
                 edge.credit = through
                 actions.append(SendCredit(child, edge.attempt, through))
         return actions
