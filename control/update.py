@@ -88,8 +88,13 @@ class Updater:
             rate = learning_rate(config.schedule, config.learning_rate, step, self._total_steps)
         checksum, decision = 0, None
         if sums is not None:
-            checksum = crc32c(gradient)
-            norm = global_norm(manifest, gradient, run)
+            checksums = [0]
+
+            def check() -> None:
+                checksums[0] = crc32c(gradient)
+
+            norm = global_norm(manifest, gradient, lambda works: run([check, *works]))
+            checksum = checksums[0]
             decision = decide(norm, sums.count, clip_norm=config.clip_norm, clip_value=config.clip_value)
         decided = outcome(
             config.on_nonfinite,
@@ -114,13 +119,16 @@ class Updater:
 
         def renew(first: int, lane: int) -> None:
             """Make some chunks of the new version."""
-            end = min(first + _CHUNKS, count)
-            lo, hi = first * chunk, min(end * chunk, gradient.size)
-            if decision is not None:
-                decision.apply(gradient, lo, hi)
-                self.optimizer.update(weights.flat, gradient, rate, lo, hi, lane)
-                finite[lane] = finite[lane] and is_finite(weights.flat[lo:hi])
-            weights.prepare(first, end)
+            for index in range(first, min(first + _CHUNKS, count)):
+                if decision is not None:
+                    end = min((index + 1) * chunk, gradient.size)
+                    # everything that is done to a block while it is in the cache
+                    for lo in range(index * chunk, end, BLOCK_ELEMENTS):
+                        hi = min(lo + BLOCK_ELEMENTS, end)
+                        decision.apply(gradient, lo, hi)
+                        self.optimizer.update(weights.flat, gradient, rate, lo, hi, lane)
+                        finite[lane] = finite[lane] and is_finite(weights.flat[lo:hi])
+                weights.prepare(index, index + 1)
 
         for first in range(0, count, LANES * _CHUNKS):
             starts = range(first, min(first + LANES * _CHUNKS, count), _CHUNKS)

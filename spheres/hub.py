@@ -644,7 +644,7 @@ class Hub:
                 self._worker.release(result)
             self._compute()
             return
-        self.phases.add("compute", unit.seconds)
+        self.phases.add("compute", unit.seconds, str(unit.block))
         self.counts.microbatches += unit.microbatches
         self.counts.samples += unit.samples
         if isinstance(result, Failure):
@@ -696,5 +696,5 @@ class Hub:
 
     def went_up(self, item: Outgoing, seconds: float) -> None:
         """Note that a gradient message has left."""
-        self.phases.add("send_up", seconds)
+        self.phases.add("send_up", seconds, f"{item.payload_bytes} bytes")
         self.counts.up_bytes += item.payload_bytes
