@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/step.py [--json] [--steps N] [--wire auto] [--only empty|real]
 
 First a model of 10 KB on 4 spheres at fan-out 2, whose gradient is 16 microbatches of 4 samples; and an empty task
-(256 bytes, whose gradient is nothing) on 8 spheres at fan-out 3.
+(256 bytes, whose gradient is nothing; and one of 10 KB) on 8 spheres at fan-out 3.
 
 Then a real task, the perceptron of fashion-mnist on 4 spheres at batch 2048 and 256 (--short: that of digits). Outside
 compute is the time from commit to commit less the time that 4 processes, which exchange nothing, take for the same
@@ -37,6 +37,7 @@ from spheres.task import load_task
 TREES = (
     (4, 2, "10 KB", {"parameters": "2500"}),
     (8, 3, "empty", {"parameters": "64", "tensors": "1", "empty": "true"}),
+    (8, 3, "empty, 10 KB", {"parameters": "2500", "empty": "true"}),
 )
 #: the first steps are of processes that warm up
 WARM_UP, REAL_WARM_UP = 50, 5

@@ -53,6 +53,8 @@ class Piece:
 class Carrier(Protocol):
     """What differs between the wires."""
 
+    #: as people call it
+    name: str
     #: W of this edge, in chunks (N6)
     window: int
 
@@ -98,6 +100,8 @@ class Carrier(Protocol):
 
 class Inline:
     """Payload in the messages."""
+
+    name = "inline"
 
     def __init__(self, config: NodeConfig) -> None:
         self._config = config
@@ -152,6 +156,8 @@ class Shared:
     reading are those of one window below its frontier, and credit ends one window above it (N6, N19). A new attempt
     makes new rings.
     """
+
+    name = "shm"
 
     def __init__(self, config: NodeConfig, memory: Memory) -> None:
         self._config, self._memory = config, memory

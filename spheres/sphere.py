@@ -357,6 +357,7 @@ class Sphere:
             peak_resident_bytes=peak,
             children_count=len(hub.children),
             activity=hub.activity,
+            wire=hub.gradients.carrier.name,
         )
 
     def _reports(self, most: int) -> list[common_pb2.SphereReport]:

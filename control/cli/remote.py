@@ -200,7 +200,9 @@ def _sphere_line(sphere: pb.Sphere) -> str:
     age = sphere.report_age.ToNanoseconds() / 1e9
     texts = [
         f"{sphere.sphere_id} {sphere.state}" + (f" ({sphere.reason})" if sphere.reason else ""),
-        f"{report.role} on {report.host}:{report.pid}" if report.host else "",
+        f"{report.role} on {report.host}:{report.pid}{f', {report.wire}' if report.wire else ''}"
+        if report.host
+        else "",
         f"weights {report.weights_version}",
         f"{report.samples_count:,} samples",
         f"{report.resident_bytes / 2**20:.0f} MiB" if report.resident_bytes else "",

@@ -266,6 +266,7 @@ class SphereReport(_message.Message):
     PEAK_RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     CHILDREN_COUNT_FIELD_NUMBER: _builtins.int
     ACTIVITY_FIELD_NUMBER: _builtins.int
+    WIRE_FIELD_NUMBER: _builtins.int
     sphere_id: _builtins.str
     """The sphere."""
     incarnation: _builtins.int
@@ -300,6 +301,8 @@ class SphereReport(_message.Message):
     """Children with an open link."""
     activity: _builtins.str
     """What it is doing, in words, for `status`."""
+    wire: _builtins.str
+    """How its payload goes to its parent and comes from it: inline or shm."""
     @_builtins.property
     def phase_seconds(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Seconds per phase in this incarnation."""
@@ -330,10 +333,11 @@ class SphereReport(_message.Message):
         peak_resident_bytes: _builtins.int = ...,
         children_count: _builtins.int = ...,
         activity: _builtins.str = ...,
+        wire: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "address", b"address", "children_count", b"children_count", "host", b"host", "incarnation", b"incarnation", "microbatches_count", b"microbatches_count", "parent_id", b"parent_id", "peak_resident_bytes", b"peak_resident_bytes", "phase_seconds", b"phase_seconds", "pid", b"pid", "refused_counts", b"refused_counts", "resident_bytes", b"resident_bytes", "role", b"role", "samples_count", b"samples_count", "sent_down_bytes", b"sent_down_bytes", "sent_up_bytes", b"sent_up_bytes", "sphere_id", b"sphere_id", "weights_digest", b"weights_digest", "weights_version", b"weights_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "address", b"address", "children_count", b"children_count", "host", b"host", "incarnation", b"incarnation", "microbatches_count", b"microbatches_count", "parent_id", b"parent_id", "peak_resident_bytes", b"peak_resident_bytes", "phase_seconds", b"phase_seconds", "pid", b"pid", "refused_counts", b"refused_counts", "resident_bytes", b"resident_bytes", "role", b"role", "samples_count", b"samples_count", "sent_down_bytes", b"sent_down_bytes", "sent_up_bytes", b"sent_up_bytes", "sphere_id", b"sphere_id", "weights_digest", b"weights_digest", "weights_version", b"weights_version", "wire", b"wire"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
