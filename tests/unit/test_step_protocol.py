@@ -25,7 +25,7 @@ from spheres.blocks import Block
 from spheres.carrier import Carrier, Inline, Shared
 from spheres.config import PROTOCOL_VERSION, NodeConfig
 from spheres.errors import LinkClosedError, ProtocolError, SegmentError
-from spheres.frames import blocks_to, decode, decode_with_chunk
+from spheres.frames import blocks_to, decode_with_chunk
 from spheres.hub import EVALUATE, TRAIN, Child, Hub, Outgoing, Work
 from spheres.narrow import round_in_place
 from spheres.outbox import Outbox
