@@ -48,11 +48,14 @@ class Machines:
     def place(self, pid: int) -> str:
         return self.places[self.processes[pid - 1000].name]
 
+    def dead(self, name: pb.Segment) -> bool:
+        return self.processes[name.pid - 1000].dead
+
     def find(self, name: pb.Segment) -> VirtualSegment:
         here = current_process()
         assert here is not None
         found = self.segments.get((name.pid, name.fd))
-        if found is None or self.processes[name.pid - 1000].dead:
+        if found is None or self.dead(name):
             raise SegmentError(f"cannot open memory of process {name.pid}")
         assert found.name == name
         # what a container hides from this process, though that one may see this one's
@@ -84,10 +87,15 @@ class VirtualAttached(Attached):
     """A segment as another process sees it."""
 
     def __init__(self, name: pb.Segment, machines: Machines) -> None:
-        self._segment = machines.find(name)
+        self._machines, self._segment = machines, machines.find(name)
         self.name, self._words = self._segment.name, self._segment._words
         self.array = self._segment.array
         self.array.flags.writeable = False
+
+    @property
+    def findable(self) -> bool:
+        machines = self._machines
+        return machines.segments.get((self.name.pid, self.name.fd)) is self._segment and not machines.dead(self.name)
 
 
 class VirtualMemory(Memory):
@@ -221,8 +229,9 @@ def machines(found: Machines, *, window: int, sums: float, streams: float, rng: 
         (spheres.carrier, "Attached", attached),
         (NodeConfig, "shared_window", window),
     ]
+    # never a thread of the shipped ones: it would know no virtual time
+    places += [(spheres.hub, "_INLINE_ELEMENTS", 0 if sums else 1 << 62)]
     if sums:
-        places += [(spheres.hub, "_INLINE_ELEMENTS", 0)]
         places += [(module, "Summer", lambda: VirtualSummer(rng, sums)) for module in (spheres.sphere, control.tree)]
     if streams:
         places += [(control.controller, "_INLINE_ELEMENTS", 0), (control.controller, "asyncio", Steps(rng, streams))]
