@@ -281,6 +281,18 @@ def test_only_the_first_assignment_rides_on_the_header() -> None:
     assert [m.assign.attempt for m in messages] == [0, 0, 1]
 
 
+def test_an_assignment_of_a_later_attempt_does_not_ride_on_a_header_that_comes_again() -> None:
+    """The child would take it for attempt 0's, and its parent all that it sends for stale."""
+    outbox = Outbox(whole(2))
+    outbox.holds = (1, 1, whole(2).digest)
+    outbox.header(tag())
+    outbox.step(begin(1))
+    following(outbox)
+    outbox.header(tag())
+    outbox.step(assign(1))
+    assert [fields(m) for m in following(outbox)] == [["weights_header"], ["assign"]]
+
+
 def test_a_begin_ends_what_waits_of_the_attempt_before() -> None:
     outbox = Outbox(whole(1))
     outbox.step(begin(1))
