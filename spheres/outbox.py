@@ -73,10 +73,11 @@ class Outbox:
         self._steps.clear()
 
     def step(self, message: pb.WorkResponse) -> None:
-        """Add begin or assign. The first assign rides on the header (N5); a begin ends all that waits before it."""
+        """Add begin or assign. That of attempt 0 rides on the header (N5); a begin ends all that waits before it."""
         if message.HasField("begin"):
             self._steps.clear()
-        if self._header is not None and message.HasField("assign") and not self._steps:
+        first = message.HasField("assign") and message.assign.attempt == 0
+        if self._header is not None and first and not self._steps:
             self._header.assign.CopyFrom(message.assign)
         else:
             self._steps.append(message)

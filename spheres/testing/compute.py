@@ -32,6 +32,7 @@ class VirtualWorker:
     """Stands for ``spheres.worker.Worker``.
 
     ``seconds`` gives the time that a unit takes. ``computed`` hears of each microbatch whose gradient was computed.
+    A buffer that comes back is spoilt at once: who reads it still, and says what it read, shows in the bits.
     Mutable state: the buffers, when it is free again, the gradients that it has given and not got back.
     """
 
@@ -42,10 +43,11 @@ class VirtualWorker:
         *,
         seconds: Callable[[Unit], float],
         computed: Callable[[int, int], None] = lambda _step, _index: None,
+        allocate: Callable[[int], Array] = aligned_zeros,
     ) -> None:
         self._config, self._seconds, self._told = config, seconds, computed
         self._computer = Computer(config, task)
-        self._pool = Pool(config.manifest.size, aligned_zeros)
+        self._pool = Pool(config.manifest.size, allocate)
         self.busy_until = 0.0
         self.given: dict[int, Held] = {}
         self._closed = False
@@ -82,7 +84,10 @@ class VirtualWorker:
     def release(self, held: Held) -> None:
         if held.array is not None:
             assert self.given.pop(id(held.array)) is held, "a gradient was released twice"
+            before = len(self._pool)
             self._pool.give_back(held.array)
+            if len(self._pool) > before:  # else it was retired, and keeps what is in it
+                held.array.fill(np.nan)
 
     def retire(self) -> None:
         self._pool.retire()

@@ -61,6 +61,18 @@ class Plan:
     #: speculation and the watchdog: off in most seeds, they hide deadlocks
     speculate: bool
     faults: tuple[Fault, ...] = field(default=())
+    wire: str = "inline"
+    #: one for each process in turn: who shares memory with whom. "" with nobody; "a*" is seen and sees, "a!" is seen
+    #: by the others of a, and sees none of them
+    places: tuple[str, ...] = ("",)
+    #: of an edge that shares memory
+    shared_window: int = 1
+    #: seconds that a sum beside the loop takes; 0: it is done on the loop
+    sums: float = 0.0
+    #: seconds between two pieces of an update that is streamed; 0: it is made at once
+    streams: float = 0.0
+    #: types of gradients and weights on the wire
+    dtypes: tuple[str, str] = ("float32", "float32")
     #: how many times as slow as the others a sphere may be
     speeds: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 3.0, 20.0)
 
@@ -109,6 +121,16 @@ def make_plan(seed: int, kinds: Sequence[str] = KINDS, *, drop: Sequence[int] = 
         "patience": rng.choice((4.0, 4.0, 2.0, 8.0)),
         "pause": rng.choice((0.0, 0.001, 0.05)),
         "speculate": rng.random() < 0.1,
+    }
+    # of its own, so that a seed is the same run otherwise
+    wires = random.Random(f"wires {seed}")
+    values |= {
+        "wire": wires.choice(("inline", "auto", "auto", "auto")),
+        "places": wires.choice((("a",), ("a",), ("a", "b"), ("a", "a", "b", "b", ""), ("a", "a!", "b"))),
+        "shared_window": values["window"] * wires.choice((1, 1, 2, 100)),
+        "sums": wires.choice((0.0, 0.001, 0.02, 0.3)),
+        "streams": wires.choice((0.0, 0.001, 0.05)),
+        "dtypes": wires.choice((("float32",) * 2,) * 4 + (("bfloat16", "float32"), ("bfloat16",) * 2)),
     }
     faults = make_faults(rng, kinds, count, steps)
     faults = [fault for number, fault in enumerate(faults) if number not in drop]

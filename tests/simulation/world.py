@@ -35,6 +35,7 @@ from spheres.config import NodeConfig
 from spheres.environment import environment_fingerprint
 from spheres.errors import ArmillaryError, CheckpointError, GradientError
 from spheres.frames import decode
+from spheres.narrow import round_in_place
 from spheres.numerics import add_sums
 from spheres.sphere import Sphere, SphereOptions
 from spheres.task import Sums
@@ -47,6 +48,7 @@ from spheres.v1 import work_pb2 as pb
 from spheres.worker import Computer, Unit, limit_threads
 from tests.invariants import HubWatch
 from tests.simulation.disk import Disk, DiskFile
+from tests.simulation.memory import Machines, machines
 from tests.simulation.plan import Fault, Plan
 from tests.simulation.task import ROW, RowTask, share
 
@@ -126,6 +128,7 @@ class World:
         self.loop = VirtualLoop(most_seconds=1e9, most_events=most_events, pause=self._pause)
         self.config = self._config()
         self.task = self._task()
+        self.machines = Machines()
         self.directory = Path(tempfile.mkdtemp(prefix="simulation-", dir=ROOT))
         self.disk = Disk()
         # what is published outlives control
@@ -198,6 +201,9 @@ class World:
             window_chunks=plan.window,
             patience=plan.patience,
             orphan_timeout=plan.orphan_timeout,
+            wire=plan.wire,
+            wire_dtype=plan.dtypes[0],
+            weights_wire_dtype=plan.dtypes[1],
         )
 
     @property
@@ -217,6 +223,7 @@ class World:
     def start_control(self) -> None:
         self.term += 1
         process = self.control_process = Process(f"control.{self.term}")
+        self.machines.places[process.name] = "a"
         self.say(f"{process.name} starts")
         main = process.start(self._control(process))
         main.add_done_callback(lambda _: self._control_ended(process))
@@ -327,6 +334,7 @@ class World:
         plan, rng = self.plan, self.node_rng
         self.started += 1
         process = Process(f"p{self.started}")
+        self.machines.places[process.name] = plan.places[self.started % len(plan.places)]
         options = SphereOptions(
             control=ADDRESS,
             host=rng.choice((HOST, "host-a", "host-b")) if plan.hosts > 1 else HOST,
@@ -345,8 +353,8 @@ class World:
             self.last_move = self.loop.time()
             self.computed[self.term, step, index] += 1
 
-        def make_worker(config: Any, task: Any, _: Any) -> VirtualWorker:
-            node.worker = VirtualWorker(config, task, seconds=seconds, computed=computed)
+        def make_worker(config: Any, task: Any, allocate: Any) -> VirtualWorker:
+            node.worker = VirtualWorker(config, task, seconds=seconds, computed=computed, allocate=allocate)
             return node.worker
 
         async def life() -> None:
@@ -416,12 +424,16 @@ class World:
         if control is None:
             return
         if hub.weights.term == control.tree.term:
-            assert hub.weights.version <= control.controller.step, "I8: weights of a step that is not committed"
+            # while an update is streamed the next version is on its way, but nobody computes with it
+            ahead = int(bool(self.plan.streams))
+            assert hub.weights.version <= control.controller.step + ahead, "I8: weights of a step that is not committed"
+            unit = hub._unit
+            assert unit is None or unit.cancelled or unit.step <= control.controller.step, "I8: work of such a step"
         work, changes = self.changes_before
         if hub.work == work:
             most = self.network.changes - changes + 1
             if hub.ledger.attempts > most:  # so do a hurry of any node, a task that fails, a header that comes twice
-                hubs = (control.tree.hub, *(node.sphere.hub for node in self.nodes.values()))
+                hubs = (control.tree.hub, *(getattr(node.sphere, "hub", None) for node in self.nodes.values()))
                 most += sum(found.watchdog.firings + found.failures for found in hubs if found is not None)
                 most += self.counts["duplicate"]
             assert hub.ledger.attempts <= most, f"I12: {hub.ledger.attempts} attempts after {most - 1} changes"
@@ -445,8 +457,8 @@ class World:
         contributions = hub.gradients.contributions(Block(0, hub.ledger.total))
         parts = [i for part in contributions for i in range(*part.block)]
         assert parts == list(range(hub.ledger.total)), f"contributions of {hub.work}: {contributions}"
-        if out is None:
-            return
+        if out is None or self.plan.dtypes[0] != "float32":
+            return  # a rounded sum has no room for a bit of each
         used = out[: self.plan.elements]
         total = self.plan.microbatches
         mask = sum(share(m, total) for m in range(total) if sampler.count(hub.work.step, m))
@@ -458,7 +470,15 @@ class World:
         loop = self.loop
         gc.disable()
         try:
-            with virtual_time(loop), _made_equal(self.ids), _quiet(None if self._log is None else self.say):
+            shared = machines(
+                self.machines,
+                window=self.plan.shared_window,
+                sums=self.plan.sums,
+                streams=self.plan.streams,
+                rng=random.Random(f"threads {self.plan.seed}"),
+            )
+            quiet = _quiet(None if self._log is None else self.say)
+            with virtual_time(loop), _made_equal(self.ids), shared, quiet:
                 main = loop.create_task(self._main())
                 try:
                     loop.run_until_complete(main)
@@ -604,10 +624,13 @@ class World:
     def _evaluated(self, node: NodeConfig, plain: ReferenceResult) -> Sums:
         """Return the sums over the test split on the last weights, in canonical order."""
         computer = Computer(node, self._task())
+        weights = {name: view.copy() for name, view in plain.weights.items()}
+        for view in weights.values():
+            round_in_place(view.reshape(-1), node.weights_dtype)
 
         def total(block: Block) -> Sums | None:
             if block.width == 1:
-                return computer.evaluate(plain.weights, block.lo)
+                return computer.evaluate(weights, block.lo)
             left, right = (total(half) for half in halves(block))
             return left or right if left is None or right is None else add_sums(left, right)
 

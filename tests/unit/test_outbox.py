@@ -5,14 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from spheres.carrier import Inline, Shared
 from spheres.config import NodeConfig
 from spheres.errors import LinkClosedError
 from spheres.frames import decode
 from spheres.outbox import Outbox
+from spheres.segments import Memory
 from spheres.tensors import Manifest
 from spheres.v1 import common_pb2
 from spheres.v1 import work_pb2 as pb
 from spheres.weights import Weights
+
+MEMORY = Memory()
 
 
 def config(chunks: int) -> NodeConfig:
@@ -277,6 +281,18 @@ def test_only_the_first_assignment_rides_on_the_header() -> None:
     assert [m.assign.attempt for m in messages] == [0, 0, 1]
 
 
+def test_an_assignment_of_a_later_attempt_does_not_ride_on_a_header_that_comes_again() -> None:
+    """The child would take it for attempt 0's, and its parent all that it sends for stale."""
+    outbox = Outbox(whole(2))
+    outbox.holds = (1, 1, whole(2).digest)
+    outbox.header(tag())
+    outbox.step(begin(1))
+    following(outbox)
+    outbox.header(tag())
+    outbox.step(assign(1))
+    assert [fields(m) for m in following(outbox)] == [["weights_header"], ["assign"]]
+
+
 def test_a_begin_ends_what_waits_of_the_attempt_before() -> None:
     outbox = Outbox(whole(1))
     outbox.step(begin(1))
@@ -317,3 +333,83 @@ def test_a_child_that_reads_nothing_is_given_up() -> None:
     for attempt in range(5000):
         outbox.step(begin(attempt))
         outbox.step(assign(attempt))
+
+
+# ---- of weights that lie with another
+
+
+def shared(chunks: int = 4) -> tuple[Weights, Weights]:
+    """Control and a sphere that reads its weights where they lie."""
+    origin = Weights(config(chunks), memory=MEMORY, root=True)
+    origin.flat[:] = np.arange(origin.flat.size)
+    origin.publish(term=1, version=1)
+    weights = Weights(config(chunks), memory=MEMORY)
+    arrive(weights, origin, chunks)
+    return origin, weights
+
+
+def arrive(weights: Weights, origin: Weights, chunks: int) -> None:
+    weights.begin(term=1, version=origin.version, previous_digest=b"", from_chunk=0)
+    weights.refer(origin.reference(0, chunks - 1))  # type: ignore[arg-type]
+    if origin.complete:
+        weights.finish(origin.digest)
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("wire", ["inline", "shm"])
+def test_they_are_passed_on_by_either_wire(wire: str, chunks: int) -> None:
+    _, weights = shared(chunks)
+    outbox = Outbox(weights, Shared(weights.config, MEMORY) if wire == "shm" else Inline(weights.config))
+    outbox.header(tag())
+    messages = following(outbox)
+    assert messages[-1].weights_footer.digest == weights.digest
+    if wire == "shm":
+        assert [fields(m) for m in messages] == [["weights_header", "weights_footer", "weights_reference"]]
+    else:
+        assert b"".join(m.weights_chunk.data for m in messages) == weights.served.tobytes()
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("wire", ["inline", "shm"])
+def test_of_weights_that_are_overwritten_neither_chunk_nor_footer_goes(wire: str, chunks: int) -> None:
+    """Their step is sealed (N15). The header goes: what follows it of the step must not come before it."""
+    origin, weights = shared(chunks)
+    outbox = Outbox(weights, Shared(weights.config, MEMORY) if wire == "shm" else Inline(weights.config))
+    outbox.header(tag())
+    outbox.step(assign(0))
+    origin.withdraw()
+    outbox.credit(credit(3))
+    messages = following(outbox)
+    assert [fields(m) for m in messages[:1]] == [["weights_header", "assign"]]
+    assert all(set(fields(m)) <= {"weights_header", "assign", "credit"} for m in messages)
+    assert outbox.holds is None
+
+
+def test_of_weights_that_are_overwritten_nobody_is_told_that_it_holds_them() -> None:
+    origin, weights = shared()
+    outbox = Outbox(weights)
+    outbox.holds = (1, 1, weights.digest)
+    origin.withdraw()
+    outbox.header(tag())
+    [message] = following(outbox)
+    assert not message.weights_header.held_digest
+
+
+@pytest.mark.parametrize("wire", ["inline", "shm"])
+def test_chunks_that_are_still_being_written_behind_are_passed_on(wire: str) -> None:
+    origin, weights = shared()
+    outbox = Outbox(weights, Shared(weights.config, MEMORY) if wire == "shm" else Inline(weights.config))
+    origin.announce(term=1, version=2)
+    origin.publish_through(3)
+    arrive(weights, origin, 3)
+    outbox.header(tag(2))
+    messages = following(outbox)
+    if wire == "shm":
+        assert messages[0].weights_reference.through_chunk == 2
+    else:
+        assert chunks(messages) == [0, 1, 2]
+    origin.publish_through(4)
+    origin.seal()
+    weights.refer(origin.reference(3, 3))  # type: ignore[arg-type]
+    weights.finish(origin.digest)
+    assert following(outbox)[-1].weights_footer.digest == origin.digest

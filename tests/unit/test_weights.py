@@ -492,6 +492,44 @@ def test_one_version_with_two_contents_does_not_pass_for_the_first() -> None:
     assert not below.intact
 
 
+@pytest.mark.parametrize("chunks", [2, 5])
+def test_what_a_lost_node_has_left_is_copied_for_those_who_cannot_find_it(chunks: int) -> None:
+    """A child that joins below a reader of dead memory would ask for it again and again."""
+    origin = shared()
+    weights = Weights(CONFIG, memory=MEMORY)
+    weights.begin(term=1, version=3, previous_digest=b"", from_chunk=0)
+    weights.refer(reference(origin, 0, chunks - 1))
+    if chunks == 5:
+        weights.finish(origin.digest)
+    views, digest = weights.views, origin.digest
+    assert reference(weights, 0, chunks - 1).segment == reference(origin).segment
+    dead = reference(origin).segment
+    del origin
+    gc.collect()
+    named = reference(weights, 0, chunks - 1)
+    assert named.segment != dead
+    below = Weights(CONFIG, memory=MEMORY)
+    below.begin(term=1, version=3, previous_digest=b"", from_chunk=0)
+    below.refer(named)
+    assert below.intact
+    assert weights.held is (chunks == 5)
+    if chunks == 5:
+        below.finish(digest)
+        assert below.views["w"].tobytes() == views["w"].tobytes() == source().views["w"].tobytes()
+    inline(weights, source(4))
+    assert not below.intact
+
+
+def test_torn_weights_of_a_lost_node_are_copied_for_nobody() -> None:
+    origin = shared()
+    weights = reader(origin)
+    origin.withdraw()
+    del origin
+    gc.collect()
+    reference(weights)
+    assert not weights.held
+
+
 def test_weights_that_nobody_has_any_more_leave_no_memory() -> None:
     origin = shared()
     weights = reader(origin)
