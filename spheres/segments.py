@@ -102,8 +102,6 @@ class Attached:
         except OSError as error:
             raise SegmentError(f"cannot open memory of process {name.pid}: {error.strerror}") from None
         try:
-            found = os.fstat(fd)
-            self._file = found.st_dev, found.st_ino
             if fcntl.fcntl(fd, _F_GET_SEALS) & _SEALS != _SEALS:
                 raise SegmentError(f"file {name.fd} of process {name.pid} is no segment")
             self._map = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
@@ -125,15 +123,6 @@ class Attached:
     @property
     def generation(self) -> int:
         return int(self._words[0])
-
-    @property
-    def findable(self) -> bool:
-        """Whether others can find it, too: not once its owner has ended, or let go of it."""
-        try:
-            found = os.stat(f"/proc/{self.name.pid}/fd/{self.name.fd}")
-        except OSError:
-            return False
-        return (found.st_dev, found.st_ino) == self._file
 
 
 class Mark(NamedTuple):

@@ -266,10 +266,8 @@ class Weights:
     def reference(self, first: int, through: int) -> pb.WeightsReference | None:
         """Return where chunks ``first`` to ``through`` lie, None where they lie in no segment.
 
-        Where their owner has ended nobody else can find them: they are copied to memory of this node's own.
+        What lies with another is named as this process has it: it can be found for as long as this one lives.
         """
-        if self._attached is not None and not self._attached.findable:
-            self._adopt()
         name = self._attached.name if self._attached is not None else None
         if name is None and self._segment is not None:
             name = self._segment.name
@@ -282,18 +280,6 @@ class Weights:
             generation=self._generation,
             crc32c=self._checksums[first : through + 1],
         )
-
-    def _adopt(self) -> None:
-        attached = self._attached
-        assert attached is not None
-        if not self.intact:
-            return  # the caller will see it, too
-        self._attached, self._views = None, None
-        own = self._allocate()
-        own[:] = attached.array[: own.size]
-        self._generation = self._next_generation()
-        if self._segment is not None:
-            self._segment.generation = self._generation - (not self.complete)
 
     def frame(self, tag: bytes, index: int) -> bytes | None:
         """Return the whole message with chunk ``index`` as it was sent to, or came from, somebody under that tag."""

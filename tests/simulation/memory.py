@@ -57,7 +57,7 @@ class Machines:
         found = self.segments.get((name.pid, name.fd))
         if found is None or self.dead(name):
             raise SegmentError(f"cannot open memory of process {name.pid}")
-        assert found.name == name
+        assert found.name.nonce == name.nonce
         # what a container hides from this process, though that one may see this one's
         if self.place(name.pid).removesuffix("*") != self.places[here.name].rstrip("*!") or (
             self.places[here.name].endswith("!") and here is not self.processes[name.pid - 1000]
@@ -86,16 +86,20 @@ class VirtualSegment(Segment):
 class VirtualAttached(Attached):
     """A segment as another process sees it."""
 
-    def __init__(self, name: pb.Segment, machines: Machines) -> None:
-        self._machines, self._segment = machines, machines.find(name)
-        self.name, self._words = self._segment.name, self._segment._words
+    def __init__(self, name: pb.Segment, machines: Machines, *, keep: bool = False) -> None:
+        self._segment = machines.find(name)
+        self.name = name
+        if keep:
+            here = current_process()
+            assert here is not None
+            machines.count += 1
+            self.name = pb.Segment(pid=machines.pid(here), fd=1000 + machines.count, nonce=name.nonce)
+            key = (self.name.pid, self.name.fd)
+            machines.segments[key] = self._segment
+            weakref.finalize(self, machines.segments.pop, key, None)
+        self._words = self._segment._words
         self.array = self._segment.array
         self.array.flags.writeable = False
-
-    @property
-    def findable(self) -> bool:
-        machines = self._machines
-        return machines.segments.get((self.name.pid, self.name.fd)) is self._segment and not machines.dead(self.name)
 
 
 class VirtualMemory(Memory):
@@ -138,6 +142,10 @@ class VirtualSummer:
         for work in works:
             loop.call_later(self._rng.random() * self._seconds, finish, work)
 
+    def wait(self, works: Sequence[Callable[[], None]]) -> None:
+        for work in works:
+            work()
+
     def close(self) -> None: ...
 
 
@@ -158,7 +166,7 @@ class Steps:
         return getattr(asyncio, name)
 
     async def to_thread(self, function: Callable[..., Any], *calls: Any) -> Any:
-        if function.__name__ != "apply" or not calls:
+        if function.__name__ != "apply" or len(calls) < 2:
             return await asyncio.to_thread(function, *calls)
         there, here = threading.Semaphore(0), threading.Semaphore(0)
         told: list[Callable[[], None]] = []
@@ -179,7 +187,7 @@ class Steps:
             nonlocal ended
             there.acquire()
             try:
-                result.append(function(*map(rest, calls)))
+                result.append(function(calls[0], *map(rest, calls[1:])))
             except BaseException as error:  # noqa: BLE001 - handed over below
                 result.append(error)
             ended = True
@@ -219,8 +227,8 @@ def machines(found: Machines, *, window: int, sums: float, streams: float, rng: 
             return None
         return VirtualMemory(found)
 
-    def attached(name: pb.Segment) -> VirtualAttached:
-        return VirtualAttached(name, found)
+    def attached(name: pb.Segment, *, keep: bool = False) -> VirtualAttached:
+        return VirtualAttached(name, found, keep=keep)
 
     places: list[tuple[Any, str, Any]] = [
         (spheres.sphere, "node_memory", node_memory),

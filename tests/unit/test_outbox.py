@@ -396,20 +396,23 @@ def test_of_weights_that_are_overwritten_nobody_is_told_that_it_holds_them() -> 
 
 
 @pytest.mark.parametrize("wire", ["inline", "shm"])
-def test_chunks_that_are_still_being_written_behind_are_passed_on(wire: str) -> None:
+def test_of_weights_that_are_still_being_written_chunks_go_and_references_wait(wire: str) -> None:
     origin, weights = shared()
     outbox = Outbox(weights, Shared(weights.config, MEMORY) if wire == "shm" else Inline(weights.config))
     origin.announce(term=1, version=2)
-    origin.publish_through(3)
+    origin.prepare(0, 3)
+    origin.offer(3)
     arrive(weights, origin, 3)
     outbox.header(tag(2))
     messages = following(outbox)
-    if wire == "shm":
-        assert messages[0].weights_reference.through_chunk == 2
-    else:
-        assert chunks(messages) == [0, 1, 2]
-    origin.publish_through(4)
+    assert messages[0].HasField("weights_header")
+    assert chunks(messages) == ([0, 1, 2] if wire == "inline" else [])
+    origin.prepare(3, 4)
+    origin.offer(4)
     origin.seal()
     weights.refer(origin.reference(3, 3))  # type: ignore[arg-type]
     weights.finish(origin.digest)
-    assert following(outbox)[-1].weights_footer.digest == origin.digest
+    last = following(outbox)[-1]
+    assert last.weights_footer.digest == origin.digest
+    if wire == "shm":
+        assert (last.weights_reference.from_chunk, last.weights_reference.through_chunk) == (0, 3)
