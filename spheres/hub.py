@@ -285,6 +285,7 @@ class Hub:
                 raise ProtocolError(f"the parent takes weights v{version} as held; held: {weights!r}")
             if not weights.intact:
                 # They lay with another, who has overwritten them since the hello: the next hello says so.
+                self.counts.refused["torn"] += 1
                 raise LinkClosedError(f"weights v{version} are held no more")
             weights.term = work.term
         else:

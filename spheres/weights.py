@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spheres.config import NodeConfig
-from spheres.errors import ChecksumError, DecodeError
+from spheres.errors import ChecksumError, DecodeError, SegmentError
 from spheres.narrow import from_wire, round_in_place, to_wire, wire_itemsize
 from spheres.numerics import crc32c, version_digest
 from spheres.segments import Attached, Memory, Segment, key_of
@@ -121,7 +121,7 @@ class Weights:
             if (term, version, from_chunk) != (self.term, self.version, self.arrived):
                 raise DecodeError(f"weights v{version} go on at chunk {from_chunk}; held: {self!r}")
         else:
-            again = (term, version) == (self.term, self.version) and self._attached is None
+            again = version == self.version and self._attached is None
             self._known = max(self.arrived, self._known) if again else 0
             self.arrived = 0
         self.term, self.version, self.previous_digest = term, version, previous_digest
@@ -174,7 +174,7 @@ class Weights:
         if attached.array.size < self.config.manifest.size:
             raise DecodeError(f"a segment of {attached.array.nbytes} bytes is none of the weights")
         if first and (attached is not self._attached or reference.generation != self._generation):
-            raise DecodeError(f"weights chunks {first} to {through} lie elsewhere than those before")
+            raise SegmentError(f"weights chunks {first} to {through} lie elsewhere than those before")
         if attached is not self._attached:
             # a buffer of its own is not needed any more; who has mapped it keeps it
             self._attached, self._views, self._own, self._segment = attached, None, None, None
@@ -262,7 +262,8 @@ class Weights:
 
         Where their owner has ended nobody else can find them: they are copied to memory of this node's own.
         """
-        if self._attached is not None and not self._attached.findable:
+        # Who has begun with them has mapped them; while some are to come yet, this node is about to hear of its loss.
+        if first == 0 and self.complete and self._attached is not None and not self._attached.findable:
             self._adopt()
         name = self._attached.name if self._attached is not None else None
         if name is None and self._segment is not None:
@@ -287,7 +288,7 @@ class Weights:
         own[:] = attached.array[: own.size]
         self._generation = self._next_generation()
         if self._segment is not None:
-            self._segment.generation = self._generation - (not self.complete)
+            self._segment.generation = self._generation
 
     def frame(self, tag: bytes, index: int) -> bytes | None:
         """Return the whole message with chunk ``index`` as it was sent to, or came from, somebody under that tag."""

@@ -8,10 +8,13 @@ from typing import Any
 from unittest.mock import patch
 
 from spheres.blocks import Block, BlockSet, halves
+from spheres.carrier import Shared
 from spheres.gradients import Gradients
 from spheres.hub import Hub
 from spheres.ledger import Ledger, SendCredit
 from spheres.reducer import Reducer
+from spheres.testing.compute import VirtualWorker
+from spheres.weights import Weights
 
 Patches = list[tuple[Any, str, Any]]
 
@@ -132,6 +135,21 @@ def weights_overwritten_early() -> Patches:
     return [(Gradients, "collect", eager)]
 
 
+def torn_published() -> Patches:
+    """N19: whoever has read weights in another's memory does not look whether they were overwritten meanwhile."""
+    return [(Weights, "intact", property(lambda _: True))]
+
+
+def rings_rewritten() -> Patches:
+    """N19: a new attempt writes its sums where those of the one before lie."""
+    return [(Shared, "begin", lambda self, *, attempt: self._areas.clear())]
+
+
+def buffers_rewritten() -> Patches:
+    """N19: gradients that a former parent may still read are written again."""
+    return [(VirtualWorker, "retire", lambda _: None)]
+
+
 PLANTS: dict[str, Callable[[], Patches]] = {
     "from-chunk-lost": from_chunk_lost,
     "credit-on-complete": credit_on_complete,
@@ -140,6 +158,9 @@ PLANTS: dict[str, Callable[[], Patches]] = {
     "attempt-not-raised": attempt_not_raised,
     "block-major": block_major_sending,
     "weights-overwritten": weights_overwritten_early,
+    "torn-published": torn_published,
+    "rings-rewritten": rings_rewritten,
+    "buffers-rewritten": buffers_rewritten,
 }
 
 

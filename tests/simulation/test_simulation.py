@@ -42,6 +42,7 @@ FOUND = {
     "completion-by-counting": (4, 20000),
     "from-chunk-lost": (20013, 22),
     "weights-overwritten": (37, 20060),
+    "torn-published": (5081, 5088),
 }
 
 
