@@ -9,7 +9,6 @@ from unittest.mock import patch
 
 from spheres.blocks import Block, BlockSet, halves
 from spheres.carrier import Shared
-from spheres.gradients import Gradients
 from spheres.hub import Hub
 from spheres.ledger import Ledger, SendCredit
 from spheres.reducer import Reducer
@@ -113,26 +112,28 @@ def block_major_sending() -> Patches:
 
 def weights_overwritten_early() -> Patches:
     """N15: control writes the next weights chunk by chunk as the gradient comes, before all of it is there."""
-    collect = Gradients.collect
+    summed = Hub._summed
 
-    def eager(self: Gradients) -> Any:
-        ledger, weights = self._ledger, self._weights
-        before = ledger.frontier if ledger.assigned else 0
-        actions = collect(self)
-        if self._train and self._out is not None and ledger.assigned:
-            size = self._config.chunk_elements
-            for index in range(before, ledger.frontier):
+    def eager(self: Hub, batch: Any) -> None:
+        ledger, gradients, flat = self.ledger, self.gradients, self.weights.flat
+        kept = self.__dict__.setdefault("kept", {})
+        if not ledger.assigned or ledger.frontier == 0:
+            kept.clear()
+        summed(self, batch)
+        if not self.root or not gradients._train or gradients._out is None or not ledger.assigned:
+            return
+        size = self.config.chunk_elements
+        for index in range(ledger.frontier):
+            if index not in kept:
                 early = slice(index * size, (index + 1) * size)
-                self.kept = getattr(self, "kept", {})
-                self.kept[index] = weights.flat[early].copy()
-                weights.flat[early] += self._out[early]
-            if ledger.finished:  # here the shipped update takes over, from what the weights were
-                for index, chunk in self.kept.items():
-                    weights.flat[index * size : index * size + chunk.size] = chunk
-                self.kept = {}
-        return actions
+                kept[index] = flat[early].copy()
+                flat[early] += gradients._out[early]
+        if ledger.finished:  # here the shipped update takes over, from what the weights were
+            for index, chunk in kept.items():
+                flat[index * size : index * size + chunk.size] = chunk
+            kept.clear()
 
-    return [(Gradients, "collect", eager)]
+    return [(Hub, "_summed", eager)]
 
 
 def torn_published() -> Patches:
