@@ -50,7 +50,7 @@ help: ## List the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 # ---------------------------------------------------------------------------------------------------------------------
-.PHONY: setup run test test-slow simulate storm bench clean
+.PHONY: setup run test test-inline test-slow simulate storm bench clean
 
 setup: $(VENV)/.dev ## Make .venv with both commands and the tools of development
 
@@ -59,6 +59,9 @@ run: $(VENV)/.runtime ## Train digits on a tree of six spheres (ARGS="..." adds 
 
 test: $(VENV)/.dev ## Run the tests (ARGS="-k name" narrows them)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-inline: $(VENV)/.dev ## Run the tests of nodes and trees with payload in messages, as between hosts
+	TEST_WIRE=inline $(BIN)/python -m pytest tests/service tests/fault $(ARGS)
 
 test-slow: $(VENV)/.dev ## Run the tests that take longer: cut networks, S3, kills of whole processes
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spheres.config import NodeConfig
-from spheres.errors import ChecksumError, DecodeError
+from spheres.errors import ChecksumError, DecodeError, SegmentError
 from spheres.narrow import from_wire, round_in_place, to_wire, wire_itemsize
 from spheres.numerics import crc32c, version_digest
 from spheres.segments import Attached, Mark, Memory, Segment
@@ -122,7 +122,7 @@ class Weights:
             if (term, version, from_chunk) != (self.term, self.version, self.arrived):
                 raise DecodeError(f"weights v{version} go on at chunk {from_chunk}; held: {self!r}")
         else:
-            again = (term, version) == (self.term, self.version) and self._attached is None
+            again = version == self.version and self._attached is None
             self._known = max(self.arrived, self._known) if again else 0
             self.arrived = 0
         self.term, self.version, self.previous_digest = term, version, previous_digest
@@ -175,7 +175,7 @@ class Weights:
         if attached.array.size < self.config.manifest.size:
             raise DecodeError(f"a segment of {attached.array.nbytes} bytes is none of the weights")
         if first and (attached is not self._attached or reference.generation != self._generation):
-            raise DecodeError(f"weights chunks {first} to {through} lie elsewhere than those before")
+            raise SegmentError(f"weights chunks {first} to {through} lie elsewhere than those before")
         if attached is not self._attached:
             # a buffer of its own is not needed any more; who has mapped it keeps it
             self._attached, self._views, self._own, self._segment = attached, None, None, None

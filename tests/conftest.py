@@ -1,4 +1,4 @@
-"""What every test stands on: one BLAS thread, a fresh uvloop per coroutine, reproducible properties."""
+"""What every test stands on: one BLAS thread, a fresh uvloop per coroutine, reproducible properties, the wire."""
 
 import os
 
@@ -14,7 +14,15 @@ import hypothesis
 import pytest
 import uvloop
 
+from control.config import RunConfig
+
 T = TypeVar("T")
+
+# `make test-inline`: the whole suite on the other wire, wherever a test does not name one itself.
+if _wire := os.environ.get("TEST_WIRE"):
+    RunConfig.model_fields["wire"].default = _wire
+    RunConfig.model_rebuild(force=True)
+    assert RunConfig().wire == _wire
 
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

@@ -37,6 +37,16 @@ ADAMW = {"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.1}
 #: 52 chunks of 4 KiB with a window of 2, so that credit, not the size of the model, is the bound
 SMALL_CHUNKS = {"chunk_bytes": 4096, "window_chunks": 2}
 
+#: by turns: wire, and types on it
+WIRES: list[dict[str, Any]] = [
+    {"wire": "inline"},
+    {"wire": "shm"},
+    {"wire": "shm", "wire_dtype": "bfloat16"},
+    {"wire": "inline", "wire_dtype": "bfloat16", "weights_wire_dtype": "bfloat16"},
+    {"wire": "shm", "wire_dtype": "bfloat16", "weights_wire_dtype": "bfloat16"},
+    {"wire": "inline", "wire_dtype": "bfloat16"},
+]
+
 CELLS = [
     Cell(1, 12, 8, 64),
     Cell(2, 1, 8, 37, ADAMW),
@@ -72,7 +82,7 @@ def config_of(cell: Cell) -> RunConfig:
         optimizer=optimizer,
         eval_every=None,
         checkpoint_every=None,
-        **flat,
+        **{**WIRES[CELLS.index(cell) % len(WIRES)], **flat},
     )
 
 

@@ -8,10 +8,12 @@ from typing import Any
 from unittest.mock import patch
 
 from spheres.blocks import Block, BlockSet, halves
-from spheres.gradients import Gradients
+from spheres.carrier import Shared
 from spheres.hub import Hub
 from spheres.ledger import Ledger, SendCredit
 from spheres.reducer import Reducer
+from spheres.testing.compute import VirtualWorker
+from spheres.weights import Weights
 
 Patches = list[tuple[Any, str, Any]]
 
@@ -110,26 +112,43 @@ def block_major_sending() -> Patches:
 
 def weights_overwritten_early() -> Patches:
     """N15: control writes the next weights chunk by chunk as the gradient comes, before all of it is there."""
-    collect = Gradients.collect
+    summed = Hub._summed
 
-    def eager(self: Gradients) -> Any:
-        ledger, weights = self._ledger, self._weights
-        before = ledger.frontier if ledger.assigned else 0
-        actions = collect(self)
-        if self._train and self._out is not None and ledger.assigned:
-            size = self._config.chunk_elements
-            for index in range(before, ledger.frontier):
+    def eager(self: Hub, batch: Any) -> None:
+        ledger, gradients, flat = self.ledger, self.gradients, self.weights.flat
+        kept = self.__dict__.setdefault("kept", {})
+        if not ledger.assigned or ledger.frontier == 0:
+            kept.clear()
+        summed(self, batch)
+        if not self.root or not gradients._train or gradients._out is None or not ledger.assigned:
+            return
+        size = self.config.chunk_elements
+        for index in range(ledger.frontier):
+            if index not in kept:
                 early = slice(index * size, (index + 1) * size)
-                self.kept = getattr(self, "kept", {})
-                self.kept[index] = weights.flat[early].copy()
-                weights.flat[early] += self._out[early]
-            if ledger.finished:  # here the shipped update takes over, from what the weights were
-                for index, chunk in self.kept.items():
-                    weights.flat[index * size : index * size + chunk.size] = chunk
-                self.kept = {}
-        return actions
+                kept[index] = flat[early].copy()
+                flat[early] += gradients._out[early]
+        if ledger.finished:  # here the shipped update takes over, from what the weights were
+            for index, chunk in kept.items():
+                flat[index * size : index * size + chunk.size] = chunk
+            kept.clear()
 
-    return [(Gradients, "collect", eager)]
+    return [(Hub, "_summed", eager)]
+
+
+def torn_published() -> Patches:
+    """N19: whoever has read weights in another's memory does not look whether they were overwritten meanwhile."""
+    return [(Weights, "intact", property(lambda _: True))]
+
+
+def rings_rewritten() -> Patches:
+    """N19: a new attempt writes its sums where those of the one before lie."""
+    return [(Shared, "begin", lambda self, *, attempt: self._areas.clear())]
+
+
+def buffers_rewritten() -> Patches:
+    """N19: gradients that a former parent may still read are written again."""
+    return [(VirtualWorker, "retire", lambda _: None)]
 
 
 PLANTS: dict[str, Callable[[], Patches]] = {
@@ -140,6 +159,9 @@ PLANTS: dict[str, Callable[[], Patches]] = {
     "attempt-not-raised": attempt_not_raised,
     "block-major": block_major_sending,
     "weights-overwritten": weights_overwritten_early,
+    "torn-published": torn_published,
+    "rings-rewritten": rings_rewritten,
+    "buffers-rewritten": buffers_rewritten,
 }
 
 

@@ -41,7 +41,8 @@ FOUND = {
     "credit-on-complete": (1, 20002),
     "completion-by-counting": (4, 20000),
     "from-chunk-lost": (20013, 22),
-    "weights-overwritten": (37, 20060),
+    "weights-overwritten": (20067, 20070),
+    "torn-published": (5081, 5088),
 }
 
 
