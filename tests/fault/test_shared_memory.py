@@ -178,8 +178,9 @@ def test_nothing_is_left_of_a_run_whose_processes_are_all_killed(tmp_path):
     here, files = set(users()), set(Path("/dev/shm").iterdir())
     before = shmem_kib()
     command = [sys.executable, "-m", "control", "start", "--json", "--run-dir", str(tmp_path / "run")]
-    command += ["--task", "spheres.testing.synthetic:Synthetic", "--task-option", "parameters=6000000,samples=64"]
+    command += ["--task", "spheres.testing.synthetic:Synthetic", "--task-option", "parameters=6000000"]
     command += ["--steps", "100000", "--spheres", "3", "--microbatches", "3", "--batch-size", "3"]
+    command += ["--task-option", "samples=64"]
     command += ["--wire", "shm", "--eval-every", "none", "--checkpoint-every", "none"]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
