@@ -15,6 +15,7 @@ import os
 import secrets
 import sys
 import weakref
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -124,7 +125,7 @@ class Attached:
     def findable(self) -> bool:
         """Whether others can find it, too: not once its owner has ended, or let go of it."""
         try:
-            found = os.stat(f"/proc/{self.name.pid}/fd/{self.name.fd}")
+            found = Path(f"/proc/{self.name.pid}/fd/{self.name.fd}").stat()
         except OSError:
             return False
         return (found.st_dev, found.st_ino) == self._file
