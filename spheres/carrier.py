@@ -27,7 +27,7 @@ __all__ = ["Carrier", "Inline", "Piece", "Shared"]
 Array = npt.NDArray[np.float32]
 
 #: segments of one child that are mapped at once; the oldest goes first
-_MOST_ATTACHED = 64
+_MOST_ATTACHED = 16
 #: chunks that are summed at once for messages: enough for two threads
 _INLINE_CHUNKS = 4
 

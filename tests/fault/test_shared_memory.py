@@ -161,13 +161,15 @@ def shmem_kib() -> int:
     return int(line.split()[1])
 
 
-def users() -> list[str]:
-    """Processes that have a segment open or mapped."""
-    found: list[str] = []
+def users(control: int) -> list[int]:
+    """Which of this control and its spheres have a segment mapped; nobody else's processes are looked at."""
+    found: list[int] = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if "memfd:armillary" in (process / "maps").read_text():
-                found.append(process.name)
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            ours = control in (parent, int(process.name))
+            if ours and "memfd:armillary" in (process / "maps").read_text():
+                found.append(int(process.name))
         except OSError:
             continue
     return found
@@ -175,41 +177,41 @@ def users() -> list[str]:
 
 def test_nothing_is_left_of_a_run_whose_processes_are_all_killed(tmp_path):
     """SIGKILL, control included: the kernel removes what it has no user of any more."""
-    here, files = set(users()), set(Path("/dev/shm").iterdir())
+    files = set(Path("/dev/shm").glob("*armillary*"))
     before = shmem_kib()
     command = [sys.executable, "-m", "control", "start", "--json", "--run-dir", str(tmp_path / "run")]
-    command += ["--task", "spheres.testing.synthetic:Synthetic", "--task-option", "parameters=6000000,samples=64"]
+    command += ["--task", "spheres.testing.synthetic:Synthetic", "--task-option", "parameters=6000000"]
     command += ["--steps", "100000", "--spheres", "3", "--microbatches", "3", "--batch-size", "3"]
+    command += ["--task-option", "samples=64"]
     command += ["--wire", "shm", "--eval-every", "none", "--checkpoint-every", "none"]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
     ) as control:
         assert control.stdout is not None
-        pids: set[str] = set()
+        pids: list[int] = []
         try:
             for line in control.stdout:
                 record = json.loads(line)
-                if record.get("event") == "step" and record["step"] == 2:
+                if record.get("event") == "step" and record["step"] >= 2:
                     break
-            pids = set(users()) - here
+            pids = users(control.pid)
             used = shmem_kib() - before
             assert len(pids) == 4
         finally:
-            for pid in (*pids, str(control.pid)):
-                os.kill(int(pid), signal.SIGKILL)
+            for pid in {*pids, control.pid}:
+                os.kill(pid, signal.SIGKILL)
         control.wait(20)
     for pid in pids:
         _wait_until_gone(pid)
     assert used > 60_000, "a run of this size holds 24 MB in each of four processes"
-    assert not set(users()) - here
     assert shmem_kib() - before < used / 2, "others use shared memory too; most of ours must be gone"
-    assert set(Path("/dev/shm").iterdir()) == files
+    assert set(Path("/dev/shm").glob("*armillary*")) == files
 
 
-def _wait_until_gone(pid: str) -> None:
+def _wait_until_gone(pid: int) -> None:
     """It is no child of this process."""
     try:
-        fd = os.pidfd_open(int(pid))
+        fd = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     try:

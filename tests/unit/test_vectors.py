@@ -437,7 +437,23 @@ def exchanged() -> dict[str, bytes]:
         "welcome": welcome,
         "weights": weights,
         "gradient": sent.SerializeToString(),
+        **referred(decode(pb.WorkResponse, weights), sent),
     }
+
+
+def referred(weights: pb.WorkResponse, gradient: pb.WorkRequest) -> dict[str, bytes]:
+    """The same by reference, with a process, a file and a nonce that are always the same."""
+    nonce = bytes(range(0x10, 0x20))
+    reference = weights.weights_reference
+    reference.segment.CopyFrom(pb.Segment(pid=4242, fd=9, nonce=nonce))
+    reference.generation = 8
+    reference.crc32c.append(weights.weights_chunk.crc32c)
+    weights.ClearField("weights_chunk")
+    place = gradient.gradient_reference
+    place.block.CopyFrom(gradient.gradient_chunk.block)
+    place.segment.CopyFrom(pb.Segment(pid=4243, fd=11, nonce=nonce))
+    gradient.ClearField("gradient_chunk")
+    return {"weights_reference": weights.SerializeToString(), "gradient_reference": gradient.SerializeToString()}
 
 
 KINDS: dict[str, Any] = {
@@ -445,6 +461,8 @@ KINDS: dict[str, Any] = {
     "welcome": pb.WorkResponse,
     "weights": pb.WorkResponse,
     "gradient": pb.WorkRequest,
+    "weights_reference": pb.WorkResponse,
+    "gradient_reference": pb.WorkRequest,
 }
 
 
