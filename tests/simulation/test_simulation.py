@@ -41,7 +41,7 @@ FOUND = {
     "credit-on-complete": (1, 20002),
     "completion-by-counting": (4, 20000),
     "from-chunk-lost": (20013, 22),
-    "weights-overwritten": (20067, 20070),
+    "weights-overwritten": (68, 83),
     "torn-published": (5081, 5088),
 }
 
