@@ -199,7 +199,7 @@ class RunConfig(_Model):
     """how long spheres wait for a control that is gone"""
     chunk_bytes: Size = Field(1 << 20, ge=4096, le=1 << 20, multiple_of=64)
     """bytes of one chunk of weights or gradients"""
-    window_bytes: Size = Field(4 << 20, ge=4096)
+    window_bytes: Size = Field(16 << 20, ge=4096)
     """bytes of gradients in flight on one edge"""
     window_chunks: int | None = Field(None, ge=1)
     """the same in chunks; none: from window_bytes, at least 2"""

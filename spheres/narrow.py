@@ -86,7 +86,7 @@ def round_and_check(array: Array, dtype: str, *, checksum: bool = False) -> tupl
     scratch = np.empty(min(array.size, BLOCK_ELEMENTS) if narrow else 0, _BFLOAT16)
     finite, crc = True, 0
     with np.errstate(invalid="ignore", over="ignore"):
-        for part in _blocks(array.size):
+        for part in _blocks(array.size, BLOCK_ELEMENTS if narrow else 2 * BLOCK_ELEMENTS):
             block = array[part]
             if narrow:
                 _round(block, scratch)
@@ -127,9 +127,9 @@ def _is_finite(block: Array) -> bool:
     return math.isfinite(np.dot(block, block)) or bool(np.logical_and.reduce(np.isfinite(block)))
 
 
-def _blocks(size: int) -> Iterator[slice]:
-    for low in range(0, size, BLOCK_ELEMENTS):
-        yield slice(low, min(low + BLOCK_ELEMENTS, size))
+def _blocks(size: int, step: int = BLOCK_ELEMENTS) -> Iterator[slice]:
+    for low in range(0, size, step):
+        yield slice(low, min(low + step, size))
 
 
 def _round(block: Array, scratch: npt.NDArray[np.generic]) -> None:

@@ -53,7 +53,10 @@ def _value(expression: Expression, part: slice, out: Array, depth: int, dtype: s
         return out
     left = _value(expression[0], part, out, depth, dtype)
     right = _value(expression[1], part, _scratch(depth)[: out.size], depth + 1, dtype)
-    add_rounded(left, right, out, dtype)
+    if dtype == "float32":
+        np.add(left, right, out=out)
+    else:
+        add_rounded(left, right, out, dtype)
     return out
 
 

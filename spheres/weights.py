@@ -25,7 +25,7 @@ __all__ = ["Weights"]
 Array = npt.NDArray[np.float32]
 
 #: bytes of encoded chunks that are kept for other children
-_FRAME_BYTES = 8 << 20
+_FRAME_BYTES = 32 << 20
 
 
 class Weights:

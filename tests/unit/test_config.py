@@ -138,7 +138,7 @@ def test_the_defaults() -> None:
     assert (config.epochs, config.steps, config.keep, config.seed) == (30, None, 3, 0)
     assert config.listen == "127.0.0.1:0"
     assert config.orphan_timeout == 60
-    assert config.window == 4
+    assert config.window == 16
 
 
 def test_it_is_frozen() -> None:
@@ -156,8 +156,8 @@ def test_one_of_the_totals() -> None:
 @pytest.mark.parametrize(
     ("flags", "window"),
     [
-        ({}, 4),
-        ({"chunk_bytes": 4096}, 1024),
+        ({}, 16),
+        ({"chunk_bytes": 4096}, 4096),
         ({"window_bytes": 4096}, 2),
         ({"window_chunks": 1}, 1),
         ({"chunk_bytes": "64KiB", "window_chunks": 7}, 7),

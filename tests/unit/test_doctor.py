@@ -70,7 +70,7 @@ def examine(task: type[Honest] | str, **settings: Any) -> dict[str, list[Result]
 
 
 def config(**settings: Any) -> RunConfig:
-    return load_config({"batch_size": 20, "microbatches": 4, **settings}, {})[0]
+    return load_config({"batch_size": 20, "microbatches": 4, "window_bytes": "4MiB", **settings}, {})[0]
 
 
 def only_failure(found: dict[str, list[Result]], check: str) -> Result:
