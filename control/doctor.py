@@ -27,9 +27,10 @@ from spheres.blocks import Block
 from spheres.config import NodeConfig
 from spheres.cut import cut
 from spheres.environment import describe, environment_fingerprint, resident_bytes
-from spheres.errors import ArmillaryError, ConfigError, GradientError, TaskError
+from spheres.errors import ArmillaryError, ConfigError, GradientError, SegmentError, TaskError
 from spheres.narrow import wire_itemsize
 from spheres.sampling import evaluation_slice
+from spheres.segments import node_memory
 from spheres.task import Sums, Task, data_fingerprint, described, load_task, split_size, task_fingerprint
 from spheres.tensors import Manifest, aligned_zeros
 from spheres.worker import Computer, limit_threads
@@ -452,6 +453,20 @@ def check_wire(config: RunConfig, manifest: Manifest) -> Result:
     if idle:
         return Result("wire", "warning", f"{text}; {idle} of {edges} spheres have no microbatch: raise --microbatches")
     return Result("wire", "ok", text)
+
+
+def check_shared_memory(config: RunConfig) -> Result:
+    """Look whether processes of this host can share memory; another container's are another host's."""
+    check = "shared memory"
+    if config.wire == "inline":
+        return Result(check, "ok", "not used: --wire inline")
+    try:
+        node_memory("shm")
+    except SegmentError as error:
+        if config.wire == "shm":
+            return Result(check, "failed", f"{error}; start with --wire auto", ConfigError.exit_code)
+        return Result(check, "warning", f"{error}: payload between local spheres goes in messages")
+    return Result(check, "ok", "local spheres read weights and leave gradients where control has them at hand")
 
 
 def check_directory(config: RunConfig, trial: Trial | None) -> list[Result]:

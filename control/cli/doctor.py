@@ -39,7 +39,7 @@ def doctor(*, config: ConfigFlag = None, json: JsonFlag = False, verbose: Verbos
     set_environment()
     log_to_stderr(verbose)
     run_config, _ = load_config(flags, os.environ, config)
-    from control.doctor import check_directory, check_memory, check_other, check_task, check_wire
+    from control.doctor import check_directory, check_memory, check_other, check_shared_memory, check_task, check_wire
     from spheres.environment import machine_bytes
 
     results: list[Result] = []
@@ -57,6 +57,7 @@ def doctor(*, config: ConfigFlag = None, json: JsonFlag = False, verbose: Verbos
     if trial is not None:
         found([check_other(trial, _fresh_process(run_config), check="new process", when="in a new process")])
         found([check_memory(run_config, trial, machine_bytes()), check_wire(run_config, trial.manifest)])
+    found([check_shared_memory(run_config)])
     found(check_directory(run_config, trial))
     failed = [result for result in results if result.state == "failed"]
     code = max((result.exit_code for result in failed), default=0)

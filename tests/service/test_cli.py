@@ -530,7 +530,7 @@ def test_doctor_of_a_task_in_the_current_folder(folder: Path) -> None:
         "ok memory control ", "ok wire a step sends", "runs can be written", "ok disk up to 5 checkpoints",
     ):  # fmt: skip
         assert expected in text
-    assert lines[-1] == "16 ok"
+    assert lines[-1] == "17 ok"
 
 
 def test_doctor_finds_what_differs_from_process_to_process(ask: Ask) -> None:

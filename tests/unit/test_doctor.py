@@ -26,11 +26,12 @@ from control.doctor import (
     check_directory,
     check_memory,
     check_other,
+    check_shared_memory,
     check_task,
     check_wire,
     read_answer,
 )
-from spheres.errors import GradientError
+from spheres.errors import GradientError, SegmentError
 from spheres.task import Sums
 from spheres.tensors import Manifest, aligned_zeros
 
@@ -680,6 +681,18 @@ def test_narrower_types_are_half_the_bytes_and_control_holds_what_spheres_see() 
     seen = check_memory(config(spheres=4, microbatches=4, weights_wire_dtype="bfloat16"), sized(25 * MIB), 1 << 60)
     assert plain.message.startswith("control 370 MiB, a leaf 250 MiB")
     assert seen.message.startswith("control 470 MiB, a leaf 250 MiB")
+
+
+@pytest.mark.parametrize(("wire", "state", "code"), [("auto", "warning", 0), ("shm", "failed", 2), ("inline", "ok", 0)])
+def test_memory_that_cannot_be_shared(wire: str, state: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(_: str) -> None:
+        raise SegmentError("no shared memory: a test")
+
+    assert check_shared_memory(config(wire=wire)).state == "ok"
+    monkeypatch.setattr("control.doctor.node_memory", none)
+    result = check_shared_memory(config(wire=wire))
+    assert (result.state, result.exit_code) == (state, code)
+    assert ("a test" in result.message) is (wire != "inline")
 
 
 def test_spheres_without_a_microbatch_are_a_warning() -> None:
