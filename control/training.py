@@ -38,7 +38,7 @@ from control.store_fsspec import is_url, store_at
 from control.trace import traced
 from control.tree import Tree
 from control.weights_file import write_safetensors
-from spheres.environment import tune_malloc
+from spheres.environment import allow_many_files, tune_malloc
 from spheres.errors import ArmillaryError, ConfigError, RefusedError, RunStateError, TaskError, TaskLoadError
 from spheres.grpc_link import GrpcTransport
 from spheres.task import IN_SPHERE, Task, load_task
@@ -214,6 +214,7 @@ class Training:
     async def _open(self) -> None:
         config = self.config
         tune_malloc()
+        allow_many_files()
         task = self._task
         if task is None:
             task = await asyncio.to_thread(load_task, config.task, config.task_options)

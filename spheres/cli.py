@@ -146,7 +146,7 @@ def _start(options: argparse.Namespace, tail: _LogTail) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it logs by itself, its errors say too
     import uvloop
 
-    from spheres.environment import tune_malloc
+    from spheres.environment import allow_many_files, tune_malloc
     from spheres.grpc_link import GrpcTransport
     from spheres.sphere import Sphere, SphereOptions
     from spheres.task import IN_SPHERE
@@ -157,6 +157,7 @@ def _start(options: argparse.Namespace, tail: _LogTail) -> int:
         raise ConfigError(f"--listen {options.listen} is beyond loopback: nothing is encrypted; add --insecure")
     os.environ[IN_SPHERE] = "1"
     tune_malloc()
+    allow_many_files()
     sphere_options = SphereOptions(
         control=options.control,
         listen=options.listen,

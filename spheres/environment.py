@@ -17,7 +17,7 @@ import numpy as np
 from spheres.narrow import round_in_place
 from spheres.numerics import crc32c
 
-__all__ = ["describe", "environment_fingerprint", "machine_bytes", "resident_bytes", "tune_malloc"]
+__all__ = ["allow_many_files", "describe", "environment_fingerprint", "machine_bytes", "resident_bytes", "tune_malloc"]
 
 
 def describe() -> dict[str, str]:
@@ -90,6 +90,13 @@ def machine_bytes() -> int:
     with contextlib.suppress(OSError, ValueError):  # "max" is no number, and elsewhere there is no such file
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(limits)
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files as far as it may be: links and shared memory take some per neighbour."""
+    with contextlib.suppress(OSError, ValueError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def tune_malloc() -> bool:

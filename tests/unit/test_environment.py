@@ -4,6 +4,9 @@ import ctypes
 import ctypes.util
 import os
 import platform
+import subprocess
+import sys
+import textwrap
 import threading
 from pathlib import Path
 from typing import Any
@@ -119,3 +122,15 @@ def test_a_container_may_have_less_than_the_machine(monkeypatch: pytest.MonkeyPa
     assert machine_bytes() == 1 << 20
     monkeypatch.setattr(Path, "read_text", lambda self: "max\n")
     assert machine_bytes() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be() -> None:
+    script = """
+        import resource
+        from spheres.environment import allow_many_files
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 200), hard))
+        allow_many_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=30)
