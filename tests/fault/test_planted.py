@@ -39,7 +39,18 @@ def outcome(folder: Path, plant: str) -> str:
     (folder / "planted_task.py").write_text(textwrap.dedent(TASK))
     flags = [word for key, value in SETTINGS.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     flags += ["--task", "planted_task:Planted", "--task-option", f"parameters={PARAMETERS}", "--task-option"]
-    flags += ["samples=200", "--window-chunks", "2", "--eval-every", "none", "--checkpoint-every", "none"]
+    # by reference all chunks of this model go at once, and the order of sending is no matter
+    flags += [
+        "samples=200",
+        "--wire",
+        "inline",
+        "--window-chunks",
+        "2",
+        "--eval-every",
+        "none",
+        "--checkpoint-every",
+        "none",
+    ]
     environment = {**os.environ, "PLANT": plant, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
     command = [sys.executable, "-m", "control", "start", *flags, "--run-dir", "run", "--max-time", "15s"]
     process = subprocess.Popen(

@@ -257,7 +257,7 @@ def test_a_task_that_no_sphere_can_load_any_more_ends_the_run_after_some_tries(r
 @pytest.mark.slow
 def test_commands_and_chaos_on_a_running_tree(run, tmp_path, capsys):
     """spawn, drain, terminate, logs; then kills, a stop and a kill of control. The bits are the reference loop's."""
-    process = _start(tmp_path, "--run-dir", "run", "--spheres", "3", "--fan-out", "2", "--steps", "300",
+    process = _start(tmp_path, "--run-dir", "run", "--spheres", "3", "--fan-out", "2", "--steps", "500",
                      "--checkpoint-every", "20steps", "--task", "spheres.testing.synthetic:Synthetic",
                      "--task-option", "compute_seconds=0.004")  # fmt: skip
     _until(process, 20)
@@ -321,14 +321,16 @@ def test_commands_and_chaos_on_a_running_tree(run, tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert {**report, "event": "chaos"} == records[-1]
     faults = report["faults"]
-    assert [fault["kind"] for fault in faults] == ["kill", "stop", "control", "kill"]
+    # the last may come before the control that came back knows of a sphere
+    missed = [record["kind"] for record in records if record["event"] == "nobody"]
+    assert [*(fault["kind"] for fault in faults), *missed] == ["kill", "stop", "control", "kill"]
     assert all(fault["seconds"] is not None and fault["seconds"] > 0 for fault in faults)
     assert sum(row["faults"] for row in report["table"]) == len(faults)
     started = next(record["pid"] for record in records if record["event"] == "control_started")
     assert process_of(directory) in (started, None)
     run(eventually(lambda: process_of(directory) is None, seconds=60), timeout=70)
     summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
-    wanted = reference(Synthetic(), RunConfig(steps=300)).weights_sha256  # as slow as its spheres, it learns the same
+    wanted = reference(Synthetic(), RunConfig(steps=500)).weights_sha256  # as slow as its spheres, it learns the same
     assert (summary["state"], summary["weights_sha256"]) == ("completed", wanted)
     assert "s-1 joins" in cli("logs", "s-1")[1]
     code, said = cli("logs", "s-999")
