@@ -140,18 +140,22 @@ def optimizer_seconds(megabytes: float, times: int = 5) -> float:
 
 
 def fit(cells: Sequence[tuple[int, float, float]]) -> Record | None:
-    """Fit ``a + b n + c n S`` to (n, S in MB, ms), with errors in proportion; what is not linear shows as a bad fit."""
-    if len(cells) < 4:
+    """Fit ``a + b n + c S + d n S`` to (n, S in MB, ms), errors in proportion; what is not linear shows as a bad fit.
+
+    ``c`` is control's own: the update of a model, whatever the number of spheres.
+    """
+    if len(cells) < 5:
         return None
     n, size, ms = np.array(cells, np.float64).T
-    terms = np.stack([np.ones_like(n), n, n * size], axis=1)
+    terms = np.stack([np.ones_like(n), n, size, n * size], axis=1)
     found = np.linalg.lstsq(terms / ms[:, None], np.ones_like(ms), rcond=None)[0]
     guess = terms @ found
     squares = 1 - ((ms - guess) ** 2).sum() / ((ms - ms.mean()) ** 2).sum()
     return {
         "ms": found[0],
         "ms_per_sphere": found[1],
-        "ms_per_sphere_and_mb": found[2],
+        "ms_per_mb": found[2],
+        "ms_per_sphere_and_mb": found[3],
         "r_squared": float(squares),
         "worst_relative": float(np.abs(guess / ms - 1).max()),
     }
@@ -222,7 +226,7 @@ def main() -> None:
             if found is not None:
                 print(
                     f"{name}: {found['ms']:.1f} + {found['ms_per_sphere']:.2f} n + "
-                    f"{found['ms_per_sphere_and_mb']:.3f} n MB ms, R^2 {found['r_squared']:.4f}, "
+                    f"{found['ms_per_mb']:.3f} MB + {found['ms_per_sphere_and_mb']:.3f} n MB ms, R^2 {found['r_squared']:.4f}, "
                     f"worst {found['worst_relative']:.0%}"
                 )
 

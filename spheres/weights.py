@@ -59,6 +59,8 @@ class Weights:
         # encoded chunks, for one tag
         self._frames: dict[int, bytes] = {}
         self._frames_tag = b""
+        if memory is None:
+            self._allocate()  # it will be needed, and takes long: not while the first chunks are coming
         if root:
             own = self._allocate()
             # rounded weights are another buffer than the master
