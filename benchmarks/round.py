@@ -226,8 +226,8 @@ def main() -> None:
             if found is not None:
                 print(
                     f"{name}: {found['ms']:.1f} + {found['ms_per_sphere']:.2f} n + "
-                    f"{found['ms_per_mb']:.3f} MB + {found['ms_per_sphere_and_mb']:.3f} n MB ms, R^2 {found['r_squared']:.4f}, "
-                    f"worst {found['worst_relative']:.0%}"
+                    f"{found['ms_per_mb']:.3f} MB + {found['ms_per_sphere_and_mb']:.3f} n MB ms, "
+                    f"R^2 {found['r_squared']:.4f}, worst {found['worst_relative']:.0%}"
                 )
 
     charts = []
