@@ -145,6 +145,11 @@ def median(values: Iterable[float]) -> float:
     return statistics.median(list(values))
 
 
+def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Return how a flag's text becomes a list: words between commas, each made a ``kind``."""
+    return lambda text: [kind(word) for word in text.split(",")]
+
+
 def common_flags(parser: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print figures, machine and versions as JSON")
     parser.add_argument("--out", type=Path, help="write NAME.json and NAME.html into this folder")

@@ -34,6 +34,7 @@ from benchmarks.common import (
     bars,
     common_flags,
     has_peer,
+    listed,
     median,
     phase_ms,
     report,
@@ -254,13 +255,12 @@ def cuts(host: int, way: str, count: int) -> None:
 
 
 def main() -> None:
-    words = lambda text: text.split(",")  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="sync", choices=("sync", "cuts"))
     parser.add_argument("--megabytes", type=float, default=40.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repetitions", type=int, default=2)
-    parser.add_argument("--systems", type=words, default=["chain-bf16", "chain", "gloo", "star"])
+    parser.add_argument("--systems", type=listed(str), default=["chain-bf16", "chain", "gloo", "star"])
     parser.add_argument("--cuts", type=int, default=10)
     common_flags(parser)
     options = parser.parse_args()

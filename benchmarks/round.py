@@ -32,6 +32,7 @@ from common import (
     common_flags,
     curves,
     has_peer,
+    listed,
     median,
     mpi_program,
     output_of,
@@ -189,12 +190,11 @@ def peers(chosen: Sequence[str], rounds: int, directory: Path) -> tuple[dict[str
 
 
 def main() -> None:
-    numbers = lambda kind: lambda text: [kind(word) for word in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=numbers(int), default=[2, 4, 8, 12])
-    parser.add_argument("--megabytes", type=numbers(float), default=[4.0, 40.0, 400.0])
-    parser.add_argument("--wires", type=numbers(str), default=list(WIRES))
-    parser.add_argument("--peers", type=numbers(str), default=["gloo", "mpi", "flower"])
+    parser.add_argument("--n", type=listed(int), default=[2, 4, 8, 12])
+    parser.add_argument("--megabytes", type=listed(float), default=[4.0, 40.0, 400.0])
+    parser.add_argument("--wires", type=listed(str), default=list(WIRES))
+    parser.add_argument("--peers", type=listed(str), default=["gloo", "mpi", "flower"])
     parser.add_argument("--rounds", type=int, default=7, help="rounds of a repetition")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--fan-out", type=int, default=12, help="2 or 3 make more levels")

@@ -24,6 +24,7 @@ from common import (
     common_flags,
     curves,
     has_peer,
+    listed,
     median,
     output_of,
     peer,
@@ -69,10 +70,9 @@ def save_data(short: bool, path: Path) -> None:
 
 
 def main() -> None:
-    numbers = lambda text: [int(word) for word in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=numbers, default=[1, 2, 4, 8])
-    parser.add_argument("--batch", type=numbers, default=[2048, 256])
+    parser.add_argument("--n", type=listed(int), default=[1, 2, 4, 8])
+    parser.add_argument("--batch", type=listed(int), default=[2048, 256])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--wire", default="auto", choices=("auto", "inline", "shm"))

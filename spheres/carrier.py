@@ -113,7 +113,7 @@ class Inline:
             data = encode_with_chunk(message, *weights.chunk(first))
             if tag and weights.intact:
                 weights.keep_frame(tag, first, data)
-        return data, first, _elements(self._config, first, first) * wire_itemsize(self._config.weights_dtype)
+        return data, first, self._config.elements(first, first) * wire_itemsize(self._config.weights_dtype)
 
     def most(self, first: int) -> int:
         return _INLINE_CHUNKS
@@ -127,7 +127,7 @@ class Inline:
     def encode(self, piece: Piece) -> tuple[bytes, int]:
         (expression,), block, dtype = piece.expressions, piece.block, self._config.gradient_dtype
         if isinstance(expression, tuple):
-            out = chunk_scratch(_elements(self._config, piece.first, piece.first))
+            out = chunk_scratch(self._config.elements(piece.first, piece.first))
             add_up(expression, out, dtype)
             expression = out
         payload = expression.data.cast("B") if expression.dtype == np.uint16 else to_wire(expression, dtype)
@@ -173,7 +173,7 @@ class Shared:
             raise ProtocolError("the weights lie in no segment")
         message.weights_reference.CopyFrom(reference)
         through = reference.through_chunk
-        return message.SerializeToString(), through, 4 * _elements(self._config, first, through)
+        return message.SerializeToString(), through, 4 * self._config.elements(first, through)
 
     def most(self, first: int) -> int:
         return min(self.window, self._slots - first % self._slots)
@@ -200,9 +200,9 @@ class Shared:
             elements = self._config.chunk_elements
             for index, expression in enumerate(piece.expressions, piece.first):
                 start = index % self._slots * elements
-                out = piece.place[start : start + _elements(self._config, index, index)]
+                out = piece.place[start : start + self._config.elements(index, index)]
                 add_up(expression, out, self._config.gradient_dtype)
-        return piece.message.SerializeToString(), 4 * _elements(self._config, piece.first, piece.last)
+        return piece.message.SerializeToString(), 4 * self._config.elements(piece.first, piece.last)
 
     def begin(self, *, attempt: bool) -> None:
         self._areas.clear()
@@ -215,12 +215,12 @@ class Shared:
     def _ring(self, block: Block) -> Segment:
         area = self._areas.setdefault(block, len(self._areas))
         while len(self._rings) <= area:
-            size = min(self._slots * self._config.chunk_elements, self._config.manifest.size)
+            size = self._config.elements(0, self._slots - 1)
             self._rings.append(self._memory.make(size))
         return self._rings[area]
 
     def gradient(self, reference: pb.GradientReference) -> Array:
-        size = _elements(self._config, reference.from_chunk, reference.through_chunk)
+        size = self._config.elements(reference.from_chunk, reference.through_chunk)
         key = key_of(reference.segment)
         attached = self._attached.get(key)
         if attached is None:
@@ -235,8 +235,3 @@ class Shared:
                 f"segment of {attached.array.nbytes} bytes"
             )
         return attached.array[start : start + size]
-
-
-def _elements(config: NodeConfig, first: int, last: int) -> int:
-    """Return the elements of chunks ``first`` to ``last``."""
-    return min((last + 1) * config.chunk_elements, config.manifest.size) - first * config.chunk_elements

@@ -77,6 +77,10 @@ class NodeConfig:
         """Elements of a chunk: no more than ``chunk_bytes`` hold in the wider of the two types on the wire (N2)."""
         return self.chunk_bytes // (2 if self.gradient_dtype == self.weights_dtype == "bfloat16" else 4)
 
+    def elements(self, first: int, last: int) -> int:
+        """Return the elements of chunks ``first`` to ``last``; the last one of all may be short (N2)."""
+        return min((last + 1) * self.chunk_elements, self.manifest.size) - first * self.chunk_elements
+
     @cached_property
     def shared_window(self) -> int:
         """W of an edge whose payload lies in shared memory: what waits there is nobody's copy."""

@@ -175,7 +175,7 @@ class Gradients:
         block, index, data = block_from(chunk.block), chunk.index, chunk.data if payload is None else payload
         news = self._ledger.accepts(child, attempt, block, index)
         start = index * self._config.chunk_elements
-        size = min(self._config.chunk_elements, self._config.manifest.size - start) if self._train else 0
+        size = self._config.elements(index, index) if self._train else 0
         length = size * wire_itemsize(self._config.gradient_dtype)
         if index < 0 or chunk.offset_bytes != start * 4 or len(data) != length:
             raise ProtocolError(f"{child}: chunk {index} of {block} at byte {chunk.offset_bytes}, {len(data)} bytes")

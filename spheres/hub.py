@@ -18,6 +18,7 @@ from spheres.errors import LinkClosedError, ProtocolError, StaleError, WrongRunE
 from spheres.frames import blocks_from, blocks_to
 from spheres.gradients import Array, Batch, Gradients, Outgoing
 from spheres.ledger import Action, Ledger, SendAssign, SendBegin, SendCredit, SendReady, Stuck
+from spheres.numerics import in_turn
 from spheres.phases import PhaseTimes
 from spheres.reducer import Held
 from spheres.segments import Memory
@@ -573,8 +574,7 @@ class Hub:
         self._batch = batch
         if batch.elements <= _INLINE_ELEMENTS or self.hooks.run is None:
             try:
-                for work in batch.works:
-                    work()
+                in_turn(batch.works)
             except Exception as error:  # noqa: BLE001 - for want of memory, for one: as beside the loop
                 self._batch = None
                 self.hooks.broken(error)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spheres.narrow import add_rounded, from_wire
+from spheres.numerics import BLOCK_ELEMENTS
 from spheres.tensors import aligned_zeros
 
 __all__ = ["Expression", "Summer", "add_up", "chunk_scratch"]
@@ -22,8 +23,6 @@ Array = npt.NDArray[np.float32]
 #: bfloat16 has them on the wire.
 Expression: TypeAlias = "npt.NDArray[Any] | tuple[Expression, Expression]"
 
-#: elements of a block: it and what is summed into it stay in the cache (256 KiB)
-_BLOCK = 65_536
 _THREADS = 2
 
 _local = threading.local()
@@ -32,11 +31,12 @@ _local = threading.local()
 def add_up(expression: Expression, out: Array, dtype: str = "float32") -> None:
     """Write the sum into ``out``: left + right at every node, each sum rounded to ``dtype`` (N21).
 
-    A sum that overflows is control's to judge, not a warning's.
+    Block by block: a block and what is summed into it stay in the cache (256 KiB). A sum that overflows is control's to
+    judge, not a warning's.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        for low in range(0, out.size, _BLOCK):
-            part = slice(low, min(low + _BLOCK, out.size))
+        for low in range(0, out.size, BLOCK_ELEMENTS):
+            part = slice(low, min(low + BLOCK_ELEMENTS, out.size))
             target = out[part]
             value = _value(expression, part, target, 0, dtype)
             if value is not target:
@@ -53,10 +53,7 @@ def _value(expression: Expression, part: slice, out: Array, depth: int, dtype: s
         return out
     left = _value(expression[0], part, out, depth, dtype)
     right = _value(expression[1], part, _scratch(depth)[: out.size], depth + 1, dtype)
-    if dtype == "float32":
-        np.add(left, right, out=out)
-    else:
-        add_rounded(left, right, out, dtype)
+    add_rounded(left, right, out, dtype)
     return out
 
 
@@ -74,7 +71,7 @@ def _scratch(depth: int) -> Array:
     if blocks is None:
         blocks = _local.blocks = []
     while len(blocks) <= depth:
-        blocks.append(aligned_zeros(_BLOCK))
+        blocks.append(aligned_zeros(BLOCK_ELEMENTS))
     return blocks[depth]
 
 

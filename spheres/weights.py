@@ -140,7 +140,7 @@ class Weights:
         if data is None:
             data = chunk.data
         first = index * self.config.chunk_elements
-        size = min(self.config.chunk_elements, self.config.manifest.size - first)
+        size = self.config.elements(index, index)
         expected = not self.complete and index == self.arrived < len(self._checksums)
         if not expected or chunk.offset_bytes != 4 * first or len(data) != size * self._itemsize:
             raise DecodeError(
@@ -201,14 +201,11 @@ class Weights:
         """This node's own buffer is about to be written: who has mapped it must see that first."""
         if self._attached is not None:
             self._attached, self._views = None, None
-        self._generation = self._next_generation()
-        if self._segment is not None:
-            self._segment.generation = self._generation - 1
-
-    def _next_generation(self) -> int:
         self._allocate()
         now = 0 if self._segment is None else self._segment.generation
-        return now + 2 + now % 2  # never that of a version which was not finished
+        self._generation = now + 2 + now % 2  # never that of a version which was not finished
+        if self._segment is not None:
+            self._segment.generation = self._generation - 1
 
     # ---- control's own
 
@@ -270,15 +267,13 @@ class Weights:
 
         What lies with another is named as this process has it: it can be found for as long as this one lives.
         """
-        name = self._attached.name if self._attached is not None else None
-        if name is None and self._segment is not None:
-            name = self._segment.name
-        if name is None:
+        where = self._attached or self._segment
+        if where is None:
             return None
         return pb.WeightsReference(
             from_chunk=first,
             through_chunk=through,
-            segment=name,
+            segment=where.name,
             generation=self._generation,
             crc32c=self._checksums[first : through + 1],
         )

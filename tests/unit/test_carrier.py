@@ -15,7 +15,7 @@ from spheres.blocks import Block
 from spheres.carrier import _MOST_ATTACHED, Carrier, Inline, Piece, Shared
 from spheres.config import NodeConfig
 from spheres.errors import DecodeError, ProtocolError, SegmentError
-from spheres.frames import decode, decode_with_chunk, encode_with_chunk
+from spheres.frames import decode, decode_with_chunk, encode_with_chunk, varint
 from spheres.hub import Hub
 from spheres.narrow import from_wire, round_in_place
 from spheres.numerics import crc32c
@@ -451,15 +451,6 @@ pieces = st.one_of(
     st.just(bytes(PAD)),
     st.just(b"\x7a"),
 )
-
-
-def varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 @given(kind=st.sampled_from(KINDS), parts=st.lists(pieces, max_size=12))
