@@ -17,6 +17,7 @@ STUBS_BIN := $(STUBS_VENV)/bin
 BENCH_VENV := .venv-bench
 BENCH_OUT := bench-results
 PROTOS := $(sort $(wildcard protos/spheres/v1/*.proto))
+PROTOS_BASELINE := protos/baseline.json
 SERVICE_PROTOS := $(if $(PROTOS),$(shell grep -lE '^service ' $(PROTOS)))
 ARGS ?=
 SEEDS ?= 1000
@@ -133,9 +134,11 @@ verify-imports: $(VENV)/.dev
 	@out=$$($(BIN)/lint-imports --no-cache 2>&1) || { echo "$$out"; exit 1; }
 
 verify-protos: $(VENV)/.dev
-	@echo 'verify: buf lint and format'
+	@echo 'verify: buf lint, format and breaking'
 	@$(BIN)/buf lint
 	@$(BIN)/buf format --diff --exit-code
+	@$(BIN)/buf breaking --against $(PROTOS_BASELINE) \
+		|| { echo 'The protos break peers of the last release: add fields, never change, renumber or remove them' >&2; exit 1; }
 
 verify-stubs: $(STUBS_VENV)/.made
 	@echo 'verify: stubs are fresh'
@@ -155,3 +158,9 @@ stubs: $(STUBS_VENV)/.made ## Generate spheres/v1 from protos/
 	@echo 'stubs: generating spheres/v1 from protos/'
 	@rm -f spheres/v1/*_pb2*
 	@$(call generate,.)
+
+.PHONY: protos-baseline
+protos-baseline: $(VENV)/.dev ## At a release: what the protos may not break from now on
+	@$(BIN)/buf breaking --against $(PROTOS_BASELINE)
+	@$(BIN)/buf build --exclude-source-info -o -#format=json | $(BIN)/python -m json.tool --indent 1 > $(PROTOS_BASELINE).new
+	@mv $(PROTOS_BASELINE).new $(PROTOS_BASELINE)

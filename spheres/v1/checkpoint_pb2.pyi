@@ -124,6 +124,7 @@ class RunRecord(_message.Message):
     EVALUATIONS_SINCE_BEST_FIELD_NUMBER: _builtins.int
     WALL_SECONDS_FIELD_NUMBER: _builtins.int
     CALLBACK_STATES_FIELD_NUMBER: _builtins.int
+    MIXED_RECOMPUTES_COUNT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
     term: _builtins.int
@@ -158,6 +159,8 @@ class RunRecord(_message.Message):
     """Evaluations since the best one (early stopping)."""
     wall_seconds: _builtins.float
     """Seconds of training before this point, over all terms."""
+    mixed_recomputes_count: _builtins.int
+    """Microbatches computed in another numeric environment than they were given to, so far."""
     @_builtins.property
     def manifest(self) -> _common_pb2.Manifest:
         """Layout of the buffers."""
@@ -193,10 +196,11 @@ class RunRecord(_message.Message):
         evaluations_since_best: _builtins.int = ...,
         wall_seconds: _builtins.float = ...,
         callback_states: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        mixed_recomputes_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_best_value", b"_best_value", "best_value", b"best_value", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_value", b"_best_value", "best_step", b"best_step", "best_value", b"best_value", "callback_states", b"callback_states", "config_json", b"config_json", "data_fingerprint", b"data_fingerprint", "epoch", b"epoch", "evaluations_since_best", b"evaluations_since_best", "manifest", b"manifest", "metrics", b"metrics", "optimizer_count", b"optimizer_count", "run_id", b"run_id", "samples_count", b"samples_count", "seed", b"seed", "step", b"step", "task_fingerprint", b"task_fingerprint", "term", b"term", "wall_seconds", b"wall_seconds", "weights_digest", b"weights_digest", "weights_sha256", b"weights_sha256", "weights_version", b"weights_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_value", b"_best_value", "best_step", b"best_step", "best_value", b"best_value", "callback_states", b"callback_states", "config_json", b"config_json", "data_fingerprint", b"data_fingerprint", "epoch", b"epoch", "evaluations_since_best", b"evaluations_since_best", "manifest", b"manifest", "metrics", b"metrics", "mixed_recomputes_count", b"mixed_recomputes_count", "optimizer_count", b"optimizer_count", "run_id", b"run_id", "samples_count", b"samples_count", "seed", b"seed", "step", b"step", "task_fingerprint", b"task_fingerprint", "term", b"term", "wall_seconds", b"wall_seconds", "weights_digest", b"weights_digest", "weights_sha256", b"weights_sha256", "weights_version", b"weights_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_value: _TypeAlias = _typing.Literal["best_value"]  # noqa: Y015
     _WhichOneofArgType__best_value: _TypeAlias = _typing.Literal["_best_value", b"_best_value"]  # noqa: Y015

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17spheres/v1/common.proto\x12\nspheres.v1\"D\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\r\n\x05\x64type\x18\x04 \x01(\t\"?\n\x08Manifest\x12#\n\x07tensors\x18\x01 \x03(\x0b\x32\x12.spheres.v1.Tensor\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"(\n\tMetricSum\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"_\n\tPhaseTime\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x13\n\x0bsum_seconds\x18\x02 \x01(\x01\x12\x13\n\x0bmax_seconds\x18\x03 \x01(\x01\x12\x19\n\x11slowest_sphere_id\x18\x04 \x01(\t\"@\n\x06Member\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04zone\x18\x02 \x01(\t\x12\r\n\x05relay\x18\x03 \x01(\x08\x12\x0b\n\x03pid\x18\x04 \x01(\x03\"\xf7\x04\n\x0cSphereReport\x12\x11\n\tsphere_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x11\n\tparent_id\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12\x17\n\x0fweights_version\x18\x08 \x01(\x03\x12\x16\n\x0eweights_digest\x18\t \x01(\x0c\x12\x1a\n\x12microbatches_count\x18\n \x01(\x03\x12\x15\n\rsamples_count\x18\x0b \x01(\x03\x12\x41\n\rphase_seconds\x18\x0c \x03(\x0b\x32*.spheres.v1.SphereReport.PhaseSecondsEntry\x12\x15\n\rsent_up_bytes\x18\r \x01(\x03\x12\x17\n\x0fsent_down_bytes\x18\x0e \x01(\x03\x12\x43\n\x0erefused_counts\x18\x0f \x03(\x0b\x32+.spheres.v1.SphereReport.RefusedCountsEntry\x12\x16\n\x0eresident_bytes\x18\x10 \x01(\x03\x12\x1b\n\x13peak_resident_bytes\x18\x11 \x01(\x03\x12\x16\n\x0e\x63hildren_count\x18\x12 \x01(\x05\x12\x10\n\x08\x61\x63tivity\x18\x13 \x01(\t\x12\x0c\n\x04wire\x18\x14 \x01(\t\x1a\x33\n\x11PhaseSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x34\n\x12RefusedCountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01*R\n\x08WorkKind\x12\x19\n\x15WORK_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12WORK_KIND_EVALUATE\x10\x01\x12\x13\n\x0fWORK_KIND_TRAIN\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17spheres/v1/common.proto\x12\nspheres.v1\"D\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\r\n\x05\x64type\x18\x04 \x01(\t\"?\n\x08Manifest\x12#\n\x07tensors\x18\x01 \x03(\x0b\x32\x12.spheres.v1.Tensor\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"(\n\tMetricSum\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"_\n\tPhaseTime\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x13\n\x0bsum_seconds\x18\x02 \x01(\x01\x12\x13\n\x0bmax_seconds\x18\x03 \x01(\x01\x12\x19\n\x11slowest_sphere_id\x18\x04 \x01(\t\"p\n\x06Member\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04zone\x18\x02 \x01(\t\x12\r\n\x05relay\x18\x03 \x01(\x08\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x1f\n\x17\x65nvironment_fingerprint\x18\x05 \x01(\t\x12\r\n\x05\x61gent\x18\x06 \x01(\t\"\xf7\x04\n\x0cSphereReport\x12\x11\n\tsphere_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x11\n\tparent_id\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12\x17\n\x0fweights_version\x18\x08 \x01(\x03\x12\x16\n\x0eweights_digest\x18\t \x01(\x0c\x12\x1a\n\x12microbatches_count\x18\n \x01(\x03\x12\x15\n\rsamples_count\x18\x0b \x01(\x03\x12\x41\n\rphase_seconds\x18\x0c \x03(\x0b\x32*.spheres.v1.SphereReport.PhaseSecondsEntry\x12\x15\n\rsent_up_bytes\x18\r \x01(\x03\x12\x17\n\x0fsent_down_bytes\x18\x0e \x01(\x03\x12\x43\n\x0erefused_counts\x18\x0f \x03(\x0b\x32+.spheres.v1.SphereReport.RefusedCountsEntry\x12\x16\n\x0eresident_bytes\x18\x10 \x01(\x03\x12\x1b\n\x13peak_resident_bytes\x18\x11 \x01(\x03\x12\x16\n\x0e\x63hildren_count\x18\x12 \x01(\x05\x12\x10\n\x08\x61\x63tivity\x18\x13 \x01(\t\x12\x0c\n\x04wire\x18\x14 \x01(\t\x1a\x33\n\x11PhaseSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x34\n\x12RefusedCountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01*R\n\x08WorkKind\x12\x19\n\x15WORK_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12WORK_KIND_EVALUATE\x10\x01\x12\x13\n\x0fWORK_KIND_TRAIN\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SPHEREREPORT_PHASESECONDSENTRY']._serialized_options = b'8\001'
   _globals['_SPHEREREPORT_REFUSEDCOUNTSENTRY']._loaded_options = None
   _globals['_SPHEREREPORT_REFUSEDCOUNTSENTRY']._serialized_options = b'8\001'
-  _globals['_WORKKIND']._serialized_start=1013
-  _globals['_WORKKIND']._serialized_end=1095
+  _globals['_WORKKIND']._serialized_start=1061
+  _globals['_WORKKIND']._serialized_end=1143
   _globals['_TENSOR']._serialized_start=39
   _globals['_TENSOR']._serialized_end=107
   _globals['_MANIFEST']._serialized_start=109
@@ -46,11 +46,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PHASETIME']._serialized_start=216
   _globals['_PHASETIME']._serialized_end=311
   _globals['_MEMBER']._serialized_start=313
-  _globals['_MEMBER']._serialized_end=377
-  _globals['_SPHEREREPORT']._serialized_start=380
-  _globals['_SPHEREREPORT']._serialized_end=1011
-  _globals['_SPHEREREPORT_PHASESECONDSENTRY']._serialized_start=906
-  _globals['_SPHEREREPORT_PHASESECONDSENTRY']._serialized_end=957
-  _globals['_SPHEREREPORT_REFUSEDCOUNTSENTRY']._serialized_start=959
-  _globals['_SPHEREREPORT_REFUSEDCOUNTSENTRY']._serialized_end=1011
+  _globals['_MEMBER']._serialized_end=425
+  _globals['_SPHEREREPORT']._serialized_start=428
+  _globals['_SPHEREREPORT']._serialized_end=1059
+  _globals['_SPHEREREPORT_PHASESECONDSENTRY']._serialized_start=954
+  _globals['_SPHEREREPORT_PHASESECONDSENTRY']._serialized_end=1005
+  _globals['_SPHEREREPORT_REFUSEDCOUNTSENTRY']._serialized_start=1007
+  _globals['_SPHEREREPORT_REFUSEDCOUNTSENTRY']._serialized_end=1059
 # @@protoc_insertion_point(module_scope)

@@ -177,6 +177,8 @@ class Member(_message.Message):
     ZONE_FIELD_NUMBER: _builtins.int
     RELAY_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
     host: _builtins.str
     """Host name."""
     zone: _builtins.str
@@ -185,6 +187,10 @@ class Member(_message.Message):
     """Sums and passes on only."""
     pid: _builtins.int
     """Process id on that host."""
+    environment_fingerprint: _builtins.str
+    """Fingerprint of its numeric environment: gradients have equal bits among equal ones."""
+    agent: _builtins.str
+    """What it is written in, such as "python 3.13"; for people."""
     def __init__(
         self,
         *,
@@ -192,10 +198,12 @@ class Member(_message.Message):
         zone: _builtins.str = ...,
         relay: _builtins.bool = ...,
         pid: _builtins.int = ...,
+        environment_fingerprint: _builtins.str = ...,
+        agent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "pid", b"pid", "relay", b"relay", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "environment_fingerprint", b"environment_fingerprint", "host", b"host", "pid", b"pid", "relay", b"relay", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -499,6 +499,7 @@ class Run(_message.Message):
     PARAMETERS_COUNT_FIELD_NUMBER: _builtins.int
     BEST_VALUE_FIELD_NUMBER: _builtins.int
     BOTTLENECK_FIELD_NUMBER: _builtins.int
+    MIXED_RECOMPUTES_COUNT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Its id."""
     term: _builtins.int
@@ -539,6 +540,10 @@ class Run(_message.Message):
     """Best value of the best metric; absent before the first evaluation."""
     bottleneck: _builtins.str
     """What takes most of the latest steps, such as "compute on s-4: 72 % of the step"; empty before the first."""
+    mixed_recomputes_count: _builtins.int
+    """Microbatches that were lost and had to be computed in another numeric environment than the one that they were given
+    to: since the first, bits may differ from those of an undisturbed run.
+    """
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Latest values: loss, accuracy, ..."""
@@ -582,10 +587,11 @@ class Run(_message.Message):
         parameters_count: _builtins.int = ...,
         best_value: _builtins.float | None = ...,
         bottleneck: _builtins.str = ...,
+        mixed_recomputes_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_best_value", b"_best_value", "best_value", b"best_value", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_value", b"_best_value", "best_value", b"best_value", "bottleneck", b"bottleneck", "config_json", b"config_json", "epoch", b"epoch", "error", b"error", "known_spheres_count", b"known_spheres_count", "latest_checkpoint", b"latest_checkpoint", "living_spheres_count", b"living_spheres_count", "metrics", b"metrics", "parameters_count", b"parameters_count", "phase_seconds", b"phase_seconds", "rates", b"rates", "reason", b"reason", "run_dir", b"run_dir", "run_id", b"run_id", "samples_count", b"samples_count", "start_time", b"start_time", "state", b"state", "step", b"step", "steps_per_epoch", b"steps_per_epoch", "term", b"term", "total_steps", b"total_steps", "weights_digest", b"weights_digest", "weights_version", b"weights_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_value", b"_best_value", "best_value", b"best_value", "bottleneck", b"bottleneck", "config_json", b"config_json", "epoch", b"epoch", "error", b"error", "known_spheres_count", b"known_spheres_count", "latest_checkpoint", b"latest_checkpoint", "living_spheres_count", b"living_spheres_count", "metrics", b"metrics", "mixed_recomputes_count", b"mixed_recomputes_count", "parameters_count", b"parameters_count", "phase_seconds", b"phase_seconds", "rates", b"rates", "reason", b"reason", "run_dir", b"run_dir", "run_id", b"run_id", "samples_count", b"samples_count", "start_time", b"start_time", "state", b"state", "step", b"step", "steps_per_epoch", b"steps_per_epoch", "term", b"term", "total_steps", b"total_steps", "weights_digest", b"weights_digest", "weights_version", b"weights_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_value: _TypeAlias = _typing.Literal["best_value"]  # noqa: Y015
     _WhichOneofArgType__best_value: _TypeAlias = _typing.Literal["_best_value", b"_best_value"]  # noqa: Y015
@@ -916,18 +922,24 @@ class SpawnSphereResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PIDS_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def pids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Process ids on control's machine."""
+        """Process ids on control's machine; empty where the launcher starts spheres elsewhere."""
+
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the launcher calls the new ones."""
 
     def __init__(
         self,
         *,
         pids: _abc.Iterable[_builtins.int] | None = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pids", b"pids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names", "pids", b"pids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -473,6 +473,26 @@ class Hello(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class CapacitiesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     SPHERE_ID_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
@@ -492,6 +512,7 @@ class Hello(_message.Message):
     WEIGHTS_TERM_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
     SEGMENT_FIELD_NUMBER: _builtins.int
+    CAPACITIES_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Protocol version that the child speaks."""
     sphere_id: _builtins.str
@@ -538,6 +559,10 @@ class Hello(_message.Message):
     def segment(self) -> Global___Segment:
         """Memory of the child, for the parent to try; absent where payload is to go inline."""
 
+    @_builtins.property
+    def capacities(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """capacity by fingerprint of the numeric environment; empty: all of it is of environment_fingerprint."""
+
     def __init__(
         self,
         *,
@@ -560,10 +585,11 @@ class Hello(_message.Message):
         weights_term: _builtins.int = ...,
         leaving: _builtins.bool = ...,
         segment: Global___Segment | None = ...,
+        capacities: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "segment", b"segment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "data_fingerprint", b"data_fingerprint", "environment_fingerprint", b"environment_fingerprint", "held", b"held", "holds_weights", b"holds_weights", "incarnation", b"incarnation", "leaving", b"leaving", "member", b"member", "parent_id", b"parent_id", "parent_incarnation", b"parent_incarnation", "protocol_version", b"protocol_version", "segment", b"segment", "sphere_id", b"sphere_id", "task_fingerprint", b"task_fingerprint", "weights_chunks_held", b"weights_chunks_held", "weights_digest", b"weights_digest", "weights_term", b"weights_term", "weights_version", b"weights_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacities", b"capacities", "capacity", b"capacity", "data_fingerprint", b"data_fingerprint", "environment_fingerprint", b"environment_fingerprint", "held", b"held", "holds_weights", b"holds_weights", "incarnation", b"incarnation", "leaving", b"leaving", "member", b"member", "parent_id", b"parent_id", "parent_incarnation", b"parent_incarnation", "protocol_version", b"protocol_version", "segment", b"segment", "sphere_id", b"sphere_id", "task_fingerprint", b"task_fingerprint", "weights_chunks_held", b"weights_chunks_held", "weights_digest", b"weights_digest", "weights_term", b"weights_term", "weights_version", b"weights_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -722,6 +748,7 @@ class Ready(_message.Message):
     HELD_FIELD_NUMBER: _builtins.int
     IDLE_FIELD_NUMBER: _builtins.int
     COMPUTING_FIELD_NUMBER: _builtins.int
+    IDLE_ENVIRONMENTS_FIELD_NUMBER: _builtins.int
     idle: _builtins.bool
     """Whether anyone in this subtree could compute more at once."""
     @_builtins.property
@@ -732,16 +759,21 @@ class Ready(_message.Message):
     def computing(self) -> _containers.RepeatedCompositeFieldContainer[Global___Block]:
         """Blocks being computed by the child or below it: theirs, unless they are late (N12)."""
 
+    @_builtins.property
+    def idle_environments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The environments in which somebody could compute more at once; empty where idle holds for all in the subtree."""
+
     def __init__(
         self,
         *,
         held: _abc.Iterable[Global___Block] | None = ...,
         idle: _builtins.bool = ...,
         computing: _abc.Iterable[Global___Block] | None = ...,
+        idle_environments: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["computing", b"computing", "held", b"held", "idle", b"idle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["computing", b"computing", "held", b"held", "idle", b"idle", "idle_environments", b"idle_environments"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -756,6 +788,7 @@ class Assign(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     FROM_CHUNK_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    ENVIRONMENTS_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """Number of the attempt; 0 at the start of a step, where no Begin was needed."""
     from_chunk: _builtins.int
@@ -764,20 +797,57 @@ class Assign(_message.Message):
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Block]:
         """The blocks; the child sends exactly these, never their merger or parts."""
 
+    @_builtins.property
+    def environments(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvironmentRange]:
+        """Which environments they are meant for, in ascending order of microbatches (N22). A node without children may ignore
+        it; empty: any.
+        """
+
     def __init__(
         self,
         *,
         attempt: _builtins.int = ...,
         from_chunk: _builtins.int = ...,
         blocks: _abc.Iterable[Global___Block] | None = ...,
+        environments: _abc.Iterable[Global___EnvironmentRange] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "blocks", b"blocks", "from_chunk", b"from_chunk"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "blocks", b"blocks", "environments", b"environments", "from_chunk", b"from_chunk"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Assign: _TypeAlias = Assign  # noqa: Y015
+
+@_typing.final
+class EnvironmentRange(_message.Message):
+    """Microbatches that are meant for one numeric environment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LO_FIELD_NUMBER: _builtins.int
+    HI_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    lo: _builtins.int
+    """First microbatch."""
+    hi: _builtins.int
+    """One beyond the last."""
+    environment_fingerprint: _builtins.str
+    """Fingerprint of the environment."""
+    def __init__(
+        self,
+        *,
+        lo: _builtins.int = ...,
+        hi: _builtins.int = ...,
+        environment_fingerprint: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["environment_fingerprint", b"environment_fingerprint", "hi", b"hi", "lo", b"lo"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnvironmentRange: _TypeAlias = EnvironmentRange  # noqa: Y015
 
 @_typing.final
 class Credit(_message.Message):
@@ -973,17 +1043,43 @@ class Capacity(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class CapacitiesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     CAPACITY_FIELD_NUMBER: _builtins.int
+    CAPACITIES_FIELD_NUMBER: _builtins.int
     capacity: _builtins.float
     """In plain spheres."""
+    @_builtins.property
+    def capacities(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """The same by fingerprint of the numeric environment, as in the hello."""
+
     def __init__(
         self,
         *,
         capacity: _builtins.float = ...,
+        capacities: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacities", b"capacities", "capacity", b"capacity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
