@@ -145,6 +145,9 @@ def _play(
     limit_threads()
     task = load_task(config.task, config.task_options)
 
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
     async def run() -> None:
         for case in cases:
             log = folder / f"{case.name}.log"
@@ -156,7 +159,7 @@ def _play(
                 command or None,
                 seconds=seconds,
                 log=log,
-                say=lambda line: typer.echo(line, err=True),
+                say=say,
             )
             if result.exchange:
                 (folder / f"{case.name}.exchange").write_text("\n".join(result.exchange) + "\n")

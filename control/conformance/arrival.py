@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from control.conformance.script import BreachError, Deviation, Script, breach_unless, deviation, named
+from control.conformance.script import BreachError, Deviation, Script, breach_unless, deviation, fields, named
 from spheres.blocks import Block
 from spheres.frames import block_from
 from spheres.narrow import from_wire, wire_itemsize
@@ -119,11 +119,10 @@ class Arrival:
             not message.HasField("gradient_reference"), "Wires", "chunks in messages: no segment was named in the "
             "welcome", "a gradient_reference",
         )  # fmt: skip
-        known = ("gradient_header", "gradient_chunk", "gradient_footer")
         breach_unless(
-            any(message.HasField(name) for name in known),
+            fields(message) & {"gradient_header", "gradient_chunk", "gradient_footer"},
             "A step (sending)", "a gradient_header, a gradient_chunk, a gradient_footer or several of them",
-            f"a frame with {[field.name for field, _ in message.ListFields()]}",
+            f"a frame with {sorted(fields(message))}",
         )  # fmt: skip
         self._seen = True
         if message.HasField("gradient_header"):
@@ -250,7 +249,7 @@ class Arrival:
         )  # fmt: skip
         found = {metric.name: metric.value for metric in header.metrics}
         breach_unless(
-            found.keys() == sums.metrics.keys(), "GradientHeader.metrics", sorted(sums.metrics), sorted(found)
+            found.keys() == sums.metrics.keys(), "GradientHeader.metrics", str(sorted(sums.metrics)), sorted(found)
         )
         for name, theirs, ours in (
             ("loss_sum", header.loss_sum, sums.loss),

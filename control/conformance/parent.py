@@ -1,4 +1,4 @@
-"""The played end of each edge, over real gRPC: nodes that listen, and links that a case reads and writes frame by frame.
+"""The played end of each edge, over real gRPC: nodes that listen, and links that a case reads and writes.
 
 What is said on them is the cases' to decide. Heartbeats are answered here, or not where a case plays dead.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic_ns
 
 from control.conformance.arrival import Arrival
-from control.conformance.script import BreachError, Script, breach_unless, named
+from control.conformance.script import BreachError, Script, breach_unless, fields, named
 from spheres.blocks import Block
 from spheres.config import PROTOCOL_VERSION
 from spheres.errors import ArmillaryError, LinkClosedError, ProtocolError
@@ -25,7 +25,9 @@ __all__ = ["Edge", "Node", "check_hello"]
 #: frames that wait for a case to read them
 _MOST_WAITING = 4096
 #: frames that belong to no step
-_STEPLESS = ("capacity", "state_report", "log_report", "task_failure", "leaving", "sphere_change")
+_STEPLESS = {"capacity", "state_report", "log_report", "task_failure", "leaving", "sphere_change"}
+
+_KINDS: dict[int, str] = {common_pb2.WORK_KIND_TRAIN: "train", common_pb2.WORK_KIND_EVALUATE: "evaluate"}
 
 Say = Callable[[str], None]
 
@@ -124,17 +126,17 @@ class Edge:
             message = await self.next()
             if message is None:
                 raise BreachError("When the link ends", "a link that lives on", "the worker ended it")
-            if not any(message.HasField(name) for name in _STEPLESS):
+            if not fields(message) & _STEPLESS:
                 return message
             self.said.append(message)
 
     async def saying(self, field: str) -> pb.WorkRequest:
         """Return the first message with this field, of those that belong to no step."""
         while True:
-            for message in self.said:
-                if message.HasField(field):
-                    self.said.remove(message)
-                    return message
+            for known in self.said:
+                if field in fields(known):
+                    self.said.remove(known)
+                    return known
             message = await self.next()
             if message is None:
                 raise BreachError("When the link ends", f"a message with {field}", "the worker ended the link")
@@ -269,7 +271,7 @@ class Node:
     async def _enroll(self, data: bytes) -> bytes:
         assert self.enroll is not None
         request = control_pb2.EnrollSphereRequest.FromString(data)
-        self._say(f"<- EnrollSphere {_fields(request)}")
+        self._say(f"<- EnrollSphere {_text(request)}")
         try:
             answer = self.enroll(request)
         except ArmillaryError as error:
@@ -333,12 +335,6 @@ def check_hello(edge: Edge, *, incarnation: int, sphere: str) -> None:
         breach_unless(total == hello.capacity, "Hello.capacities", f"{hello.capacity} in all", total)
 
 
-def kind_named(kind: int) -> str:
-    return {common_pb2.WORK_KIND_TRAIN: "train", common_pb2.WORK_KIND_EVALUATE: "evaluate"}.get(
-        kind, "-"  # type: ignore[arg-type]
-    )  # fmt: skip
-
-
 def _words(message: pb.WorkRequest | pb.WorkResponse) -> str:
     """Return a message in a line: its work, and its parts with what matters of them."""
     tag, said = message.tag, []
@@ -346,7 +342,7 @@ def _words(message: pb.WorkRequest | pb.WorkResponse) -> str:
         if field.name in ("tag", "session", "attempt"):
             continue
         said.append(f"{field.name} {_part(value)}".strip())
-    work = f"[term {tag.term} step {tag.step} {kind_named(tag.kind)} v{tag.weights_version}]"
+    work = f"[term {tag.term} step {tag.step} {_KINDS.get(tag.kind, '-')} v{tag.weights_version}]"
     own = f" session {message.session} attempt {message.attempt}" if isinstance(message, pb.WorkRequest) else ""
     return f"{work}{own} {', '.join(said) or 'nothing'}"
 
@@ -363,13 +359,13 @@ def _part(value: object) -> str:
         return f"{_blocks([value.block])} of {value.samples_count} samples"
     if isinstance(value, pb.GradientFooter):
         return _blocks([value.block])
-    return _fields(value)
+    return _text(value)
 
 
 def _blocks(blocks: Sequence[pb.Block]) -> str:
     return named([Block(block.lo, block.hi) for block in blocks])
 
 
-def _fields(message: object) -> str:
+def _text(message: object) -> str:
     text = " ".join(str(message).split())
     return f"{{{text[:200]}{' ...' if len(text) > 200 else ''}}}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from control.conformance.arrival import Arrival
 from control.conformance.case import case
 from control.conformance.play import Play
 from control.conformance.script import SkippedError
@@ -43,6 +46,10 @@ async def gradient(play: Play) -> None:
         await play.train(edge, script.tag(step, version), [everything] if version % 2 else blocks)
 
 
+def _beyond(arrival: Arrival, index: int) -> bool:
+    return arrival.frontier > index
+
+
 def _single_and_wide(everything: Block) -> list[Block]:
     """Return a partition into canonical blocks of different widths."""
     blocks, rest = [], everything
@@ -54,7 +61,7 @@ def _single_and_wide(everything: Block) -> list[Block]:
 
 @case("evaluation", "A step (evaluation)")
 async def evaluation(play: Play) -> None:
-    """Evaluation of slices of the test split: one frame per block, without a gradient; then training on those weights."""
+    """Evaluation: one frame per block, without a gradient; then a step on the weights that are held."""
     edge, script = await play.join(), play.script
     if not script.node.test_size:
         raise SkippedError("the task has no test split")
@@ -80,7 +87,7 @@ async def credit(play: Play) -> None:
     arrival = edge.arrival(tag, blocks)
     for index in range(script.chunks):
         play.expect("N6 (credit)", f"chunk {index} of every block")
-        await edge.collect(arrival, until=lambda index=index: arrival.frontier > index, credit=False)
+        await edge.collect(arrival, until=partial(_beyond, arrival, index), credit=False)
         if index < script.chunks - 1:
             await edge.quiet(_QUIET_SECONDS, "N6 (credit)", f"no chunk beyond {arrival.credit} before there is credit")
             arrival.credit = index + 1

@@ -1,4 +1,4 @@
-"""The process of a worker under test: started with the address of the played control, watched, and never left behind."""
+"""The process of a worker under test: told where control is played, watched, and never left behind."""
 
 from __future__ import annotations
 
