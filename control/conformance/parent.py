@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from time import monotonic_ns
+from typing import Any
 
 from control.conformance.arrival import Arrival
 from control.conformance.script import BreachError, Script, breach_unless, fields, named
@@ -151,15 +152,21 @@ class Edge:
             return
         raise BreachError(rule, expected, _words(message))
 
-    async def gone(self) -> None:
-        """Wait for the worker to end the link; what it had sent before is dropped."""
-        while await self.next() is not None:
-            pass
+    async def gone(self, rule: str, expected: str) -> None:
+        """Wait for the worker to end the link. Raises BreachError where it goes on with a step instead."""
+        while (message := await self.next()) is not None:
+            if not fields(message) & _STEPLESS:
+                raise BreachError(rule, expected, _words(message))
 
     # ---- what a parent says
 
-    async def welcome(self) -> None:
-        await self.send(pb.WorkResponse(welcome=pb.Welcome(path=self.node.path)))
+    async def welcome(self, path: Sequence[pb.Ancestor] | None = None) -> None:
+        await self.send(pb.WorkResponse(welcome=pb.Welcome(path=self.node.path if path is None else path)))
+
+    async def direct(self, kind: pb.DirectiveKind.ValueType, **fields: Any) -> None:
+        """Send a directive, to this worker unless said otherwise."""
+        directive = pb.Directive(kind=kind, **{"target_sphere_id": self.hello.sphere_id, **fields})
+        await self.send(pb.WorkResponse(directive=directive))
 
     def header(
         self, tag: pb.Tag, *, blocks: Sequence[Block] | None = None, from_chunk: int = 0, held: bytes = b""
@@ -230,7 +237,10 @@ class Edge:
 class Node:
     """A node that is played, on a port of its own. Mutable state: who has dialled it, and how it answers."""
 
-    def __init__(self, name: str, script: Script, say: Say, *, incarnation: int = 1) -> None:
+    def __init__(
+        self, name: str, script: Script, say: Say, *, dialled: Callable[[], None], incarnation: int = 1
+    ) -> None:
+        self._dialled = dialled
         self.id, self.incarnation, self._script, self._say = name, incarnation, script, say
         self.address = ""
         #: the nodes from control to this one
@@ -288,6 +298,7 @@ class Node:
         if not message.HasField("hello"):
             self.breach = BreachError("Joining (dial)", "hello in the first message of a Work stream", _words(message))
         await self.links.put(edge)
+        self._dialled()
         await edge.serve()
 
     async def _heartbeat(self, link: Link) -> None:

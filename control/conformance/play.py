@@ -12,12 +12,13 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from control.conformance.arrival import Arrival
+from control.conformance.arrival import Arrival, order
 from control.conformance.parent import Edge, Node, check_hello
-from control.conformance.script import BreachError, Deviation, Script, breach_unless
+from control.conformance.script import BreachError, Deviation, Script, breach_unless, named
 from control.conformance.worker import WorkerProcess
-from spheres.blocks import Block
+from spheres.blocks import Block, BlockSet
 from spheres.errors import ArmillaryError
+from spheres.frames import blocks_from, blocks_to
 from spheres.task import Sums
 from spheres.v1 import control_pb2
 from spheres.v1 import work_pb2 as pb
@@ -42,7 +43,9 @@ class Play:
         self.script = script
         self._address = address
         self.lines: deque[str] = deque(maxlen=_LINES)
-        self.control = Node("control", script, self.say)
+        #: somebody has dialled a node
+        self.dialling = asyncio.Event()
+        self.control = Node("control", script, self.say, dialled=self.dialling.set)
         self.control.enroll = self._enroll
         self.nodes = [self.control]
         #: the nodes from control to the parent that is given to the worker
@@ -63,6 +66,8 @@ class Play:
         self.worst = Deviation(0.0, 0.0)
         self.compared = 0
         self.note = ""
+        #: what a case has begun to take in, where another function goes on
+        self.arrival: Arrival | None = None
 
     def say(self, line: str) -> None:
         self.lines.append(f"{asyncio.get_running_loop().time() % 1000:8.3f}  {line}")
@@ -82,7 +87,7 @@ class Play:
 
     async def add_node(self, name: str, above: Node) -> Node:
         """Play another node, below ``above``."""
-        node = Node(name, self.script, self.say, incarnation=len(self.nodes) + 1)
+        node = Node(name, self.script, self.say, dialled=self.dialling.set, incarnation=len(self.nodes) + 1)
         await node.open()
         node.path = [*above.path, node.ancestor]
         self.nodes.append(node)
@@ -151,6 +156,21 @@ class Play:
         self.expect("A step", "frames of the step")
         return edge
 
+    async def found(self, *nodes: Node) -> Node:
+        """Return the node that the worker dials first, of these; its link waits there."""
+        while True:
+            for node in nodes:
+                if not node.links.empty():
+                    return node
+            self.dialling.clear()
+            await self.dialling.wait()
+
+    async def ends_link(self, edge: Edge, rule: str, why: str) -> None:
+        """Wait for the worker to end a link, and not its process."""
+        expected = f"the worker to end the link: {why}"
+        self.expect(rule, expected)
+        await edge.gone(rule, expected)
+
     # ---- steps
 
     async def collect(self, edge: Edge, arrival: Arrival) -> None:
@@ -187,6 +207,34 @@ class Play:
         """Play a whole step: weights, blocks, and what comes of them."""
         await edge.weights(tag, blocks=blocks)
         arrival = edge.arrival(tag, blocks)
+        await self.collect(edge, arrival)
+        return arrival
+
+    async def begin(self, edge: Edge, tag: pb.Tag, attempt: int, *, from_chunk: int = 0) -> pb.Ready:
+        """Begin a new attempt, and return what the worker has to say to it."""
+        rule, total = "N5 (ready)", self.script.total(tag.kind)
+        await edge.send(pb.WorkResponse(tag=tag, begin=pb.Begin(attempt=attempt, from_chunk=from_chunk)))
+        self.expect(rule, f"ready of attempt {attempt}")
+        while not (message := await edge.frame()).HasField("ready"):
+            older = order(message.tag) < order(tag) or message.attempt < attempt
+            breach_unless(older, rule, f"ready of attempt {attempt} before its frames", f"attempt {message.attempt}")
+        breach_unless(
+            (message.tag, message.session, message.attempt) == (tag, edge.session, attempt),
+            rule, f"ready with the tag of the begin, session {edge.session}, attempt {attempt}", message,
+        )  # fmt: skip
+        for what, blocks in (("held", message.ready.held), ("computing", message.ready.computing)):
+            given = blocks_from(blocks)
+            merged = list(BlockSet(total, given))
+            breach_unless(given == merged, rule, f"{what} merged to maximal canonical blocks", named(given))
+        return message.ready
+
+    async def assign(
+        self, edge: Edge, tag: pb.Tag, attempt: int, blocks: Sequence[Block], *, from_chunk: int = 0
+    ) -> Arrival:
+        """Answer ready, and take in what is owed."""
+        assign = pb.Assign(attempt=attempt, from_chunk=from_chunk, blocks=blocks_to(blocks))
+        await edge.send(pb.WorkResponse(tag=tag, assign=assign))
+        arrival = edge.arrival(tag, blocks, attempt=attempt, from_chunk=from_chunk)
         await self.collect(edge, arrival)
         return arrival
 

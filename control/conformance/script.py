@@ -40,7 +40,7 @@ _HEARTBEAT_SECONDS = 0.25
 #: relative deviation of a gradient that is allowed: other libraries add in another order
 FLOAT32_TOLERANCE = 1e-5
 #: the same where each node of the sum is rounded to bfloat16: an element that lies between two numbers goes either way
-BFLOAT16_NORM_TOLERANCE, BFLOAT16_ELEMENT_TOLERANCE = 2.0**-9, 2.0**-6
+BFLOAT16_NORM_TOLERANCE, BFLOAT16_ELEMENT_TOLERANCE = 2.0**-11, 2.0**-6
 
 
 class BreachError(Exception):
