@@ -16,7 +16,7 @@ from spheres.task import Sums
 from spheres.v1 import common_pb2
 from spheres.v1 import work_pb2 as pb
 
-__all__ = ["Arrival", "order"]
+__all__ = ["Arrival", "order", "said_of"]
 
 Array = npt.NDArray[np.float32]
 
@@ -62,9 +62,6 @@ class Arrival:
         self.chunks = script.chunks if self.train else 1
         self.credit = from_chunk + script.node.window - 1
         self.parts = {block: _Part(script.node.manifest.size, from_chunk) for block in self.blocks}
-        #: frames of older work, attempts and sessions: they may cross what was sent to the worker
-        self.late = 0
-        self._seen = False
 
     @property
     def frontier(self) -> int:
@@ -95,19 +92,12 @@ class Arrival:
             tag.run_id == self.tag.run_id, "N1 (tags)", f"frames of run {self.tag.run_id!r}", f"one of {tag.run_id!r}"
         )
         if self._is_late(message):
-            breach_unless(
-                not self._seen,
-                "N14 (a newer header drops what is older)",
-                f"no frame of older work after the first one of {_said(self.tag, self.attempt)}",
-                f"one of {_said(tag, message.attempt)}",
-            )
-            self.late += 1
-            return
+            return  # it crossed what was sent to the worker
         breach_unless(
             (order(tag), tag.weights_version) == (order(self.tag), self.tag.weights_version),
             "N1 (every frame names run, term, step, kind and version)",
-            _said(self.tag, self.attempt),
-            f"a frame of {_said(tag, message.attempt)}",
+            said_of(self.tag, self.attempt),
+            f"a frame of {said_of(tag, message.attempt)}",
         )
         breach_unless(
             (message.session, message.attempt) == (self.session, self.attempt),
@@ -124,7 +114,6 @@ class Arrival:
             "A step (sending)", "a gradient_header, a gradient_chunk, a gradient_footer or several of them",
             f"a frame with {sorted(fields(message))}",
         )  # fmt: skip
-        self._seen = True
         if message.HasField("gradient_header"):
             self._header(message.gradient_header)
         if message.HasField("gradient_chunk"):
@@ -302,6 +291,7 @@ class Arrival:
         return f"tensor {name}, element {index}: {theirs[index]!r} for {ours[index]!r}"
 
 
-def _said(tag: pb.Tag, attempt: int) -> str:
+def said_of(tag: pb.Tag, attempt: int) -> str:
+    """Return what a frame belongs to, in words."""
     kind = "train" if tag.kind == common_pb2.WORK_KIND_TRAIN else "evaluate" if tag.kind else "no kind"
     return f"term {tag.term}, step {tag.step}, {kind}, version {tag.weights_version}, attempt {attempt}"

@@ -24,6 +24,8 @@ async def stop(play: Play) -> None:
     edge = await play.join()
     await edge.direct(pb.DIRECTIVE_KIND_STOP, target_sphere_id="s-99", reason="another one's")
     await play.train(edge, play.script.tag(0, 0), [play.script.all])
+    play.expect("A step (directive STOP)", "heartbeats, after a STOP that was for another")
+    await play.control.beats_after(len(play.control.beats) + 2)
     await edge.direct(pb.DIRECTIVE_KIND_STOP, target_sphere_id="", reason="the run is over")
     await play.ends(0, "A step (directive STOP)")
 

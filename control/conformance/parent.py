@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic_ns
 from typing import Any
 
-from control.conformance.arrival import Arrival
+from control.conformance.arrival import Arrival, order, said_of
 from control.conformance.script import BreachError, Script, breach_unless, fields, named
 from spheres.blocks import Block
 from spheres.config import PROTOCOL_VERSION
@@ -42,6 +42,8 @@ class Edge:
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.Event()
         self.message = pb.WorkRequest()
+        #: the newest frame of a step, and what it belongs to
+        self._newest = (((0, -1, 0), 0), self.message)
         #: what came that belongs to no step
         self.said: list[pb.WorkRequest] = []
 
@@ -128,8 +130,20 @@ class Edge:
             if message is None:
                 raise BreachError("When the link ends", "a link that lives on", "the worker ended it")
             if not fields(message) & _STEPLESS:
+                self._in_order(message)
                 return message
             self.said.append(message)
+
+    def _in_order(self, message: pb.WorkRequest) -> None:
+        """Hold frames to N14 and N4: what is older crosses what is newer on its way, and does not follow it."""
+        place = (order(message.tag), message.attempt)
+        breach_unless(
+            place >= self._newest[0],
+            "N14, N4 (older work and attempts are dropped)",
+            f"no older frame after one of {said_of(self._newest[1].tag, self._newest[1].attempt)}",
+            f"one of {said_of(message.tag, message.attempt)}",
+        )
+        self._newest = (place, message)
 
     async def saying(self, field: str) -> pb.WorkRequest:
         """Return the first message with this field, of those that belong to no step."""

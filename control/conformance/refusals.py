@@ -34,9 +34,9 @@ async def _turned_away(play: Play, error: ArmillaryError, code: str) -> None:
     edge.end(error)
     play.expect(f"Status codes ({code} from a parent)", "a hello at the next fallback, control")
     found = await play.found(parent, play.control)
+    breach_unless(len(play.enrolments) == 1, f"Status codes ({code} from a parent)", "no other EnrollSphere", "one")
     breach_unless(found is play.control, f"Status codes ({code})", "control, the next fallback", f"{found.id} again")
     await play.linked(play.control)
-    breach_unless(len(play.enrolments) == 1, f"Status codes ({code})", "no other EnrollSphere", "one")
 
 
 @case("refused-by-control", "Status codes (FAILED_PRECONDITION)")

@@ -40,6 +40,7 @@ async def next_step(play: Play) -> None:
     # a header that crosses chunks which had credit to go
     await edge.weights(script.tag(3, 3), blocks=list(halves(script.all)))
     await play.train(edge, script.tag(4, 4), list(halves(script.all)))
+    await edge.quiet(0.3, "N14 (older work is dropped)", "no frame more")
 
 
 @case("term", "N1")
@@ -226,7 +227,9 @@ async def _narrow(play: Play) -> None:
                 raise SkippedError(f"the worker refuses (exit code {code}): {said[-1]}")
         finally:
             ending.cancel()
-        edge = await dialling
+            if not dialling.done():
+                dialling.cancel()
+        edge = dialling.result()
     else:
         edge = await play.dialled()
     play.may_end = False
