@@ -93,7 +93,7 @@ Held Computer::microbatch(Unit& unit, int index) const {
     } else {
         std::string names;
         for (const std::string& name : verdict.tensors) names += (names.empty() ? "" : ", ") + name;
-        throw NotFinite("microbatch " + std::to_string(index) + ": not finite: " + names);
+        throw NotFinite("not finite: " + names);
     }
     return held;
 }

@@ -195,12 +195,12 @@ void Worker::take_part() {
         thread.join();
     };
     try {
-        for (double wait = kPause; !stopped(); wait = std::min(kLongestPause, 2 * wait)) {
+        for (double wait = 0; !stopped(); wait = std::clamp(2 * wait, kPause, kLongestPause)) {
             for (const pb::Ancestor& ancestor : in_order()) {
                 const double began = now();
                 if (stopped()) break;
                 if (!link(ancestor)) continue;
-                if (now() - began > kLongestPause) wait = kPause;  // who ends every link at once is not dialled at full speed
+                if (now() - began > kLongestPause) wait = 0;  // who ends every link at once is not dialled at full speed
                 break;
             }
             if (stopped()) break;
@@ -547,10 +547,12 @@ pb::SphereReport Worker::report() const {
 }
 
 void Worker::log(const std::string& line) {
-    char stamp[32];
-    const std::time_t clock = std::time(nullptr);
+    std::timespec clock{};
+    std::timespec_get(&clock, TIME_UTC);
     std::tm local{};
-    std::strftime(stamp, sizeof stamp, "%F %T ", localtime_r(&clock, &local));
+    char day[32], stamp[40];
+    std::strftime(day, sizeof day, "%F %T", localtime_r(&clock.tv_sec, &local));
+    std::snprintf(stamp, sizeof stamp, "%s,%03d ", day, static_cast<int>(clock.tv_nsec / 1'000'000));
     const std::lock_guard lock(log_mutex_);
     lines_.push_back(stamp + line);
     if (lines_.size() > kMostLines) lines_.pop_front();
