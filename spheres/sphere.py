@@ -41,6 +41,7 @@ __all__ = ["Sphere", "SphereOptions"]
 
 log = logging.getLogger(__name__)
 
+_AGENT = f"python {sys.version_info.major}.{sys.version_info.minor}"
 #: seconds between two looks of a sphere that leaves at whether it is needed still
 _LOOK_SECONDS = 0.05
 #: of a traced run: seconds that a sphere waits for the last spans of its children, and that its own have to go up
@@ -140,7 +141,14 @@ class Sphere:
         if not options.relay and self._task is not None:
             worker = self._make_worker(config, self._task, aligned_zeros if memory is None else memory.allocate)
         summer = Summer()
-        hub = self.hub = Hub(config, granted.sphere_id, incarnation=granted.incarnation, worker=worker, memory=memory)
+        hub = self.hub = Hub(
+            config,
+            granted.sphere_id,
+            incarnation=granted.incarnation,
+            worker=worker,
+            memory=memory,
+            environment=fingerprints.environment,
+        )
         hub.hooks.run, hub.hooks.broken = summer.run, self._broken
         hub.address = self._address
         hub.watchdog.enabled = options.speculate
@@ -229,7 +237,7 @@ class Sphere:
     def _member(self) -> common_pb2.Member:
         options = self._options
         host = options.host or socket.gethostname()
-        return common_pb2.Member(host=host, zone=options.zone, relay=options.relay, pid=os.getpid())
+        return common_pb2.Member(host=host, zone=options.zone, relay=options.relay, pid=os.getpid(), agent=_AGENT)
 
     async def _enroll(self, address: str) -> control_pb2.EnrollSphereResponse:
         """Ask control for a place, patiently: control may be about to start."""
@@ -242,7 +250,7 @@ class Sphere:
             address=address,
             relay=member.relay,
             pid=member.pid,
-            agent=f"python {sys.version_info.major}.{sys.version_info.minor}",
+            agent=_AGENT,
         ).SerializeToString()
         deadline = asyncio.get_running_loop().time() + options.orphan_timeout
         pause = 0.05
