@@ -246,6 +246,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             parameters_count=c.node.manifest.parameters,
             best_value=c.best_value,
             bottleneck=bottleneck(c.totals.recent, c.tree.shape()),
+            mixed_recomputes_count=c.mixed_recomputes,
         )
         run.start_time.FromNanoseconds(int(c.start_time * 1e9))
         return run

@@ -75,6 +75,8 @@ class Summary:
     phase_seconds: dict[str, float] = field(default_factory=dict)
     #: what took most of the latest steps
     bottleneck: str = ""
+    #: microbatches computed in another numeric environment than they were meant for: 0 where all bits are reproducible
+    mixed_recompute: int = 0
     spheres: list[dict[str, Any]] = field(default_factory=list)
     tree: dict[str, str] = field(default_factory=dict)
     run_id: str = ""
@@ -421,6 +423,7 @@ class Training:
             sync_fraction=totals.sync_fraction,
             phase_seconds=dict(totals.phase_seconds),
             bottleneck=bottleneck(totals.recent, self._tree.shape()),
+            mixed_recompute=controller.mixed_recomputes,
             spheres=spheres,
             tree={s["id"]: s["parent"] for s in spheres},
             run_id=controller.run_id,

@@ -95,9 +95,11 @@ class Environments(tuple[Range, ...]):
                 ranges.append(Range(k, k + 1, name))
         return Environments(ranges)
 
-    def elsewhere(self, block: Block, environment: str) -> int:
-        """How many microbatches of a block, computed in ``environment``, were meant for another."""
-        return sum(max(0, _both(block, lo, hi).width) for lo, hi, name in self if name != environment)
+    def unlike(self, other: Iterable[Range]) -> int:
+        """How many microbatches are meant for another environment by ``other``."""
+        here = {k: name for lo, hi, name in self for k in range(lo, hi)}
+        there = {k: name for lo, hi, name in other for k in range(lo, hi)}
+        return sum(here.get(k) != there.get(k) for k in here.keys() | there.keys())
 
 
 def _both(block: Block, lo: int, hi: int) -> Block:

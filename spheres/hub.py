@@ -201,9 +201,7 @@ class Hub:
         if message.HasField("assign") and not message.HasField("weights_header"):
             assign = message.assign
             blocks, environments = self._owed(assign, work.kind)
-            self._try(
-                lambda: self._do(self.ledger.assign(assign.attempt, assign.from_chunk, blocks, environments))
-            )
+            self._try(lambda: self._do(self.ledger.assign(assign.attempt, assign.from_chunk, blocks, environments)))
         if message.HasField("weights_chunk"):
             self.weights.put(message.weights_chunk, payload)
             self._wake_children()

@@ -147,7 +147,9 @@ class Edge:
         return self.capacity if environment is None else self.capacities.get(environment, 0.0)
 
     def idle_in(self, environment: str | None) -> bool:
-        return self.idle and (environment is None or not self.idle_environments or environment in self.idle_environments)
+        return self.idle and (
+            environment is None or not self.idle_environments or environment in self.idle_environments
+        )
 
     def reset(self, attempt: int, *, ready: bool) -> None:
         self.attempt, self.ready = attempt, ready
@@ -190,8 +192,8 @@ class Ledger:
     missing: float = 0.0
     #: which environment each microbatch is meant for: as the parent says; at the root, as far as it has been decided
     environments: Environments = ANY
-    #: at the root: as it was decided first, before any was lost
-    meant: Environments = ANY
+    #: at the root: microbatches of this step that were given to another environment, since the tree had none of theirs
+    moved: set[int] = field(default_factory=set)
     #: whose blocks in compute are open to others in this attempt (N12)
     late: frozenset[str] = frozenset()
     ready_sent: bool = True
@@ -220,7 +222,7 @@ class Ledger:
         for edge in self.edges.values():
             edge.reset(0, ready=True)
         self._void()
-        self.meant = ANY
+        self.moved.clear()
         return [] if blocks is None else self._take(blocks, environments)
 
     def resume(self, blocks: Sequence[Block], environments: Environments = ANY) -> list[Action]:
@@ -307,7 +309,9 @@ class Ledger:
     def _may_return(self, lost: Edge) -> float:
         """What an attempt waits for a moment: the lost one's children, and itself where it was the last of its kind."""
         environments = self.capacities
-        last = any(capacity > 0 and environment not in environments for environment, capacity in lost.capacities.items())
+        last = any(
+            capacity > 0 and environment not in environments for environment, capacity in lost.capacities.items()
+        )
         return lost.capacity if last and environments else max(0.0, lost.capacity - 1)
 
     def settled(self) -> list[Action]:
@@ -393,7 +397,9 @@ class Ledger:
         if not self.assigned or self.waiting is not None or self.stuck or self.finished:
             return frozenset()
         chunk = self.frontier
-        behind = [(slot, owner) for slot, owner in self.slots.items() if self._open(slot) and not available(slot, chunk)]
+        behind = [
+            (slot, owner) for slot, owner in self.slots.items() if self._open(slot) and not available(slot, chunk)
+        ]
         late = {owner for _, owner in behind}
         idle = {self.environment} if self.computes and self.computing is None and not self.queue else set()
         for child, edge in self.edges.items():
@@ -605,13 +611,14 @@ class Ledger:
         if not any(edge.able and edge.ready for edge in self.edges.values()):
             return  # nobody can be given anything
         capacities = self.capacities
-        if not self.meant:
-            self.meant = self.environments = Environments.shared_out(self.total, capacities)
-        # What was meant for an environment that is no more goes to the one that has most; control counts it.
+        if not self.environments:
+            self.environments = Environments.shared_out(self.total, capacities)
+        # What was meant for an environment that is no more goes to the one that has most.
         most = max(sorted(capacities), key=lambda environment: capacities[environment])
         for environment, lost in self.environments.split(blocks):
             if environment is not None and environment not in capacities:
                 self.environments = self.environments.changed(lost, most)
+                self.moved.update(index for block in lost for index in range(*block))
 
     def _offers(self) -> list[tuple[Block, str]]:
         """Blocks that are held or in compute: the largest first, then held ones, own before those of children (N9)."""

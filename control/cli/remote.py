@@ -179,6 +179,7 @@ def put_run(run: pb.Run, *, json: bool, short: bool = False) -> None:
             ("rates", ", ".join(texts)),
             ("time", _shares(run.phase_seconds)),
             ("bottleneck", run.bottleneck),
+            ("mixed recompute", f"{run.mixed_recomputes_count:,} microbatches" if run.mixed_recomputes_count else ""),
             ("spheres", f"{run.living_spheres_count}/{run.known_spheres_count}"),
             ("parameters", f"{run.parameters_count:,}"),
             ("checkpoint", run.latest_checkpoint),

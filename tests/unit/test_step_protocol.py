@@ -478,7 +478,9 @@ class Simulation:
         #: "" shares nothing with anybody
         self.hosts = choose("hosts", [""], ["a"], ["a"], ["a", "b"], ["", "a", "a", "b"], of=wires)
         #: numeric environments, out of which each node has one
-        self.environments = choose("environments", ["a"], ["a"], ["a", "b"], ["a", "a", "a", "b"], list("abc"), of=wires)
+        self.environments = choose(
+            "environments", ["a"], ["a"], ["a", "b"], ["a", "a", "a", "b"], list("abc"), of=wires
+        )
         #: how long a sum beside the loop takes; 0: it is done on the loop
         self.beside = choose("beside", 0.0, 0.3, 3.0, of=wires)
         #: whether children get the next version while it is made
@@ -688,9 +690,11 @@ class Simulation:
         mask = float(sum(1 << m for m in range(total) if self.config.sampler.count(step, m)))
         if not self.narrow:
             assert (counts == mask).all(), f"step {step}: microbatches lost or counted twice: {set(counts)} not {mask}"
-        assert (self.gradient_sum.view(np.uint32) == plain.view(np.uint32)).all(), f"step {step}: wrong order"
+        if not hub.ledger.moved:  # else some chunks may be of another environment
+            assert (self.gradient_sum.view(np.uint32) == plain.view(np.uint32)).all(), f"step {step}: wrong order"
         if not self.disturbed and not self.relays:
             assert hub.ledger.attempts == 0, "N5: attempt 0 needs neither Begin nor Ready"
+            assert not hub.ledger.moved, "N22"
             assert set(self.computed.values()) == {1}, "computed twice"
         hub.seal()
         self.later(2.0, self.root, self.update)
@@ -738,16 +742,13 @@ class Simulation:
         parts = hub.gradients.contributions(Block(0, hub.ledger.total))
         assert [i for part in parts for i in range(*part.block)] == list(range(hub.ledger.total)), parts
         ledger = hub.ledger
-        meant = [name for lo, hi, name in ledger.meant for _ in range(lo, hi)]
+        meant = [name for lo, hi, name in ledger.environments for _ in range(lo, hi)]
         assert len(meant) == ledger.total
         found = [self.nodes[part.sphere].environment for part in parts for _ in range(*part.block)]
         self.stats["mixed steps"] += len(set(meant)) > 1
-        self.stats["mixed recomputes"] += sum(a != b for a, b in zip(meant, found, strict=True))
-        if ledger.environments == ledger.meant:  # no environment was lost altogether
-            assert found == meant, "N22"
-        assert sum(ledger.meant.elsewhere(part.block, self.nodes[part.sphere].environment) for part in parts) == sum(
-            a != b for a, b in zip(meant, found, strict=True)
-        )
+        self.stats["mixed recomputes"] += len(ledger.moved)
+        wrong = {i for i, (a, b) in enumerate(zip(meant, found, strict=True)) if a != b}
+        assert wrong <= ledger.moved, "N22"  # it may have been held by one that has come back
         return found
 
     # ---- the task
