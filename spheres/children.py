@@ -324,8 +324,8 @@ def _check_capacity(child: str, said: pb.Hello | pb.Capacity) -> None:
     parts = said.capacities
     if not all(0 <= capacity <= _MOST_CAPACITY for capacity in (said.capacity, *parts.values())):
         raise ProtocolError(
-            f"{child} says that its capacity is {said.capacity:g}{f' ({dict(parts)})' if parts else ''}; it must be from "
-            f"0 to {_MOST_CAPACITY:g}: 1 for a worker without children"
+            f"{child} says that its capacity is {said.capacity:g}{f' ({dict(parts)})' if parts else ''}; it must be "
+            f"from 0 to {_MOST_CAPACITY:g}: 1 for a worker without children"
         )
     if not parts:
         return

@@ -572,25 +572,9 @@ class Ledger:
                 else:
                     shares[owner].add(block)
         self.queue = []
-        if len(rest):
-            if self.root:
-                self._decide(rest.within(owed))
-            parts = self.environments.split(rest.within(owed))
-            # Nothing is given out at all where a part cannot be: a partition with a hole would only be torn down again.
-            for environment, part in parts:
-                if self._workers(environment):
-                    continue
-                if any(edge.capacity_in(environment) > 0 and not edge.ready for edge in self.edges.values()):
-                    return self._gather(first)
-                self.slots, self.stuck = {}, True
-                return [Stuck(tuple(part))]
-            for environment, part in parts:
-                for owner, pieces in cut(part, self._workers(environment)):
-                    if owner == SELF:
-                        self.queue += pieces
-                    else:
-                        for piece in pieces:
-                            shares[owner].add(piece)
+        obstacle = self._share_out(rest.within(owed), shares)
+        if obstacle is not None:
+            return obstacle
         self.stuck = False
         self.slots = dict.fromkeys([*own, *self.queue], SELF)
         actions: list[Action] = []
@@ -605,6 +589,28 @@ class Ledger:
                 meant = self.environments.of(blocks)
                 actions.append(SendAssign(child, edge.attempt, first, blocks, meant))
         return actions
+
+    def _share_out(self, blocks: Sequence[Block], shares: Mapping[str, BlockSet]) -> list[Action] | None:
+        """Cut what nobody holds over those who can be given more; return the actions where that cannot be done."""
+        if self.root and blocks:
+            self._decide(blocks)
+        parts = self.environments.split(blocks)
+        # Nothing is given out at all where a part cannot be: a partition with a hole would only be torn down again.
+        for environment, part in parts:
+            if self._workers(environment):
+                continue
+            if any(edge.capacity_in(environment) > 0 and not edge.ready for edge in self.edges.values()):
+                return self._gather(self.frontier)
+            self.slots, self.stuck = {}, True
+            return [Stuck(tuple(part))]
+        for environment, part in parts:
+            for owner, pieces in cut(part, self._workers(environment)):
+                if owner == SELF:
+                    self.queue += pieces
+                else:
+                    for piece in pieces:
+                        shares[owner].add(piece)
+        return None
 
     def _decide(self, blocks: Sequence[Block]) -> None:
         """At the root: for which environment each of these is meant, by what the whole tree has of each (N22)."""

@@ -478,9 +478,7 @@ class Simulation:
         #: "" shares nothing with anybody
         self.hosts = choose("hosts", [""], ["a"], ["a"], ["a", "b"], ["", "a", "a", "b"], of=wires)
         #: numeric environments, out of which each node has one
-        self.environments = choose(
-            "environments", ["a"], ["a"], ["a", "b"], ["a", "a", "a", "b"], list("abc"), of=wires
-        )
+        self.environments = choose("environments", "a", "a", "ab", "aaab", "abc", of=wires)
         #: how long a sum beside the loop takes; 0: it is done on the loop
         self.beside = choose("beside", 0.0, 0.3, 3.0, of=wires)
         #: whether children get the next version while it is made
