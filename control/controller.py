@@ -609,6 +609,7 @@ class Controller:
             optimizer=self._updater.optimizer,
             seconds=self.train_seconds,
             tree=self.tree.shape(),
+            environment_shares=self._hub.ledger.shares,
             callback_states=self.callbacks.states(),
         )
 
@@ -622,6 +623,7 @@ class Controller:
         self._position = put_back(
             snapshot, node=self.node, weights=self._hub.weights, optimizer=self._updater.optimizer
         )
+        self._hub.ledger.shares = dict(snapshot.run.environment_shares)
         self._saved_at, self._evaluated = (self.step, time.monotonic()), -1
         self.callbacks.restore({name: json.loads(text) for name, text in snapshot.run.callback_states.items()})
 

@@ -66,6 +66,7 @@ def take_snapshot(
     optimizer: Optimizer,
     seconds: float,
     tree: Mapping[str, str],
+    environment_shares: Mapping[str, float],
     callback_states: Mapping[str, object],
 ) -> Snapshot:
     """Return the snapshot, without what takes time: the SHA-256, spheres' records. Its buffers are references."""
@@ -89,6 +90,7 @@ def take_snapshot(
         data_fingerprint=node.data_fingerprint,
         wall_seconds=seconds,
         mixed_recomputes_count=position.mixed_recomputes,
+        environment_shares=environment_shares,
         callback_states={name: json.dumps(state) for name, state in callback_states.items()},
     )
     return Snapshot(

@@ -73,6 +73,8 @@ class Children:
         #: whose newest report has not gone up, in the order in which they came
         self._unsent: dict[str, None] = {}
         self._draining: ArmillaryError | None = None
+        #: fingerprints of numeric environments, other than this node's, that have been told of in the log
+        self._unlike: set[str] = set()
         #: sphere id -> (incarnation, session): only a higher one is taken (N1)
         self._orders: dict[str, tuple[int, int]] = {}
         # a link has ended
@@ -270,10 +272,13 @@ class Children:
                     f"{child} has other {what} than the run ({theirs} against {ours}); "
                     f"give it the same {'code' if what == 'task' else 'data set'}"
                 )
-        if hello.environment_fingerprint != self._environment:
+        if hello.environment_fingerprint != self._environment and hello.environment_fingerprint not in self._unlike:
+            self._unlike.add(hello.environment_fingerprint)
             log.warning(
-                "%s computes with another CPU or library than %s: equal bits hold only among equal environments",
+                "%s (%s) computes with another CPU, library or language than %s: bits are equal among equal "
+                "environments only, so each keeps its own share of the microbatches",
                 child,
+                hello.member.agent or "?",
                 hub.id,
             )
 
@@ -324,7 +329,7 @@ def _check_capacity(child: str, said: pb.Hello | pb.Capacity) -> None:
     parts = said.capacities
     if not all(0 <= capacity <= _MOST_CAPACITY for capacity in (said.capacity, *parts.values())):
         raise ProtocolError(
-            f"{child} says that its capacity is {said.capacity:g}{f' ({dict(parts)})' if parts else ''}; it must be "
+            f"{child} says that its capacity is {said.capacity}{f' ({dict(parts)})' if parts else ''}; it must be "
             f"from 0 to {_MOST_CAPACITY:g}: 1 for a worker without children"
         )
     if not parts:

@@ -192,6 +192,8 @@ class Ledger:
     missing: float = 0.0
     #: which environment each microbatch is meant for: as the parent says; at the root, as far as it has been decided
     environments: Environments = ANY
+    #: at the root: what the tree computed at once in each environment when it was last decided how they share a step
+    shares: Mapping[str, float] = field(default_factory=dict)
     #: at the root: microbatches of this step that were given to another environment, since the tree had none of theirs
     moved: set[int] = field(default_factory=set)
     #: whose blocks in compute are open to others in this attempt (N12)
@@ -613,12 +615,18 @@ class Ledger:
         return None
 
     def _decide(self, blocks: Sequence[Block]) -> None:
-        """At the root: for which environment each of these is meant, by what the whole tree has of each (N22)."""
+        """At the root: for which environment each of these is meant (N22).
+
+        By what the tree had of each when one of them last appeared or was lost altogether. Who else comes and goes
+        changes nothing: an undisturbed run would have the same.
+        """
         if not any(edge.able and edge.ready for edge in self.edges.values()):
             return  # nobody can be given anything
         capacities = self.capacities
         if not self.environments:
-            self.environments = Environments.shared_out(self.total, capacities)
+            if self.shares.keys() != capacities.keys():
+                self.shares = capacities
+            self.environments = Environments.shared_out(self.total, self.shares)
         # What was meant for an environment that is no more goes to the one that has most.
         most = max(sorted(capacities), key=lambda environment: capacities[environment])
         for environment, lost in self.environments.split(blocks):
