@@ -139,10 +139,14 @@ class ControlClient:
             if not token:
                 return spheres
 
-    async def spawn(self, count: int = 1, request_id: str = "") -> list[int]:
-        """Start so many local spheres on control's machine; return their process ids. They join when they are ready."""
+    async def spawn(self, count: int = 1, request_id: str = "") -> list[int] | list[str]:
+        """Let control's launcher start so many more spheres. They join when they are ready.
+
+        Returns their process ids where they are on control's machine, else what the launcher calls them.
+        """
         request = pb.SpawnSphereRequest(count=count, request_id=request_id or uuid.uuid4().hex)
-        return list((await self._call(self._stub.SpawnSphere(request, timeout=MEMBERS_DEADLINE))).pids)
+        answer = await self._call(self._stub.SpawnSphere(request, timeout=MEMBERS_DEADLINE))
+        return list(answer.pids) or list(answer.names)
 
     async def drain(self, sphere: str, reason: str = "") -> None:
         """Let a sphere finish its step and leave. Returns when it is told. Raises ConfigError where there is none."""

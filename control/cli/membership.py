@@ -28,12 +28,13 @@ def spawn(
     json: JsonFlag = False,
     verbose: VerboseFlag = 0,
 ) -> None:
-    """Start more local spheres on control's machine."""
-    pids = ask(address, run_dir, lambda client: client.spawn(count))
+    """Start more spheres, where control's launcher does: by default as processes on its machine."""
+    started = ask(address, run_dir, lambda client: client.spawn(count))
+    local = bool(started) and isinstance(started[0], int)
     if json:
-        put_json({"pids": pids})
+        put_json({"pids": started if local else [], "names": [] if local else started})
     else:
-        typer.echo(f"started: process {', '.join(map(str, pids))}")
+        typer.echo(f"started: {'process ' if local else ''}{', '.join(map(str, started))}")
 
 
 def drain(
