@@ -20,7 +20,7 @@ import pytest
 from control import launcher_local, lives, restarts
 from control.cli import app
 from control.cli.output import run as run_words
-from control.client import ControlClient
+from control.client import Client
 from control.config import RunConfig
 from control.launcher_local import LocalSpheres
 from control.lives import Ended, RunFacts
@@ -193,7 +193,7 @@ def _until(process: subprocess.Popen[str], step: int) -> None:
 
 
 async def _spheres(directory: Path) -> dict[str, int]:
-    async with ControlClient((directory / "run" / "address").read_text().split()[0]) as client:
+    async with Client((directory / "run" / "address").read_text().split()[0]) as client:
         return {sphere.sphere_id: sphere.report.pid for sphere in await client.spheres()}
 
 
@@ -268,7 +268,7 @@ def test_commands_and_chaos_on_a_running_tree(run, tmp_path, capsys):
     directory = tmp_path / "run"
 
     async def commands() -> None:
-        async with ControlClient((directory / "address").read_text().split()[0]) as client:
+        async with Client((directory / "address").read_text().split()[0]) as client:
             pids = await client.spawn(2, "once")
             assert await client.spawn(2, "once") == pids
             with pytest.raises(ConfigError, match="cannot start 0 spheres: give a number from 1 to 1000"):
