@@ -6,7 +6,6 @@ Where values come from (flags, environment, file) is in ``control.config_sources
 from __future__ import annotations
 
 from collections.abc import Mapping
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,6 +22,7 @@ from pydantic import (
 
 from control.units import Every, parse_duration, parse_size
 from spheres.errors import ConfigError
+from spheres.exposure import is_loopback
 
 __all__ = [
     "OptimizerConfig",
@@ -266,7 +266,7 @@ class RunConfig(_Model):
         host, _, port = self.listen.rpartition(":")
         if not host or not port.isdecimal() or int(port) > 65_535:
             raise ValueError("listen: an address is HOST:PORT with a port from 0 to 65535, such as 127.0.0.1:0")
-        if not self.insecure and not _is_loopback(host.strip("[]")):
+        if not self.insecure and not is_loopback(host):
             raise ValueError("listen: an address beyond loopback needs insecure (--insecure); nothing is encrypted")
         return self
 
@@ -297,15 +297,6 @@ class RunConfig(_Model):
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"])) or "text"
             raise ConfigError(f"saved configuration: {key}: {first['msg']}") from error
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 #: sub-model -> the flat key of its choice; its other fields keep their names

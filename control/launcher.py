@@ -17,6 +17,7 @@ from typing import Protocol
 
 from control.processes import is_sphere, log_of, spheres_of
 from control.restarts import Restarts
+from spheres.logs import said_error
 
 __all__ = ["Ended", "LocalSpheres"]
 
@@ -245,7 +246,8 @@ class LocalSpheres:
         environment = {**os.environ, **SINGLE_THREAD}
         if self._path:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*self._path, os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "spheres", "start", "--control", self._address]
+        # the address by flag: a variable of control's own environment would be the same for all of them
+        command = [sys.executable, "-m", "spheres", "start", "--control", self._address, "--listen", "127.0.0.1:0"]
         command += ["--orphan-timeout", f"{self._orphan_timeout:g}"]
         if self._verbose:
             command.append("--verbose")
@@ -323,4 +325,4 @@ def _last_error(path: Path, start: int) -> str:
         file.seek(0, os.SEEK_END)
         file.seek(max(start, file.tell() - 4096))
         lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("error: ") if lines and lines[-1].startswith("error: ") else ""
+    return said_error(lines[-1]) if lines else ""

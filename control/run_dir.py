@@ -200,7 +200,7 @@ def log_lines(path: Path, sphere: str, count: int) -> list[str]:
                 lives.append([])
             lives[-1].append(line)
         for life in reversed(lives):
-            if any(f" {sphere} joins " in line for line in life):
+            if any(f"{before}{sphere} joins " in line for line in life for before in (" ", '"')):  # text, JSON
                 return life[-count:]
     return []
 

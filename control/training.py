@@ -42,7 +42,9 @@ from control.tree import Tree
 from control.weights_file import write_safetensors
 from spheres.environment import allow_many_files, tune_malloc
 from spheres.errors import ArmillaryError, ConfigError, RefusedError, RunStateError, TaskError, TaskLoadError
+from spheres.exposure import insecure_warning, is_loopback
 from spheres.grpc_link import GrpcTransport
+from spheres.server import Health
 from spheres.task import IN_SPHERE, Task, load_task
 
 __all__ = ["Summary", "Training", "run", "train"]
@@ -121,6 +123,9 @@ class Training:
         self._given = callbacks
         #: listens where a control that was killed had listened
         self._came_back = False
+        #: why it was told to stop, if it was: also before it has opened
+        self._told = ""
+        self._health = Health()
         self._first_step = 0
         #: of a run that was completed before this process
         self._completed: Summary | None = None
@@ -183,8 +188,11 @@ class Training:
         self.controller.resume()
 
     def stop(self, reason: str = "asked to stop") -> None:
-        """Finish the step in hand, checkpoint, end."""
-        self.controller.request_stop(reason)
+        """Finish the step in hand, checkpoint, end; where the run is still opening, end once it has."""
+        self._told = self._told or reason
+        if not hasattr(self, "controller"):
+            return
+        self.controller.request_stop(self._told)
         with contextlib.suppress(ArmillaryError):
             self.controller.resume()
 
@@ -223,8 +231,10 @@ class Training:
 
     def kill(self) -> None:
         """End every local sphere at once and leave nothing that points here; for a process that ends now."""
-        self._local.kill()
-        self._directory.close()
+        if hasattr(self, "_local"):
+            self._local.kill()
+        if hasattr(self, "_directory"):
+            self._directory.close()
 
     # ---- opening
 
@@ -245,7 +255,7 @@ class Training:
         node = replace(node, run_id=directory.run_id)
         settings = config.model_dump(mode="json")
         servicer = ControlServicer()
-        transport = GrpcTransport(lambda server: add_services(server, servicer))
+        transport = GrpcTransport(lambda server: add_services(server, servicer, self._health))
         self._tree = Tree(
             node,
             transport,
@@ -299,8 +309,12 @@ class Training:
         self.controller.pause()
         self._loop = asyncio.create_task(self.controller.run())
         self._stack.push_async_callback(self._end_loop)
+        if self._told:
+            self.stop(self._told)
+            return
         if self._completed is None:
             await self._local.start(max(0, config.spheres - await self._adopt()))
+        self._health.set_ready(True)
 
     async def _adopt(self) -> int:
         """Take back the local spheres that a control that was killed has left; return how many there are."""
@@ -327,6 +341,8 @@ class Training:
                 last_address,
             )
             await self._tree.listen(self.config.listen)
+        if not is_loopback(self._tree.address.rpartition(":")[0]):
+            log.warning("%s", insecure_warning(self._tree.address))
         port = self._tree.address.rpartition(":")[2]
         self._came_back = bool(last_address) and last_address.rpartition(":")[2] == port
 
@@ -507,8 +523,9 @@ async def run(
     every sphere gone and all results written, until a signal comes. Raises what stands in the way of a start.
     """
     training = Training(config, task=task, resume=resume, callbacks=callbacks, verbose=verbose)
-    async with training:
-        with _signals(training) as told:
+    # around all of it: a signal that comes while a run opens or closes must not leave spheres behind
+    with _signals(training) as told:
+        async with training:
             await training._run_to_end()
             if hold is not None and training.controller.error is None and not told.is_set():
                 await training._end()
@@ -562,7 +579,7 @@ def _signals(training: Training) -> Iterator[asyncio.Event]:
             training.kill()
             os._exit(128 + sign)
         told.set()
-        if training.controller.state.ended:
+        if hasattr(training, "_summary"):  # it is only held
             return
         log.warning("%s: finishing the step, then a checkpoint; once more to end at once", sign.name)
         training.stop(sign.name)

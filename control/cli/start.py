@@ -20,8 +20,10 @@ from control.cli.output import Command, JsonFlag, VerboseFlag, console, log_to_s
 from control.config import RunConfig, flat_paths, flatten
 from control.config_sources import allowed, default_text, help_text, load_config
 from spheres.errors import ConfigError
+from spheres.logs import VARIABLE
 
 if TYPE_CHECKING:
+    from control.events import Event, RunHandle
     from control.training import Summary
 
 __all__ = ["ConfigFlag", "WithResume", "panels", "set_environment", "show_config", "start", "with_flags"]
@@ -87,6 +89,10 @@ class WithResume(Command):
 ConfigFlag = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", envvar="ARMILLARY_CONFIG", help="Read keys from a TOML file.")
 ]
+LogFormatFlag = Annotated[
+    str | None,
+    typer.Option(metavar="text|json", help="Log lines for people, or one JSON object a line (ARMILLARY_LOG_FORMAT)."),
+]
 ResumeFlag = Annotated[
     str | None,
     typer.Option(
@@ -112,6 +118,7 @@ def start(
     config: ConfigFlag = None,
     resume: ResumeFlag = None,
     hold: HoldFlag = False,
+    log_format: LogFormatFlag = None,
     json: JsonFlag = False,
     verbose: VerboseFlag = 0,
     **flags: Any,
@@ -121,15 +128,21 @@ def start(
     Each flag is also a key of the file and, as ARMILLARY_<KEY>, of the environment.
     A flag goes before the environment, the environment before the file.
     """
+    # Until the run looks for signals itself: the first process of a container gets none that it has no handler for.
+    with contextlib.suppress(ValueError):  # not the main thread: the caller's signals are the caller's
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     set_environment()
-    log_to_stderr(verbose)
+    if log_format is not None:
+        os.environ[VARIABLE] = log_format  # for local spheres too
+    naming = _Naming()
+    log_to_stderr(verbose, naming.names.copy)
     saved = None
     if resume == "auto":
         resume = "" if ((_given_run_dir(flags["run_dir"], config) or _latest()) / "run.json").exists() else None
     if resume is not None:
         saved, resume, flags["run_dir"] = _resumed("" if resume == "latest" else resume, flags["run_dir"], config)
     run_config, _ = load_config(flags, os.environ, config, saved)
-    summary = _train(run_config, resume, hold=hold, json=json, verbose=verbose > 0)
+    summary = _train(run_config, resume, naming, hold=hold, json=json, verbose=verbose > 0)
     if summary.error is not None:
         raise summary.error
     if summary.reason in signal.Signals.__members__:
@@ -146,7 +159,17 @@ def set_environment() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
-def _train(config: RunConfig, resume: str | None, *, hold: bool, json: bool, verbose: bool) -> Summary:
+class _Naming:
+    """A callback that learns the run's id, for log lines."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, str] = {}
+
+    def on_train_start(self, event: Event, run: RunHandle) -> None:
+        self.names["run_id"] = run.run_id
+
+
+def _train(config: RunConfig, resume: str | None, naming: _Naming, *, hold: bool, json: bool, verbose: bool) -> Summary:
     """Train, and show the summary when the run is over."""
     import asyncio
 
@@ -171,7 +194,9 @@ def _train(config: RunConfig, resume: str | None, *, hold: bool, json: bool, ver
 
     aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     with aside, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        training = run(config, resume=resume, callbacks=[progress], verbose=verbose, hold=show if hold else None)
+        training = run(
+            config, resume=resume, callbacks=[progress, naming], verbose=verbose, hold=show if hold else None
+        )
         summary = runner.run(training)
     if not shown:
         show(summary)

@@ -273,8 +273,8 @@ def test_control_understands_its_variables(values: str, render: Render) -> None:
         assert config.spheres == 0
 
 
-#: read by releases of control that have log formats, holding and launchers; the others know no such key
-LATER = ("ARMILLARY_LOG_FORMAT", "ARMILLARY_LAUNCHER", "ARMILLARY_KUBERNETES_DEPLOYMENT")
+#: read by a control with launchers; the others know no such key
+LATER = ("ARMILLARY_LAUNCHER", "ARMILLARY_KUBERNETES_DEPLOYMENT")
 
 
 @pytest.mark.parametrize("values", CASES)
