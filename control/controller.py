@@ -154,6 +154,11 @@ class Controller:
         return self.tree.living
 
     @property
+    def complete(self) -> bool:
+        """Whether no step and no evaluation is left, so that no sphere is needed."""
+        return self.step >= self.total_steps and not self._evaluation_due()
+
+    @property
     def train_seconds(self) -> float:
         """Seconds since training began, those of earlier terms included."""
         return self._position.earlier_seconds + time.monotonic() - self._started
@@ -241,8 +246,9 @@ class Controller:
         try:
             self._move(RunState.INITIALIZING)
             self._hub.weights.publish(term=self.tree.term, version=self.step)
-            ready = self.tree.wait_for(self.config.spheres_to_begin)
-            if await self._while_waiting(ready, always=True):
+            if self.complete or await self._while_waiting(
+                self.tree.wait_for(self.config.spheres_to_begin), always=True
+            ):
                 self._move(RunState.RUNNING)
                 self._started = time.monotonic()
                 begun = True
@@ -617,14 +623,17 @@ class Controller:
         """Take these first weights."""
         np.copyto(self._hub.weights.flat, weights)
 
-    def load(self, snapshot: Snapshot) -> None:
-        """Take over a snapshot's state. Raises CheckpointError, with nothing changed, where it is of another model."""
+    def load(self, snapshot: Snapshot, *, evaluated: bool = False) -> None:
+        """Take over a snapshot's state. Raises CheckpointError, with nothing changed, where it is of another model.
+
+        ``evaluated``: the evaluation that may be due at its step has been done.
+        """
         self._hub.seal()
         self._position = put_back(
             snapshot, node=self.node, weights=self._hub.weights, optimizer=self._updater.optimizer
         )
         self._hub.ledger.shares = dict(snapshot.run.environment_shares)
-        self._saved_at, self._evaluated = (self.step, time.monotonic()), -1
+        self._saved_at, self._evaluated = (self.step, time.monotonic()), self.step if evaluated else -1
         self.callbacks.restore({name: json.loads(text) for name, text in snapshot.run.callback_states.items()})
 
     async def _restore(self, name: str | None) -> None:

@@ -87,7 +87,7 @@ class SyncClient:
     def spheres(self) -> list[pb.Sphere]:
         return self._wait(self._client.spheres())
 
-    def spawn(self, count: int = 1, request_id: str = "") -> list[int]:
+    def spawn(self, count: int = 1, request_id: str = "") -> list[int] | list[str]:
         return self._wait(self._client.spawn(count, request_id))
 
     def drain(self, sphere: str, reason: str = "") -> None:

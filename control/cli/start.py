@@ -98,7 +98,16 @@ ResumeFlag = Annotated[
     typer.Option(
         metavar="[PATH]",
         envvar="ARMILLARY_RESUME",
-        help="Go on from a checkpoint: the latest, or that of a run directory or checkpoint directory.",
+        help="Go on from a checkpoint: the latest, or that of a run directory or checkpoint directory. "
+        "auto: go on if the run directory holds a run, else begin one.",
+    ),
+]
+HoldFlag = Annotated[
+    bool,
+    typer.Option(
+        "--hold",
+        envvar="ARMILLARY_HOLD",
+        help="When the run is over, go on to answer until SIGTERM or Ctrl+C, so that nobody starts it again.",
     ),
 ]
 
@@ -108,6 +117,7 @@ def start(
     *,
     config: ConfigFlag = None,
     resume: ResumeFlag = None,
+    hold: HoldFlag = False,
     log_format: LogFormatFlag = None,
     json: JsonFlag = False,
     verbose: VerboseFlag = 0,
@@ -127,14 +137,12 @@ def start(
     naming = _Naming()
     log_to_stderr(verbose, naming.names.copy)
     saved = None
+    if resume == "auto":
+        resume = "" if ((_given_run_dir(flags["run_dir"], config) or _latest()) / "run.json").exists() else None
     if resume is not None:
         saved, resume, flags["run_dir"] = _resumed("" if resume == "latest" else resume, flags["run_dir"], config)
     run_config, _ = load_config(flags, os.environ, config, saved)
-    summary = _train(run_config, resume, naming, json=json, verbose=verbose > 0)
-    if shows_json(json):
-        put_json({"event": "summary", **summary.to_dict()})
-    else:
-        _print_summary(summary.to_dict())
+    summary = _train(run_config, resume, naming, hold=hold, json=json, verbose=verbose > 0)
     if summary.error is not None:
         raise summary.error
     if summary.reason in signal.Signals.__members__:
@@ -161,7 +169,8 @@ class _Naming:
         self.names["run_id"] = run.run_id
 
 
-def _train(config: RunConfig, resume: str | None, naming: _Naming, *, json: bool, verbose: bool) -> Summary:
+def _train(config: RunConfig, resume: str | None, naming: _Naming, *, hold: bool, json: bool, verbose: bool) -> Summary:
+    """Train, and show the summary when the run is over."""
     import asyncio
 
     import uvloop
@@ -171,9 +180,38 @@ def _train(config: RunConfig, resume: str | None, naming: _Naming, *, json: bool
 
     progress = Progress(json_lines=True if json else None)
     # what a task prints here must not get in between JSON lines
-    aside = contextlib.redirect_stdout(sys.stderr) if shows_json(json) else contextlib.nullcontext()
+    as_json, stdout, shown = shows_json(json), sys.stdout, False
+
+    def show(summary: Summary) -> None:
+        nonlocal shown
+        shown = True
+        with contextlib.redirect_stdout(stdout):
+            if as_json:
+                put_json({"event": "summary", **summary.to_dict()})
+            else:
+                _print_summary(summary.to_dict())
+            stdout.flush()
+
+    aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     with aside, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(run(config, resume=resume, callbacks=[progress, naming], verbose=verbose))
+        training = run(
+            config, resume=resume, callbacks=[progress, naming], verbose=verbose, hold=show if hold else None
+        )
+        summary = runner.run(training)
+    if not shown:
+        show(summary)
+    return summary
+
+
+def _given_run_dir(run_dir: str | None, file: Path | None) -> Path | None:
+    variable = {name: value for name, value in os.environ.items() if name == "ARMILLARY_RUN_DIR"}
+    return load_config({"run_dir": run_dir}, variable, file)[0].run_dir
+
+
+def _latest() -> Path:
+    from control.run_dir import BASE
+
+    return BASE / "latest"
 
 
 def _resumed(resume: str, run_dir: str | None, file: Path | None) -> tuple[dict[str, Any], str, str | None]:
@@ -182,14 +220,12 @@ def _resumed(resume: str, run_dir: str | None, file: Path | None) -> tuple[dict[
     Of the keys, all that are not given now stay as they were.
     """
     from control.checkpoint import read_snapshot
-    from control.run_dir import BASE
     from control.store_fsspec import is_url
 
-    variable = {name: value for name, value in os.environ.items() if name == "ARMILLARY_RUN_DIR"}
-    given = load_config({"run_dir": run_dir}, variable, file)[0].run_dir
+    given = _given_run_dir(run_dir, file)
     if is_url(resume):
         return flatten(RunConfig.from_json(read_snapshot(resume).run.config_json)), resume, run_dir
-    path = Path(resume) if resume else given or BASE / "latest"
+    path = Path(resume) if resume else given or _latest()
     if (path / "run.json").exists():
         if given is not None and given.resolve() != path.resolve():
             raise ConfigError(
