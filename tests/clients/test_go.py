@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -185,6 +186,39 @@ def test_what_is_wrong_is_said_in_a_line(
 def test_help(program: Path) -> None:
     assert told(program, "-help") == told(program, "watch", "-help")
     assert "weights -o FILE" in told(program, "-help")
+
+
+# ---- docs/clients.md
+
+
+def commands() -> list[str]:
+    page = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+    return re.findall(r"^(?:buf|grpcurl|printf) .*127\.0\.0\.1:7070.*$", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: command.split()[0])
+def test_the_commands_of_the_docs_are_answered(address: str, command: str) -> None:
+    """Those of them that are installed: buf is a tool of development, grpcurl and curl are the reader's."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    used = [tool for tool in ("buf", "grpcurl", "curl", "xxd") if re.search(rf"(?:^|\| ){tool} ", command)]
+    missing = [tool for tool in used if shutil.which(tool, path=path) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command.replace("127.0.0.1:7070", address)],
+        env=environment(PATH=path),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    # JSON, or for curl the frame: 0, a length, field 1 of the answer
+    assert re.search(r'"run"|"pids"|^00000000: 0000 00.. ..0a', done.stdout), done.stdout
+
+
+def test_the_docs_show_three_ways() -> None:
+    assert [command.split()[0] for command in commands()] == ["buf", "grpcurl", "printf"]
 
 
 # ---- watch
