@@ -87,9 +87,20 @@ test-chart: $(VENV)/.dev ## Lint, render and validate the Helm chart, with helm 
 	@docker/helm/get-tools.sh $(TOOLS)
 	$(BIN)/python -m pytest -m chart $(ARGS)
 
+.PHONY: clients-go
+GO_NEEDS := go protoc protoc-gen-go
+clients-go: ## Build the example client in Go with Debian's packages, offline; skips where they are missing
+	@missing=$$(for tool in $(GO_NEEDS); do command -v $$tool >/dev/null || printf ' %s' $$tool; done); \
+	[ -d /usr/share/gocode/src/google.golang.org/grpc ] || missing="$$missing golang-google-grpc-dev"; \
+	if [ -n "$$missing" ]; then \
+		echo "clients-go: SKIPPED, missing:$$missing. Install golang-go golang-google-grpc-dev golang-goprotobuf-dev protobuf-compiler" >&2; \
+	else \
+		$(MAKE) -C examples/clients/go; \
+	fi
+
 clean: ## Remove environments, caches and build output; runs/ stays
 	@echo 'clean: removing environments, caches and build output'
-	@rm -rf $(VENV) $(STUBS_VENV) $(BENCH_VENV) $(BENCH_OUT) $(TOOLS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	@rm -rf $(VENV) $(STUBS_VENV) $(BENCH_VENV) $(BENCH_OUT) $(TOOLS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist examples/clients/go/build
 	@find spheres control tests examples benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.runtime: pyproject.toml

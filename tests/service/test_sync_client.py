@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import gc
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -28,6 +31,7 @@ from spheres.tensors import Manifest
 from spheres.v1 import control_pb2 as pb
 from spheres.v1.control_pb2_grpc import ControlServiceServicer, add_ControlServiceServicer_to_server
 
+PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 MANIFEST = Manifest.of({"w": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float32)})
 
 
@@ -36,12 +40,14 @@ class Control(ControlServiceServicer):
 
     def __init__(self) -> None:
         self.hangs, self.gone, self.watches = threading.Event(), threading.Event(), 0
-        self.spoils = self.silent = False
+        self.spoils = self.silent = self.obeys = False
 
     def GetRun(self, request: Any, context: Any) -> pb.GetRunResponse:
         return pb.GetRunResponse(run=pb.Run(state=pb.RUN_STATE_RUNNING, step=7))
 
     def PauseRun(self, request: Any, context: Any) -> pb.PauseRunResponse:
+        if self.obeys:
+            return pb.PauseRunResponse()
         gone = threading.Event()
         context.add_callback(gone.set)
         self.hangs.set()
@@ -50,7 +56,9 @@ class Control(ControlServiceServicer):
         return pb.PauseRunResponse()
 
     def ResumeRun(self, request: Any, context: Any) -> Any:
-        context.abort(grpc.StatusCode.FAILED_PRECONDITION, "RunStateError: the run is completed")
+        if not self.obeys:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "RunStateError: the run is completed")
+        return pb.ResumeRunResponse()
 
     def WatchRun(self, request: pb.WatchRunRequest, context: Any) -> Iterator[pb.WatchRunResponse]:
         self.watches += 1
@@ -143,6 +151,31 @@ def test_a_watch_is_a_plain_iterator_that_survives_a_cut(control: Any, client: S
     assert all(isinstance(event, RunEvent) for event in events)
     assert [(event.id, event.name) for event in events] == [(1, "step"), (2, "step"), (3, "step"), (4, "state")]
     assert events[2].record == {"step": 3}
+    assert control.watches == 2
+
+
+EXAMPLES = [
+    code
+    for code in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    if "Client() as client" in code
+]
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=["SyncClient", "Client"])
+def test_the_examples_of_the_docs_run_as_they_stand(
+    run: Any, control: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, code: str
+) -> None:
+    monkeypatch.setenv("ARMILLARY_CONTROL", control.address)
+    control.obeys = True
+
+    async def cell() -> None:  # in a notebook, where a loop is running
+        result = eval(compile(code, "example", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), {})
+        if inspect.isawaitable(result):
+            await result
+
+    run(cell())
+    said = capsys.readouterr().out
+    assert said.startswith(("running 7 ", "7\n"))
     assert control.watches == 2
 
 
