@@ -166,7 +166,7 @@ class LocalSpheres:
         environment = {**os.environ, **SINGLE_THREAD}
         if facts.path:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*facts.path, os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "spheres", "start", "--control", facts.address]
+        command = [sys.executable, "-m", "spheres", "start", "--control", facts.address, "--listen", "127.0.0.1:0"]
         command += ["--orphan-timeout", f"{facts.orphan_timeout:g}"]
         if facts.verbose:
             command.append("--verbose")
