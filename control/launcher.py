@@ -64,4 +64,12 @@ def launcher_for(config: RunConfig) -> Callable[[RunFacts], Launcher]:
     Raises ConfigError where what it needs is not installed or does not fit, UnreachableError where nobody is there:
     before anything is written.
     """
+    if config.launcher == "ray":
+        from control.launcher_ray import ray_launcher
+
+        return ray_launcher(config)
+    if config.launcher == "kubernetes":
+        from control.launcher_kubernetes import kubernetes_launcher
+
+        return kubernetes_launcher(config)
     return LocalSpheres
