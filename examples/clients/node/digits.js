@@ -100,10 +100,12 @@ export class Digits {
       out.set(sum, places[n].bias);
       if (n === 0) break;
       const below = new Float32Array(rows * wide), weights = places[n].weight;
-      for (let s = 0; s < rows; s++) {
-        for (let i = 0; i < wide; i++) {
+      for (let i = 0; i < wide; i++) {
+        const w = weights + i * width;
+        for (let s = 0; s < rows; s++) {
+          const d = s * width;
           let dot = 0;
-          for (let o = 0, w = weights + i * width, d = s * width; o < width; o++) dot += delta[d + o] * flat[w + o];
+          for (let o = 0; o < width; o++) dot += delta[d + o] * flat[w + o];
           // a multiplication, as there: a delta that is not finite stays so where the unit is off
           below[s * wide + i] = Math.fround(dot) * (inputs[s * wide + i] > 0 ? 1 : 0);
         }
@@ -127,15 +129,16 @@ export class Digits {
     for (let n = 0; n < last; n++) {
       const wide = layers[n], width = layers[n + 1], below = activations[n], above = activations[n + 1];
       if (n) for (let i = 0; i < below.length; i++) if (below[i] < 0) below[i] = 0;
-      const { weight, bias } = places[n], sum = new Float64Array(width);
-      for (let s = 0; s < rows; s++) {
-        sum.fill(0);
-        for (let i = 0; i < wide; i++) {
-          const input = below[s * wide + i];
-          for (let o = 0, w = weight + i * width; o < width; o++) sum[o] += input * flat[w + o];
+      const { weight, bias } = places[n], sums = new Float64Array(rows * width);
+      // samples inside: large weights are read once, not once per sample
+      for (let i = 0; i < wide; i++) {
+        const w = weight + i * width;
+        for (let s = 0; s < rows; s++) {
+          const input = below[s * wide + i], base = s * width;
+          for (let o = 0; o < width; o++) sums[base + o] += input * flat[w + o];
         }
-        for (let o = 0; o < width; o++) above[s * width + o] = Math.fround(sum[o]) + flat[bias + o];
       }
+      for (let i = 0; i < above.length; i++) above[i] = Math.fround(sums[i]) + flat[bias + (i % width)];
     }
     const labels = samples.map((sample) => this.labels[sample]), logits = activations[last];
     let loss = 0, correct = 0;
