@@ -82,6 +82,17 @@ bench: $(VENV)/.dev $(BENCH_VENV)/.made ## Run a short form of the benchmarks, w
 	$(BIN)/python benchmarks/memory.py --megabytes 100 --steps 3 --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.network --megabytes 4 --rounds 1 --repetitions 1 --out $(BENCH_OUT)
 
+# ---------------------------------------------------------------------------------------------------------------------
+.PHONY: clients-node
+
+clients-node: examples/clients/node/node_modules/.made ## Install the two packages of the worker in Node.js
+
+# no lock file: it would name the registry that it was made with; package.json names exact versions
+examples/clients/node/node_modules/.made: examples/clients/node/package.json
+	@echo 'clients-node: installing what the worker in Node.js needs'
+	@cd examples/clients/node && npm install --no-save --no-package-lock --no-audit --no-fund --loglevel=error --silent
+	@touch $@
+
 clean: ## Remove environments, caches and build output; runs/ stays
 	@echo 'clean: removing environments, caches and build output'
 	@rm -rf $(VENV) $(STUBS_VENV) $(BENCH_VENV) $(BENCH_OUT) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -5,5 +5,5 @@ import { fileURLToPath } from 'node:url';
 import { checkVectors } from '../vectors.js';
 
 test('everything in protos/testdata', () => {
-  assert.ok(checkVectors(fileURLToPath(new URL('../../../../protos/testdata', import.meta.url))));
+    assert.ok(checkVectors(fileURLToPath(new URL('../../../../protos/testdata', import.meta.url))));
 });
