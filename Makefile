@@ -83,9 +83,14 @@ bench: $(VENV)/.dev $(BENCH_VENV)/.made ## Run a short form of the benchmarks, w
 	$(BIN)/python -m benchmarks.network --megabytes 4 --rounds 1 --repetitions 1 --out $(BENCH_OUT)
 
 # ---------------------------------------------------------------------------------------------------------------------
-.PHONY: clients-node
+.PHONY: clients-node test-clients-node
 
 clients-node: examples/clients/node/node_modules/.made ## Install the two packages of the worker in Node.js
+
+test-clients-node: clients-node $(VENV)/.dev ## Test the worker in Node.js: itself, the vectors, each rule of the protocol
+	@cd examples/clients/node && node --test test/ | grep -E '^(not ok|# (tests|pass|fail))'
+	node examples/clients/node/worker.js --vectors protos/testdata
+	$(BIN)/control-cli conformance -- node examples/clients/node/worker.js
 
 # no lock file: it would name the registry that it was made with; package.json names exact versions
 examples/clients/node/node_modules/.made: examples/clients/node/package.json

@@ -6,9 +6,8 @@ import { LinkError, ProtocolError, fromStatus } from './errors.js';
 
 /** Any message on Work and Heartbeat (docs/protocol.md, Limits). */
 const MOST_BYTES = 1_153_433;
-/** Seconds that a dialled address has to take the connection, and control to answer a request to enroll. */
-const DIAL_SECONDS = 5,
-    ENROLL_SECONDS = 10;
+/** Seconds that a dialled address has to take the connection. */
+const DIAL_SECONDS = 5;
 /** Milliseconds that the last words of a link have to leave. */
 const LAST_WORDS_MS = 1_000;
 
@@ -33,12 +32,12 @@ const OPTIONS = {
 const LIMITS = { 'grpc.max_receive_message_length': MOST_BYTES, 'grpc.max_send_message_length': MOST_BYTES };
 
 /** Ask control for a place. Throws LinkError with the name of what it answered.
- * @param {string} address @param {any} request */
-export async function enroll(address, request) {
+ * @param {string} address @param {any} request @param {number} seconds that it has to answer */
+export async function enroll(address, request, seconds) {
     const client = new services.ControlService(address, grpc.credentials.createInsecure(), OPTIONS);
     try {
         return await new Promise((resolve, reject) => {
-            const deadline = Date.now() + ENROLL_SECONDS * 1000;
+            const deadline = Date.now() + 1000 * seconds;
             client.EnrollSphere(request, { deadline }, (/** @type {any} */ error, /** @type {any} */ answer) =>
                 error ? reject(fromStatus(error)) : resolve(answer),
             );

@@ -39,6 +39,9 @@ const ENVIRONMENT = createHash('sha256')
     .slice(0, 16);
 const AGENT = `node ${process.versions.node.split('.').slice(0, 2).join('.')}`;
 
+/** Seconds that control has to answer a request to enroll. */
+const ANSWER_SECONDS = 10;
+
 /** Lines of the log that are kept for `control-cli logs`, and bytes of an answer with them. */
 const MOST_LINES = 1_000,
     MOST_BYTES = 256 * 1024;
@@ -79,8 +82,10 @@ async function enrolled({ control, orphanMs }, { told }) {
     const request = { ...SELF, protocol_version: PROTOCOL_VERSION, request_id: randomUUID() };
     log(`looking for control at ${control}, for up to ${seconds} s`);
     for (let pause = 50; ; pause = Math.min(2 * pause, 2_000)) {
+        const left = (deadline - performance.now()) / 1000;
         try {
-            const granted = await Promise.race([enroll(control, request), told]);
+            const answer = enroll(control, request, Math.min(ANSWER_SECONDS, Math.max(1, left)));
+            const granted = await Promise.race([answer, told]);
             return granted === 'told' ? null : granted;
         } catch (error) {
             const { name, message } = /** @type {LinkError} */ (error);
@@ -89,9 +94,7 @@ async function enrolled({ control, orphanMs }, { told }) {
             }
             if (performance.now() + pause > deadline) {
                 const advice = 'is it running, and is the address right?';
-                throw new RefusedError(
-                    `control at ${control} does not answer (tried for ${seconds} s); ${advice} ${message}`,
-                );
+                throw new RefusedError(`control at ${control} does not answer (tried for ${seconds} s); ${advice}`);
             }
         }
         if ((await Promise.race([sleep(pause), told])) === 'told') return null;
