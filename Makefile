@@ -104,6 +104,22 @@ clients-go: ## Build the example client in Go with Debian's packages, offline; s
 image: ## Build the container image localhost/armillary:dev (ARGS="--build-arg EXTRAS=fsspec" adds flags)
 	@docker/without-engine.sh docker/build.sh localhost/armillary:dev $(ARGS)
 
+# ---------------------------------------------------------------------------------------------------------------------
+.PHONY: clients-node test-clients-node
+
+clients-node: examples/clients/node/node_modules/.made ## Install the two packages of the worker in Node.js
+
+test-clients-node: clients-node $(VENV)/.dev ## Test the worker in Node.js: itself, the vectors, each rule of the protocol
+	@cd examples/clients/node && node --test test/ | grep -E '^(not ok|# (tests|pass|fail))'
+	node examples/clients/node/worker.js --vectors protos/testdata
+	$(BIN)/control-cli conformance -- node examples/clients/node/worker.js
+
+# no lock file: it would name the registry that it was made with; package.json names exact versions
+examples/clients/node/node_modules/.made: examples/clients/node/package.json
+	@echo 'clients-node: installing what the worker in Node.js needs'
+	@cd examples/clients/node && npm install --no-save --no-package-lock --no-audit --no-fund --loglevel=error --silent
+	@touch $@
+
 clean: ## Remove environments, caches and build output; runs/ stays
 	@echo 'clean: removing environments, caches and build output'
 	@rm -rf $(VENV) $(STUBS_VENV) $(BENCH_VENV) $(BENCH_OUT) $(TOOLS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist examples/clients/go/build
