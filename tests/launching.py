@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from control.client import ControlClient
+from control.client import Client
 from control.config import RunConfig
 from control.reference import reference
 from control.training import Summary, Training
@@ -60,7 +60,7 @@ async def run_with(config: RunConfig, *, name: str) -> Summary:
         assert launcher.living == 3
 
         # spawn, over RPC and by the command; a request that is said again is the same
-        async with ControlClient(tree.address) as client:
+        async with Client(tree.address) as client:
             started: list[Any] = list(await client.spawn(1, "once"))
             assert await client.spawn(1, "once") == started
         code, out, err = await cli("spawn", "1", "--run-dir", str(config.run_dir), "--json")
