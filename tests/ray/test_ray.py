@@ -16,11 +16,10 @@ import pytest
 from control import restarts
 from control.config import RunConfig
 from control.reference import reference
-from control.training import Training
 from control.training import run as run_training
 from spheres.errors import TaskError, UnreachableError
 from spheres.testing.synthetic import Synthetic
-from tests.launching import STEPS, cli, eventually, run_with, wanted
+from tests.launching import STEPS, NotingTraining, cli, eventually, run_with, wanted
 
 pytestmark = [
     pytest.mark.ray,
@@ -124,7 +123,7 @@ def test_a_node_that_is_removed_takes_its_spheres_along_and_they_come_back_elsew
         # as between machines: on addresses that others could reach
         beyond = {"listen": "0.0.0.0:0", "insecure": True, "spheres": 4, "steps": 200}
         slow = {"task": "spheres.testing.synthetic:Synthetic", "task_options": {"compute_seconds": "0.01"}}
-        async with Training(config(cluster, tmp_path, **beyond, **slow)) as training:
+        async with NotingTraining(config(cluster, tmp_path, **beyond, **slow)) as training:
             tree, launcher = training._tree, training._launcher
             await training.step(5)
 
@@ -158,6 +157,7 @@ def test_a_node_that_is_removed_takes_its_spheres_along_and_they_come_back_elsew
             training.terminate(active()[back])
             await eventually(lambda: launcher.living == 3 and len(active()) == 3)
             assert launcher.aside() == []
+            assert "ended" not in training.__dict__  # all of that was Ray's work
             return await training.run()
 
     summary = run(main(), timeout=115)
