@@ -15,6 +15,7 @@ BIN := $(VENV)/bin
 STUBS_VENV := .venv-stubs
 STUBS_BIN := $(STUBS_VENV)/bin
 BENCH_VENV := .venv-bench
+RAY_VENV := .venv-ray
 BENCH_OUT := bench-results
 TOOLS := .tools
 PROTOS := $(sort $(wildcard protos/spheres/v1/*.proto))
@@ -118,11 +119,23 @@ test-clients-node: clients-node $(VENV)/.dev ## Test the worker in Node.js: itse
 examples/clients/node/node_modules/.made: examples/clients/node/package.json
 	@echo 'clients-node: installing what the worker in Node.js needs'
 	@cd examples/clients/node && npm install --no-save --no-package-lock --no-audit --no-fund --loglevel=error --silent
+
+.PHONY: test-ray
+test-ray: $(RAY_VENV)/.made ## Run the tests of spheres on Ray: a cluster of three nodes on this machine
+	RAY_USAGE_STATS_ENABLED=0 $(RAY_VENV)/bin/python -m pytest tests/ray -m ray $(ARGS)
+
+# Ray is large and brings much along: never in the environment of the project. Of the tools of development those of tests.
+$(RAY_VENV)/.made: pyproject.toml
+	@echo 'test-ray: installing the project with Ray into $(RAY_VENV)'
+	@$(call make-venv,$(RAY_VENV))
+	@$(RAY_VENV)/bin/pip install -q -e '.[ray]' \
+		$$(sed -nE 's/^ +"((pytest|pytest-timeout|hypothesis)==[^"]+)",$$/\1/p' pyproject.toml)
 	@touch $@
 
 clean: ## Remove environments, caches and build output; runs/ stays
 	@echo 'clean: removing environments, caches and build output'
-	@rm -rf $(VENV) $(STUBS_VENV) $(BENCH_VENV) $(BENCH_OUT) $(TOOLS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist examples/clients/go/build
+	@rm -rf $(VENV) $(STUBS_VENV) $(BENCH_VENV) $(RAY_VENV) $(BENCH_OUT) $(TOOLS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	@rm -rf examples/clients/cpp/build examples/clients/go/build examples/clients/node/node_modules
 	@find spheres control tests examples benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.runtime: pyproject.toml

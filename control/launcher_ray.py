@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -68,7 +68,8 @@ def _connect(ray: Any, address: str) -> None:
     try:
         if port.isdecimal():
             socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-        ray.init(address=where, log_to_driver=False, configure_logging=False)
+        with _silence(logging.getLogger("ray")):  # that it takes no signals in this thread is as it should be
+            ray.init(address=where, log_to_driver=False, configure_logging=False)
     except (OSError, RuntimeError, ValueError) as error:  # ValueError: its own words for an address in RAY_ADDRESS
         if where == "auto":
             reason = (
@@ -78,6 +79,16 @@ def _connect(ray: Any, address: str) -> None:
         else:
             reason = f"no Ray cluster answers at {where} (--ray-address): {_sentence(error)}"
         raise UnreachableError(reason) from error
+
+
+@contextlib.contextmanager
+def _silence(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _refuse_loopback(listen: str, nodes: Iterable[Mapping[str, Any]]) -> None:
@@ -94,7 +105,7 @@ def _is_loopback(address: str) -> bool:
     return address.startswith(("127.", "localhost:", "[::1]:"))
 
 
-class _Actor:
+class SphereActor:
     """One sphere in an actor's process. Ray calls each method in a thread of its own."""
 
     def __init__(self, control: str, orphan_timeout: float, *, loopback: bool, verbose: bool) -> None:
@@ -194,7 +205,7 @@ class _Life:
         if at_once:
             self._ray.kill(self.actor, no_restart=True)
         else:
-            self.actor.leave.remote()
+            self.actor.leave.options(max_task_retries=0).remote()
 
 
 class RaySpheres:
@@ -270,7 +281,7 @@ class RaySpheres:
         if facts.path:
             variables["PYTHONPATH"] = os.pathsep.join([*facts.path, "${PYTHONPATH}"])
         actor = (
-            self._ray.remote(_Actor)
+            self._ray.remote(SphereActor)
             .options(
                 num_cpus=1,
                 max_restarts=-1,

@@ -12,6 +12,7 @@ import pytest
 
 from control.client import Client
 from control.config import RunConfig
+from control.lives import Ended
 from control.reference import reference
 from control.training import Summary, Training
 from spheres.task import load_task
@@ -42,12 +43,20 @@ async def cli(*words: str) -> tuple[int, str, str]:
     return process.returncode or 0, out.decode(), err.decode()
 
 
+class NotingTraining(Training):
+    """Notes whose end was not expected: those that the launcher, and nobody else, has started again."""
+
+    def _sphere_ended(self, ended: Ended) -> None:
+        self.__dict__.setdefault("ended", []).append(ended)
+        super()._sphere_ended(ended)
+
+
 async def run_with(config: RunConfig, *, name: str) -> Summary:
     """Train with a launcher, and hold it to what all of them promise. ``name`` is how its names begin.
 
     ``config`` has 3 spheres and ``STEPS`` steps.
     """
-    async with Training(config) as training:
+    async with NotingTraining(config) as training:
         launcher, tree = training._launcher, training._tree
         await training.step(5)
         assert launcher.living == 3
@@ -85,6 +94,7 @@ async def run_with(config: RunConfig, *, name: str) -> Summary:
         assert launcher.living == 4
         summary = await training.run()
         assert tree.living == 4
+    assert "ended" not in training.__dict__  # all that went were told to
     launcher.expect_end()
     launcher.kill()  # after its end nothing is left to do, and nothing fails
     await launcher.aclose()
