@@ -19,7 +19,8 @@ DOCS = ROOT / "docs"
 TESTDATA = ROOT / "protos" / "testdata"
 
 #: every page that a reader may open
-PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted(DOCS.rglob("*.md"))
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docker/README.md")]
+PAGES += sorted(DOCS.rglob("*.md"))
 #: page -> path below the root
 NAMES = {str(page.relative_to(ROOT)): page for page in PAGES}
 
