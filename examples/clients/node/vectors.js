@@ -2,7 +2,7 @@
  * `worker.js --vectors DIR`: everything in protos/testdata, decoded or computed anew.
  *
  * Of randomness.json `digits` needs nothing, since its gradient draws no random number; a task with dropout would, so
- * it is computed too. What a worker never does, the mean, is checked all the same: it is one line.
+ * it is computed too. What a worker never does, the mean and most of control's messages, is checked all the same.
  */
 import { createHash } from 'node:crypto';
 import { readFileSync, readdirSync } from 'node:fs';
@@ -46,8 +46,49 @@ function sum(leaves, dtype, block = { lo: 0, hi: leaves.length }) {
 /** @param {(string | null)[]} leaves @param {wire.Dtype} dtype */
 const hexSum = (leaves, dtype) => hex(wire.bytesOf(sum(leaves, dtype) ?? new Float32Array()));
 
+/** Every message by its name, decoded; the same bytes must come out again.
+ * @param {{name: string, message: string, bytes: string}[]} frames @param {Expect} expect */
+function decodedFrames(frames, expect) {
+    const codecs = /** @type {Record<string, [Function, Function]>} */ ({});
+    for (const [service, methods] of Object.entries(loadProtos(false))) {
+        if (!service.endsWith('Service')) continue;
+        for (const method of Object.values(/** @type {any} */ (methods))) {
+            codecs[method.requestType.type.name] = [method.requestDeserialize, method.requestSerialize];
+            codecs[method.responseType.type.name] = [method.responseDeserialize, method.responseSerialize];
+        }
+    }
+    const found = /** @type {Record<string, any>} */ ({});
+    for (const { name, message, bytes: text } of frames) {
+        const [decode, encode] = codecs[message.replace('spheres.v1.', '')];
+        found[name] = decode(bytes(text));
+        expect(`${name}, encoded again`, hex(encode(found[name])), text);
+    }
+    return found;
+}
+
+/** What was decoded as protobuf writes it as JSON: bytes in base64; a timestamp or a duration where `like` is a text.
+ * @param {any} own @param {any} like @returns {any} */
+function asJson(own, like) {
+    if (Buffer.isBuffer(own)) return own.toString('base64');
+    if (Array.isArray(own)) return own.map((item, i) => asJson(item, like?.[i]));
+    if (own === null || typeof own !== 'object') return own;
+    if (typeof like === 'string') {
+        const { seconds = '0', nanos = 0 } = own,
+            milliseconds = 1e3 * Number(seconds) + nanos / 1e6;
+        const decimals = nanos ? 3 : 0; // of these vectors
+        if (like.endsWith('s')) return `${(milliseconds / 1e3).toFixed(decimals)}s`;
+        return new Date(milliseconds).toISOString().replace(decimals ? '' : '.000', '');
+    }
+    return Object.fromEntries(Object.entries(own).map(([name, value]) => [name, asJson(value, like?.[name])]));
+}
+
 /** @type {Record<string, (vectors: any, expect: Expect) => void>} */
 const CHECKS = {
+    'control.json'({ frames }, expect) {
+        const found = decodedFrames(frames, expect);
+        for (const { name, value } of frames) expect(name, asJson(found[name], value), value);
+    },
+
     'digests.json'({ crc32c, manifests, versions }, expect) {
         for (const { text, crc32c: wanted } of crc32c) expect(`CRC-32C of '${text}'`, crc(Buffer.from(text)), wanted);
         const known = /** @type {Map<string, any[]>} */ (new Map());
@@ -85,16 +126,7 @@ const CHECKS = {
     },
 
     'frames.json'({ frames }, expect) {
-        const work = /** @type {any} */ (loadProtos(false)['spheres.v1.SphereService']).Work;
-        const found = /** @type {Record<string, any>} */ ({});
-        for (const { name, message, bytes: text } of frames) {
-            const rpc =
-                message === 'spheres.v1.WorkRequest'
-                    ? ['requestDeserialize', 'requestSerialize']
-                    : ['responseDeserialize', 'responseSerialize'];
-            found[name] = work[rpc[0]](bytes(text));
-            expect(`${name}, encoded again`, hex(work[rpc[1]](found[name])), text);
-        }
+        const found = decodedFrames(frames, expect);
         const {
             hello: { hello },
             weights,
