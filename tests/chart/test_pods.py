@@ -52,18 +52,20 @@ def podman(
 
 
 @pytest.fixture(scope="module")
-def image() -> str:
+def image() -> Iterator[str]:
     """The image in TEST_IMAGE, else one that is built from docker/Dockerfile."""
     if shutil.which("podman") is None or os.geteuid() != 0:
-        pytest.skip("no podman, or not root: the chart's Pods are NOT run")
+        pytest.skip("no podman, or not root: the chart's Pods are NOT run (make test-containers)")
     if given := os.environ.get("TEST_IMAGE"):
-        return given
+        yield given
+        return
     name = "localhost/armillary:chart"
     done = subprocess.run(
         [str(ROOT / "docker" / "build.sh"), name], capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return name
+    yield name
+    podman("image", "rm", "--force", name, check=False)
 
 
 @dataclass
