@@ -70,7 +70,8 @@ test-slow: $(VENV)/.dev ## Run the tests that take longer: cut networks, S3, kil
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-containers: $(VENV)/.dev ## Build the image and train across containers, one killed, one added; with compose too
-	@docker/without-engine.sh $(BIN)/python -m pytest tests/containers -m containers $(ARGS)
+	@docker/helm/get-tools.sh $(TOOLS)
+	@docker/without-engine.sh $(BIN)/python -m pytest tests/containers tests/chart -m containers $(ARGS)
 
 storm: $(VENV)/.dev ## Real processes under SIGKILL every second, control killed twice: the same bits
 	$(BIN)/python benchmarks/storm.py $(ARGS)
