@@ -122,6 +122,10 @@ class Checkpoints:
         """
         return [info for _, info in self._entries() if info is not None]
 
+    def none_saved(self) -> bool:
+        """Whether there is not one, good or bad. Raises CheckpointError where that cannot be told."""
+        return not self._names()
+
     def load(self, name: str | Path | None = None, passed_over: Callable[[str], object] = lambda _: None) -> Snapshot:
         """Return a snapshot, every byte of it checked. Raises CheckpointError.
 

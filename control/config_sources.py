@@ -28,7 +28,9 @@ __all__ = ["PREFIX", "Origin", "allowed", "default_text", "help_text", "load_con
 PREFIX = "ARMILLARY_"
 
 #: read by the commands themselves, by tasks, or by spheres that share the environment
-_OTHER_VARIABLES = frozenset({"ADDRESS", "ADVERTISE", "CONFIG", "CONTROL", "DATA", "RELAY", "RESUME", "ZONE"})
+_OTHER_VARIABLES = frozenset(
+    {"ADDRESS", "ADVERTISE", "CONFIG", "CONTROL", "DATA", "HOLD", "LOG_FORMAT", "RELAY", "RESUME", "ZONE"}
+)
 # Kubernetes sets these for each service whose name begins with "armillary"
 _SERVICE_VARIABLE = re.compile(r"(.*_)?(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_\d+_(TCP|UDP)(_.*)?)?)")
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,9 +28,11 @@ from control.controller import Controller
 from control.events import Callback, CallbackRegistry
 from control.initial import initial_weights, node_config
 from control.journal import EventLog, Journal
-from control.launcher import Ended, LocalSpheres
+from control.launcher import launcher_for
+from control.lives import Ended, RunFacts, Started
 from control.report import write_report
 from control.run_dir import RunDirectory
+from control.run_state import RunState
 from control.schedules import follows_total
 from control.server import add_services
 from control.servicers import ControlServicer
@@ -40,7 +43,9 @@ from control.tree import Tree
 from control.weights_file import write_safetensors
 from spheres.environment import allow_many_files, tune_malloc
 from spheres.errors import ArmillaryError, ConfigError, RefusedError, RunStateError, TaskError, TaskLoadError
+from spheres.exposure import insecure_warning, is_loopback
 from spheres.grpc_link import GrpcTransport
+from spheres.server import Health
 from spheres.task import IN_SPHERE, Task, load_task
 
 __all__ = ["Summary", "Training", "run", "train"]
@@ -75,6 +80,8 @@ class Summary:
     phase_seconds: dict[str, float] = field(default_factory=dict)
     #: what took most of the latest steps
     bottleneck: str = ""
+    #: microbatches computed in another numeric environment than they were meant for: 0 where all bits are reproducible
+    mixed_recompute: int = 0
     spheres: list[dict[str, Any]] = field(default_factory=list)
     tree: dict[str, str] = field(default_factory=dict)
     run_id: str = ""
@@ -86,6 +93,11 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "error": None if self.error is None else str(self.error)}
 
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """Return the summary of a run that ended without an error."""
+        return cls(**{f.name: value[f.name] for f in fields(cls) if f.name in value and f.name != "error"})
+
 
 class Training:
     """One run: control in this process, its local spheres, its directory. An async context manager.
@@ -94,8 +106,9 @@ class Training:
     stops the run with a checkpoint, ends every sphere, and writes ``summary.json`` and ``report.html``.
 
     ``task`` is a name, ``module:attribute``, a class, or an object: spheres make their own by calling its class with
-    ``config.task_options``. ``resume``: None for a new run, "" for the newest checkpoint of the run directory, else a
-    checkpoint's path. Entering raises what stands in the way of a start.
+    ``config.task_options``. ``resume``: None for a new run, "" for the newest checkpoint of the run directory (of a
+    run that was killed before its first: from the initial weights again), else a checkpoint's path. Entering raises
+    what stands in the way of a start. A run that was completed stays so, and is told as it ended.
     """
 
     def __init__(
@@ -113,7 +126,12 @@ class Training:
         self._given = callbacks
         #: listens where a control that was killed had listened
         self._came_back = False
+        #: why it was told to stop, if it was: also before it has opened
+        self._told = ""
+        self._health = Health()
         self._first_step = 0
+        #: of a run that was completed before this process
+        self._completed: Summary | None = None
         self._stack = contextlib.AsyncExitStack()
         self._began = time.monotonic()
 
@@ -128,16 +146,23 @@ class Training:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
             self.controller.request_stop("left" if error is None else type(error).__name__)
-            await self._run_to_end()
-            await self._tree.states(_LAST_REPORTS_SECONDS)
-            self._summary = self._summarize()
-            self._local.expect_end()
-            self._tree.stop_spheres("the run is over")
-            await self._tree.all_gone(_FAREWELL_SECONDS)
-            # while the directory is still ours: the next start must find the results of this one, not race them
-            await asyncio.to_thread(self._write_results)
+            await self._end()
         finally:
             await self._stack.aclose()
+
+    async def _end(self) -> None:
+        """Let the run end, and every sphere go; write the results. What is served stays. May be called again."""
+        if hasattr(self, "_summary"):
+            return
+        await self._run_to_end()
+        await self._tree.states(_LAST_REPORTS_SECONDS)
+        self._summary = self._summarize()
+        self._launcher.expect_end()
+        self._tree.stop_spheres("the run is over")
+        await self._tree.all_gone(_FAREWELL_SECONDS)
+        # while the directory is still ours: the next start must find the results of this one, not race them
+        if self._completed is None:
+            await asyncio.to_thread(self._write_results)
 
     # ---- what a user does with it
 
@@ -166,8 +191,11 @@ class Training:
         self.controller.resume()
 
     def stop(self, reason: str = "asked to stop") -> None:
-        """Finish the step in hand, checkpoint, end."""
-        self.controller.request_stop(reason)
+        """Finish the step in hand, checkpoint, end; where the run is still opening, end once it has."""
+        self._told = self._told or reason
+        if not hasattr(self, "controller"):
+            return
+        self.controller.request_stop(self._told)
         with contextlib.suppress(ArmillaryError):
             self.controller.resume()
 
@@ -179,13 +207,16 @@ class Training:
         """Go to a checkpoint of this run, None: the newest good one. Raises CheckpointError, with nothing changed."""
         await self.controller.restore(name)
 
-    async def spawn(self, count: int = 1) -> list[int]:
-        """Start so many more local spheres; return their process ids. Raises ConfigError, RunStateError."""
+    async def spawn(self, count: int = 1) -> list[Started]:
+        """Start so many more spheres; return the launcher's name of each, and its process id where it is local.
+
+        Raises ConfigError, RunStateError, and what the launcher does.
+        """
         if not 0 < count <= _MOST_SPAWNED:
             raise ConfigError(f"cannot start {count} spheres: give a number from 1 to {_MOST_SPAWNED}")
         if self.controller.state.ended:
             raise RunStateError(f"the run is {self.controller.state}; go on with --resume")
-        return await self._local.start(count)
+        return await self._launcher.start(count)
 
     def drain(self, sphere: str, reason: str = "") -> None:
         """Let a sphere finish its step and leave. Raises ConfigError where no such one can be reached."""
@@ -205,9 +236,11 @@ class Training:
         return self._summary if hasattr(self, "_summary") else self._summarize()
 
     def kill(self) -> None:
-        """End every local sphere at once and leave nothing that points here; for a process that ends now."""
-        self._local.kill()
-        self._directory.close()
+        """End every sphere of the launcher at once and leave nothing that points here; for a process that ends now."""
+        if hasattr(self, "_launcher"):
+            self._launcher.kill()
+        if hasattr(self, "_directory"):
+            self._directory.close()
 
     # ---- opening
 
@@ -223,12 +256,13 @@ class Training:
         node = node_config(task, config, manifest, run_id="")
         for callback in [*configured(config), *self._given]:
             self.callbacks.register(callback)
+        make_launcher = await asyncio.to_thread(launcher_for, config)
         passed_over: list[str] = []
-        directory, snapshot = await self._open_directory(passed_over)
+        directory, snapshot, before = await self._open_directory(passed_over)
         node = replace(node, run_id=directory.run_id)
         settings = config.model_dump(mode="json")
         servicer = ControlServicer()
-        transport = GrpcTransport(lambda server: add_services(server, servicer))
+        transport = GrpcTransport(lambda server: add_services(server, servicer, self._health))
         self._tree = Tree(
             node,
             transport,
@@ -260,37 +294,42 @@ class Training:
         self.controller.start_from(flat)
         if snapshot is not None:
             self.controller.tell_passed_over(passed_over)
-            self.controller.load(snapshot)
-            self._allow_another_total(snapshot, node.sampler.steps_per_epoch, journal)
+            ended = _completed_at(directory, snapshot.run.step)
+            self.controller.load(snapshot, evaluated=ended is not None)
+            self._completed = ended if self.controller.complete else None
         self._first_step = self.controller.step
+        if before is not None:
+            self._allow_another_total(before, node.sampler.steps_per_epoch, journal)
         self._tree.changed = self._sphere_changed
         self._tree.dismissed = self._sphere_dismissed
         directory.write_address(self._tree.address)
-        self._local = LocalSpheres(
-            self._tree.address,
-            directory.path / "logs",
-            orphan_timeout=config.orphan_timeout,
-            ended=self._sphere_ended,
-            path=_script_folder(),
-            verbose=self._verbose,
+        self._launcher = make_launcher(
+            RunFacts(
+                self._tree.address,
+                directory.path / "logs",
+                self._sphere_ended,
+                linked=self._linked,
+                until=self._tree.until,
+                orphan_timeout=config.orphan_timeout,
+                path=_script_folder(),
+                verbose=self._verbose,
+            )
         )
-        self._stack.push_async_callback(self._local.aclose)
-        servicer.attach(self.controller, spawn=self.spawn, aside=self._local.aside)
+        self._stack.push_async_callback(self._launcher.aclose)
+        servicer.attach(self.controller, spawn=self.spawn, aside=self._launcher.aside)
         self.controller.pause()
         self._loop = asyncio.create_task(self.controller.run())
         self._stack.push_async_callback(self._end_loop)
-        await self._local.start(max(0, config.spheres - await self._adopt()))
+        if self._told:
+            self.stop(self._told)
+            return
+        if self._completed is None:
+            await self._launcher.begin(config.spheres, came_back=self._came_back)
+        self._health.set_ready(True)
 
-    async def _adopt(self) -> int:
-        """Take back the local spheres that a control that was killed has left; return how many there are."""
-        if not self._came_back:
-            return 0
-        host, spheres = socket.gethostname(), self._tree.spheres
-
-        def linked() -> set[int]:
-            return {sphere.pid for sphere in spheres.values() if sphere.active and sphere.member.host == host}
-
-        return await self._local.adopt_who_comes_back(linked, self._tree.until)
+    def _linked(self) -> set[tuple[str, int]]:
+        """Return host and process id of the spheres that have a way to control."""
+        return {(sphere.member.host, sphere.pid) for sphere in self._tree.spheres.values() if sphere.active}
 
     async def _listen(self, last_address: str) -> None:
         """Listen where a control that was killed had listened: its spheres may still dial there (DESIGN section 5)."""
@@ -306,10 +345,13 @@ class Training:
                 last_address,
             )
             await self._tree.listen(self.config.listen)
+        if not is_loopback(self._tree.address.rpartition(":")[0]):
+            log.warning("%s", insecure_warning(self._tree.address))
         port = self._tree.address.rpartition(":")[2]
         self._came_back = bool(last_address) and last_address.rpartition(":")[2] == port
 
-    async def _open_directory(self, passed_over: list[str]) -> tuple[RunDirectory, Snapshot | None]:
+    async def _open_directory(self, passed_over: list[str]) -> tuple[RunDirectory, Snapshot | None, RunConfig | None]:
+        """Return the run's directory; of a run that goes on, the checkpoint, if any, and its configuration so far."""
         config, resume = self.config, self._resume
         snapshot: Snapshot | None = None
         if resume is None:
@@ -330,24 +372,30 @@ class Training:
         if resume is None:
             if url:
                 await asyncio.to_thread(self._checkpoints.list)  # a URL that cannot be reached is found now
-            return directory, None
+            return directory, None, None
+        if resume == "" and await asyncio.to_thread(self._checkpoints.none_saved):
+            # killed before its first checkpoint: the initial weights are the one of step 0
+            log.warning("%s has no checkpoint yet: the run begins again from its initial weights", directory.path)
+            before = RunConfig.from_json(json.dumps(directory.info["config"]))
+            compare_identity(identity(before), identity(config))
+            return directory, None, before
         if snapshot is None:
             where = resume if is_url(resume) else Path(resume) if resume else None
             snapshot = await asyncio.to_thread(self._checkpoints.load, where, passed_over.append)
         elif url:  # terms that were counted after the one that it was saved in (N1)
             found = await asyncio.to_thread(self._checkpoints.list)
             directory.info["term"] = max([snapshot.run.term, *(info.term for info in found)])
-        compare_identity(identity(RunConfig.from_json(snapshot.run.config_json)), identity(config))
+        before = RunConfig.from_json(snapshot.run.config_json)
+        compare_identity(identity(before), identity(config))
         if snapshot.run.run_id != directory.run_id:
             raise ConfigError(
                 f"checkpoint {resume or 'found'} is of run {snapshot.run.run_id}, {directory.path} holds run "
                 f"{directory.run_id}; name the run's own directory with --run-dir, or start a new run with --init-from"
             )
-        return directory, snapshot
+        return directory, snapshot, before
 
-    def _allow_another_total(self, snapshot: Snapshot, steps_per_epoch: int, journal: Journal) -> None:
+    def _allow_another_total(self, before: RunConfig, steps_per_epoch: int, journal: Journal) -> None:
         """A schedule that ends with the run has other rates where the total is another: its replay differs, rightly."""
-        before = RunConfig.from_json(snapshot.run.config_json)
         totals = [c.total_steps(steps_per_epoch) for c in (before, self.config)]
         if follows_total(self.config.schedule) and totals[0] != totals[1]:
             log.warning(
@@ -357,10 +405,10 @@ class Training:
                 totals[1],
                 self.config.schedule.kind,
             )
-            journal.forget(snapshot.run.step)
+            journal.forget(self._first_step)
 
     def _sphere_ended(self, ended: Ended) -> None:
-        """A local sphere's process is gone before its time. It is started again, unless that is hopeless."""
+        """A sphere of the launcher is gone before its time. It is started again, unless that is hopeless."""
         controller = self.controller
         kind = {2: ConfigError, 3: TaskError, 5: RefusedError}.get(ended.code or 0)
         if kind is not None and controller.step == self._first_step:
@@ -368,19 +416,20 @@ class Training:
             return
         log.warning("%s", ended)
         # Whoever is killed may be luckier next time; whoever ends by itself, again and again, is not.
-        if (ended.code or 0) > 0 and not self._tree.hub.children and self._local.all_aside:
+        if (ended.code or 0) > 0 and not self._tree.hub.children and self._launcher.all_aside:
             error = kind or ArmillaryError
             controller.fail(error(f"no sphere can be started: after {ended.count} tries {ended}"))
 
     def _sphere_changed(self, event: str, sphere: str, reason: str) -> None:
         if event == "sphere_joined":
-            self._local.joined(self._tree.spheres[sphere].pid)
+            found = self._tree.spheres[sphere]
+            self._launcher.joined(found.member.host, found.pid)
         self.controller.sphere_changed(event, sphere, reason)
 
     def _sphere_dismissed(self, sphere: str, at_once: bool) -> bool:
-        """A sphere was told to leave by command: where it is a local one, it is not started again."""
+        """A sphere was told to leave by command: where it is one of the launcher's, it is not started again."""
         found = self._tree.spheres[sphere]
-        return found.member.host == socket.gethostname() and self._local.dismiss(found.pid, at_once=at_once)
+        return self._launcher.dismiss(found.member.host, found.pid, at_once=at_once)
 
     # ---- closing
 
@@ -403,6 +452,8 @@ class Training:
 
     def _summarize(self) -> Summary:
         controller = self.controller
+        if self._completed is not None and controller.error is None:
+            return replace(self._completed, run_dir=str(self._directory.path))
         totals, rates, weights = controller.totals, controller.totals.rates(), self._tree.hub.weights
         spheres = [_sphere_summary(self._tree, name) for name in self._tree.names()]
         return Summary(
@@ -421,6 +472,7 @@ class Training:
             sync_fraction=totals.sync_fraction,
             phase_seconds=dict(totals.phase_seconds),
             bottleneck=bottleneck(totals.recent, self._tree.shape()),
+            mixed_recompute=controller.mixed_recomputes,
             spheres=spheres,
             tree={s["id"]: s["parent"] for s in spheres},
             run_id=controller.run_id,
@@ -469,16 +521,23 @@ async def run(
     callbacks: Sequence[Callback] = (),
     task: Task | None = None,
     verbose: bool = False,
+    hold: Callable[[Summary], None] | None = None,
 ) -> Summary:
     """Run a training to its end and return its summary, also of one that failed. SIGINT and SIGTERM stop it in order.
 
-    Raises what stands in the way of a start.
+    With ``hold`` a run that is over without an error or a signal is told to it, and control goes on to answer, with
+    every sphere gone and all results written, until a signal comes. Raises what stands in the way of a start.
     """
     training = Training(config, task=task, resume=resume, callbacks=callbacks, verbose=verbose)
-    async with training:
-        with _signals(training):
-            await training._run_to_end()  # leaving makes the summary, with what spheres say last
-    return training.summary
+    # around all of it: a signal that comes while a run opens or closes must not leave spheres behind
+    with _signals(training) as told:
+        async with training:
+            await training._run_to_end()
+            if hold is not None and training.controller.error is None and not told.is_set():
+                await training._end()
+                hold(training.summary)
+                await told.wait()
+    return training.summary  # made on leaving, with what spheres say last
 
 
 def _sphere_summary(tree: Tree, name: str) -> dict[str, Any]:
@@ -500,10 +559,23 @@ def _sphere_summary(tree: Tree, name: str) -> dict[str, Any]:
     return sphere
 
 
+def _completed_at(directory: RunDirectory, step: int) -> Summary | None:
+    """Return how the run was completed at this step; None where it was not."""
+    try:
+        saved = json.loads((directory.path / "summary.json").read_text(encoding="utf-8"))
+        found = (saved["state"], saved["steps"]) == (RunState.COMPLETED, step)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Summary.from_dict(saved) if found else None
+
+
 @contextlib.contextmanager
-def _signals(training: Training) -> Iterator[None]:
-    """First signal: finish the step, checkpoint, end. Second: end at once, and every local sphere."""
-    loop = asyncio.get_running_loop()
+def _signals(training: Training) -> Iterator[asyncio.Event]:
+    """First signal: finish the step, checkpoint, end. Second: end at once, and every sphere of the launcher.
+
+    Yields what is set by the first.
+    """
+    loop, told = asyncio.get_running_loop(), asyncio.Event()
     count = 0
 
     def stop(sign: signal.Signals) -> None:
@@ -512,6 +584,9 @@ def _signals(training: Training) -> Iterator[None]:
         if count > 1:
             training.kill()
             os._exit(128 + sign)
+        told.set()
+        if hasattr(training, "_summary"):  # it is only held
+            return
         log.warning("%s: finishing the step, then a checkpoint; once more to end at once", sign.name)
         training.stop(sign.name)
 
@@ -522,7 +597,7 @@ def _signals(training: Training) -> Iterator[None]:
     except (ValueError, RuntimeError):  # not the main thread: the caller's signals are the caller's
         signs = ()
     try:
-        yield
+        yield told
     finally:
         for sign in signs:
             loop.remove_signal_handler(sign)

@@ -1,4 +1,4 @@
-"""The ``sphere`` command: one process, one sphere."""
+"""The ``sphere`` command: one process, one sphere; and a question to any node, whether it is well."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from spheres.errors import ArmillaryError, ConfigError, GradientError, TaskLoadError, UnreachableError
+from spheres.exposure import insecure_warning, is_loopback
+from spheres.logs import VARIABLE, formatter, is_json
 
 __all__ = ["main", "make_parser"]
 
@@ -20,8 +22,9 @@ log = logging.getLogger(__name__)
 
 EXIT_CODES = """exit codes: 0 the run is over, or told to go; 1 any other error; 2 wrong flags or a port in use;
 3 the task cannot be loaded or its data are missing; 5 control or the run refused, or nobody answered for
---orphan-timeout; 130 Ctrl+C. Of the environment: ARMILLARY_CONTROL, ARMILLARY_ADVERTISE, ARMILLARY_ZONE,
-ARMILLARY_RELAY; a flag goes before it. See docs/cli.md."""
+--orphan-timeout; 130 Ctrl+C. Of the environment: ARMILLARY_CONTROL, ARMILLARY_LISTEN, ARMILLARY_ADVERTISE,
+ARMILLARY_ZONE, ARMILLARY_RELAY, ARMILLARY_ORPHAN_TIMEOUT, ARMILLARY_INSECURE, ARMILLARY_LOG_FORMAT; a flag goes before
+it. See docs/cli.md."""
 
 #: read once, when numpy is first imported
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -83,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     start.add_argument(
         "--listen",
-        default="127.0.0.1:0",
+        default=environ("ARMILLARY_LISTEN") or "127.0.0.1:0",
         type=_address_or_none,
         metavar="HOST:PORT",
         help="where children dial; '' for none",
@@ -100,47 +103,114 @@ def make_parser() -> argparse.ArgumentParser:
     start.add_argument(
         "--relay",
         action="store_true",
-        default=environ("ARMILLARY_RELAY", "").lower() in ("1", "true", "yes", "on"),
+        default=_is_on("ARMILLARY_RELAY"),
         help="sum and pass on only",
     )
     start.add_argument(
-        "--orphan-timeout", default="60s", type=_seconds, metavar="TIME", help="end after so long without control (60s)"
+        "--orphan-timeout",
+        default=environ("ARMILLARY_ORPHAN_TIMEOUT") or "60s",
+        type=_seconds,
+        metavar="TIME",
+        help="end after so long without control (60s)",
     )
-    start.add_argument("--insecure", action="store_true", help="allow --listen beyond loopback, without certificates")
+    start.add_argument(
+        "--insecure",
+        action="store_true",
+        default=_is_on("ARMILLARY_INSECURE"),
+        help="allow --listen beyond loopback, without certificates",
+    )
+    start.add_argument(
+        "--log-format",
+        default=environ(VARIABLE, ""),
+        metavar="text|json",
+        help="log lines for people, or one JSON object a line",
+    )
     start.add_argument("-v", "--verbose", action="store_true", help="log more, and tracebacks")
+    health = commands.add_parser(
+        "health",
+        help="ask a node, control or a sphere, whether it is well",
+        epilog="exit code 0: it answers that it serves; 1: it does not, or nobody answers.",
+    )
+    listen = environ("ARMILLARY_LISTEN")
+    health.add_argument(
+        "address",
+        nargs="?" if listen else None,
+        default=listen,
+        type=_address,
+        metavar="HOST:PORT",
+        help="where it listens (default: ARMILLARY_LISTEN, on this machine)",
+    )
+    health.add_argument("--service", default="", help="'' (default): it lives; ready: it takes part")
+    health.add_argument(
+        "--timeout", default="3s", type=_seconds, metavar="TIME", help="for how long to wait for an answer (3s)"
+    )
     return parser
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
+    # Before anything else: the first process of a container gets no signal that it has no handler for.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     options = make_parser().parse_args(words)
-    tail = _LogTail()
-    logging.basicConfig(
-        level=logging.DEBUG if options.verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        handlers=[logging.StreamHandler(), tail],
-    )
-    try:
-        code = _start(options, tail)
-    except ArmillaryError as error:
-        # what a task raised is only to be found here: on other machines there is no more than its sentence
-        if options.verbose or isinstance(error, GradientError | TaskLoadError):
-            log.error("%s", error, exc_info=error)
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        code = error.exit_code
-    except KeyboardInterrupt:
-        code = 130
-    except Exception as error:
-        log.exception("not expected")
-        sys.stderr.write(f"error: {type(error).__name__}: {error} (not expected)\n")
-        code = 1
+    code = _health(options) if options.command == "health" else _started(options)
     logging.shutdown()
     # The compute thread may be deep in a task's code: there is nothing left that it could harm.
     sys.stdout.flush()
     os._exit(code)
 
 
-def _start(options: argparse.Namespace, tail: _LogTail) -> int:
+def _started(options: argparse.Namespace) -> int:
+    """Run a sphere and return its exit code; what it ends with is the last line of its log."""
+    json, tail = False, _LogTail()
+    try:
+        json, names = is_json(options.log_format), dict[str, str]()
+        handlers = [logging.StreamHandler(sys.stdout), tail]
+        for handler in handlers:
+            text = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+            handler.setFormatter(formatter(options.log_format, text, lambda: names))
+        logging.basicConfig(level=logging.DEBUG if options.verbose else logging.INFO, handlers=handlers)
+        return _start(options, tail, names)
+    except ArmillaryError as error:
+        message, code = " ".join(str(error).split()), error.exit_code
+        # what a task raised is only to be found here: on other machines there is no more than its sentence
+        trace = error if options.verbose or isinstance(error, GradientError | TaskLoadError) else None
+        if json or trace:
+            log.error("%s", message, exc_info=trace)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        message, code = f"{type(error).__name__}: {error} (not expected)", 1
+        log.exception("%s", message)
+    if not json:
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {message}\n")
+    return code
+
+
+def _health(options: argparse.Namespace) -> int:
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    host, _, port = options.address.rpartition(":")
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # whoever listens on all can be asked here
+    address = f"{host}:{port}"
+    name = f"{address} {options.service}".rstrip()
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        request = health_pb2.HealthCheckRequest(service=options.service)
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=options.timeout)
+        except grpc.RpcError as error:
+            said = " ".join((error.details() or "").split())
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                said = f"nobody answers ({said})"
+            sys.stdout.write(f"{name}: {said}\n")
+            return 1
+    sys.stdout.write(f"{name}: {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}\n")
+    return int(answer.status != health_pb2.HealthCheckResponse.SERVING)
+
+
+def _start(options: argparse.Namespace, tail: _LogTail, names: dict[str, str]) -> int:
     for name in _THREADS:  # bits differ between one BLAS thread and two
         os.environ[name] = "1"
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it logs by itself, its errors say too
@@ -148,13 +218,15 @@ def _start(options: argparse.Namespace, tail: _LogTail) -> int:
 
     from spheres.environment import allow_many_files, tune_malloc
     from spheres.grpc_link import GrpcTransport
+    from spheres.server import Health, add_services
     from spheres.sphere import Sphere, SphereOptions
     from spheres.task import IN_SPHERE
     from spheres.worker import limit_threads
 
-    host = options.listen.rpartition(":")[0].strip("[]")
-    if host not in ("", "127.0.0.1", "localhost", "::1") and not options.insecure:
-        raise ConfigError(f"--listen {options.listen} is beyond loopback: nothing is encrypted; add --insecure")
+    if options.listen and not is_loopback(options.listen.rpartition(":")[0]):
+        if not options.insecure:
+            raise ConfigError(f"--listen {options.listen} is beyond loopback: nothing is encrypted; add --insecure")
+        log.warning("%s", insecure_warning(options.listen))
     os.environ[IN_SPHERE] = "1"
     tune_malloc()
     allow_many_files()
@@ -169,7 +241,15 @@ def _start(options: argparse.Namespace, tail: _LogTail) -> int:
     )
 
     async def run() -> None:
-        sphere = Sphere(sphere_options, GrpcTransport(), log_lines=tail.last)
+        health = Health()
+
+        def link_changed(up: bool) -> None:
+            if up and sphere.hub is not None:
+                names.update(sphere_id=sphere.hub.id, run_id=sphere.hub.config.run_id)
+            health.set_ready(up)
+
+        transport = GrpcTransport(lambda server: add_services(server, health))
+        sphere = Sphere(sphere_options, transport, log_lines=tail.last, link_changed=link_changed)
         told = False
 
         def stop() -> None:
@@ -194,6 +274,10 @@ def _start(options: argparse.Namespace, tail: _LogTail) -> int:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
     return 0
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
 
 
 def _address(text: str) -> str:

@@ -101,6 +101,8 @@ class Parent:
         # a heartbeat is wanted at once; everything that waited when it was asked for has gone up
         self._hurry, self._flushed = asyncio.Event(), asyncio.Event()
         self._cut: asyncio.Future[None] | None = None
+        #: told when a link has come up, and when it is gone
+        self.link_changed: Callable[[bool], None] = lambda _: None
         hub.wake_up = self._wake.set
 
     @property
@@ -152,6 +154,7 @@ class Parent:
         finally:
             was_linked = self.linked
             self._linked.clear()
+            self.link_changed(False)
         self._last_error = reason
         log.info("%s: the link to %s has ended: %s", self._hub.id, ancestor.id, reason)
         return was_linked
@@ -223,6 +226,7 @@ class Parent:
             weights_digest=hub.weights.digest,
             held=blocks_to(hub.held()),
             capacity=hub.ledger.capacity,
+            capacities=hub.mixed_capacities,
             address=hub.address,
             member=self._member,
             weights_chunks_held=hub.weights.resumable,
@@ -248,6 +252,7 @@ class Parent:
         self._hear()
         hub.relinked(self._session, self._ancestors, carrier)
         self._linked.set()
+        self.link_changed(True)
         self._alone_since = None
         self.placed.set()
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
 import socket
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from time import monotonic_ns
+from typing import Any, TypeVar
 
 from spheres.children import Children
 from spheres.config import PROTOCOL_VERSION, NodeConfig
@@ -41,6 +41,9 @@ __all__ = ["Sphere", "SphereOptions"]
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+_AGENT = f"python {sys.version_info.major}.{sys.version_info.minor}"
 #: seconds between two looks of a sphere that leaves at whether it is needed still
 _LOOK_SECONDS = 0.05
 #: of a traced run: seconds that a sphere waits for the last spans of its children, and that its own have to go up
@@ -66,6 +69,8 @@ class SphereOptions:
     host: str = ""
     #: whether idle nodes may compute what late ones have in compute; tests switch it off, since it hides deadlocks
     speculate: bool = True
+    #: in place of the fingerprint of this process's numeric environment; tests give spheres different ones
+    environment: str = ""
     #: what a trace's times are read from, in nanoseconds; tests give spheres clocks that differ
     clock: Callable[[], int] = monotonic_ns
 
@@ -73,7 +78,8 @@ class SphereOptions:
 class Sphere:
     """The life of one sphere. ``task`` is given by tests; otherwise it is loaded by the run's configuration.
 
-    ``make_worker`` makes what computes; the simulation's knows no thread.
+    ``make_worker`` makes what computes; the simulation's knows no thread. ``link_changed`` is told when a link to a
+    parent has come up, and when it is gone.
     """
 
     def __init__(
@@ -84,10 +90,13 @@ class Sphere:
         task: Task | None = None,
         make_worker: Callable[[NodeConfig, Task, Callable[[int], Array]], Worker] = Worker,
         log_lines: Callable[[int], list[str]] = lambda _: [],
+        link_changed: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self._options, self._transport, self._task = options, transport, task
         self._make_worker, self._log_lines = make_worker, log_lines
-        self._address = ""
+        self._link_changed = link_changed
+        # where it listens, and what others dial to reach it
+        self._listening = self._address = ""
         self._leaving: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
@@ -113,9 +122,7 @@ class Sphere:
         try:
             if options.listen:
                 listener = await self._transport.listen(options.listen, Handlers(self._work, self._heartbeat))
-            self._address = options.advertise
-            if listener is not None and not self._address:
-                self._address = await asyncio.to_thread(_reachable, listener.address, options.control)
+                self._listening = listener.address
             while not self._stop.is_set():
                 try:
                     await self._take_part()
@@ -132,7 +139,7 @@ class Sphere:
     async def _take_part(self) -> None:
         """One incarnation. Raises StaleError where control has given its id to another."""
         options = self._options
-        granted = await self._enroll(self._address)
+        granted = await self._enroll()
         config = NodeConfig.from_proto(granted.configuration)
         fingerprints = await asyncio.to_thread(self._prepare, config)
         memory = node_memory(config.wire)
@@ -140,7 +147,14 @@ class Sphere:
         if not options.relay and self._task is not None:
             worker = self._make_worker(config, self._task, aligned_zeros if memory is None else memory.allocate)
         summer = Summer()
-        hub = self.hub = Hub(config, granted.sphere_id, incarnation=granted.incarnation, worker=worker, memory=memory)
+        hub = self.hub = Hub(
+            config,
+            granted.sphere_id,
+            incarnation=granted.incarnation,
+            worker=worker,
+            memory=memory,
+            environment=fingerprints.environment,
+        )
         hub.hooks.run, hub.hooks.broken = summer.run, self._broken
         hub.address = self._address
         hub.watchdog.enabled = options.speculate
@@ -162,6 +176,7 @@ class Sphere:
             orphan_timeout=options.orphan_timeout,
             reports=self._reports,
         )
+        self.parent.link_changed = self._link_changed
         children.alone = self.parent.alone
         if config.trace:
             self._trace(hub, self.parent, children)
@@ -229,39 +244,56 @@ class Sphere:
     def _member(self) -> common_pb2.Member:
         options = self._options
         host = options.host or socket.gethostname()
-        return common_pb2.Member(host=host, zone=options.zone, relay=options.relay, pid=os.getpid())
+        return common_pb2.Member(host=host, zone=options.zone, relay=options.relay, pid=os.getpid(), agent=_AGENT)
 
-    async def _enroll(self, address: str) -> control_pb2.EnrollSphereResponse:
-        """Ask control for a place, patiently: control may be about to start."""
+    async def _enroll(self) -> control_pb2.EnrollSphereResponse:
+        """Ask control for a place, patiently: control may be about to start, and its name to be known."""
         options, member = self._options, self._member()
         request = control_pb2.EnrollSphereRequest(
             protocol_version=PROTOCOL_VERSION,
             request_id=uuid.uuid4().hex,
             host=member.host,
             zone=member.zone,
-            address=address,
             relay=member.relay,
             pid=member.pid,
-            agent=f"python {sys.version_info.major}.{sys.version_info.minor}",
-        ).SerializeToString()
+            agent=_AGENT,
+        )
         deadline = asyncio.get_running_loop().time() + options.orphan_timeout
         pause = 0.05
         while True:
             try:
-                data = await self._transport.enroll(options.control, request, 10.0)
-                return control_pb2.EnrollSphereResponse.FromString(data)
+                return await self._unless_stopped(self._ask_for_place(request))
             except (UnreachableError, LinkClosedError) as error:
-                if asyncio.get_running_loop().time() + pause > deadline:
+                if self._stop.is_set() or asyncio.get_running_loop().time() + pause > deadline:
                     raise UnreachableError(f"{error} (tried for {options.orphan_timeout:g} s)") from None
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._stop.wait()
-                    raise UnreachableError("told to stop before control had answered")
+            await self._unless_stopped(asyncio.sleep(pause))
             pause = min(2.0, pause * 2)
+
+    async def _ask_for_place(self, request: control_pb2.EnrollSphereRequest) -> control_pb2.EnrollSphereResponse:
+        options = self._options
+        self._address = options.advertise
+        if self._listening and not self._address:
+            self._address = await asyncio.to_thread(_reachable, self._listening, options.control)
+        request.address = self._address
+        data = await self._transport.enroll(options.control, request.SerializeToString(), 10.0)
+        return control_pb2.EnrollSphereResponse.FromString(data)
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return what ``work`` gives. Raises UnreachableError, at once, where this sphere is told to stop."""
+        job, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({job, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not job.done():
+                raise UnreachableError("told to stop before control had answered")
+            return job.result()
+        finally:
+            for task in (job, stop):
+                task.cancel()
+            await asyncio.gather(job, stop, return_exceptions=True)
 
     def _prepare(self, config: NodeConfig) -> Fingerprints:
         """Load the task and compare it with control's. Raises TaskError, FingerprintError."""
-        environment = environment_fingerprint()
+        environment = self._options.environment or environment_fingerprint()
         if self._options.relay:
             return Fingerprints(config.task_fingerprint, config.data_fingerprint, environment)
         if self._task is None:
@@ -367,13 +399,19 @@ class Sphere:
 
 
 def _reachable(listening: str, control: str) -> str:
-    """Return where others can dial what listens on ``listening``: for every address, that of the way to control."""
+    """Return where others can dial what listens on ``listening``: for every address, that of the way to control.
+
+    Raises UnreachableError where control's name is not known (yet), or there is no way to it.
+    """
     host, _, port = listening.rpartition(":")
     if host.strip("[]") not in ("0.0.0.0", "::"):
         return listening
     name, _, number = control.rpartition(":")
-    family, kind, _, _, target = socket.getaddrinfo(name.strip("[]"), number, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(target)  # a datagram socket: this asks for the route and sends nothing
-        found = str(probe.getsockname()[0])
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(name.strip("[]"), number, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # a datagram socket: this asks for the route and sends nothing
+            found = str(probe.getsockname()[0])
+    except OSError as error:
+        raise UnreachableError(f"no way to control at {control}: {error.strerror or error}") from None
     return f"[{found}]:{port}" if family == socket.AF_INET6 else f"{found}:{port}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -81,6 +82,8 @@ def conformance(
         }.items() if value},
     }  # fmt: skip
     config, _ = load_config(flags, {})
+    if not command:
+        config = config.model_copy(update={"listen": _fixed(config.listen)})
     try:
         seconds = parse_duration(timeout)
     except ValueError as error:
@@ -105,6 +108,16 @@ def conformance(
             typer.echo(", ".join(said) + (f"; logs in {folder}" if failed or log_dir is not None else ""))
     if any(result.state == "failed" for result in results):
         raise typer.Exit(1)
+
+
+def _fixed(address: str) -> str:
+    """Return the address with a port that stays the same from case to case, for workers that are started by others."""
+    host, _, port = address.rpartition(":")
+    if port != "0":
+        return address
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host.strip("[]"), 0))
+        return f"{host}:{probe.getsockname()[1]}"
 
 
 def _chosen(cases: dict[str, Case], names: list[str]) -> list[Case]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from spheres.errors import ArmillaryError
+from spheres.logs import VARIABLE, formatter
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -99,7 +101,8 @@ def run(app: typer.Typer, words: Sequence[str]) -> int:
     except Exception as error:  # noqa: BLE001 - whatever it is, whoever typed the command wants one line
         # looked for in the words themselves: an error in the flags comes before these are read
         verbose = any(word == "--verbose" or (word[:2] == "-v" and set(word[1:]) == {"v"}) for word in words)
-        return _report(error, as_json="--json" in words, verbose=verbose)
+        as_json = "--json" in words or os.environ.get(VARIABLE) == "json"
+        return _report(error, as_json=as_json, verbose=verbose)
     return code if isinstance(code, int) else 0
 
 
@@ -161,11 +164,15 @@ class _CurrentStderr(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
-def log_to_stderr(verbose: int) -> None:
-    """Send log lines to standard error: warnings, with -v all that happens, with -vv more than that."""
+def log_to_stderr(verbose: int, names: Callable[[], Mapping[str, str]] = dict) -> None:
+    """Send log lines to standard error: warnings, with -v all that happens, with -vv more than that.
+
+    Their form is that of ARMILLARY_LOG_FORMAT; JSON lines have ``names()`` in them. Raises ConfigError.
+    """
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     handler = _CurrentStderr()
-    logging.basicConfig(level=level, handlers=[handler], format="%(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(formatter(os.environ.get(VARIABLE, ""), "%(levelname)s %(name)s: %(message)s", names))
+    logging.basicConfig(level=level, handlers=[handler])
     logging.getLogger("asyncio").setLevel(max(level, logging.WARNING))
 
 

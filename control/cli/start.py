@@ -20,8 +20,10 @@ from control.cli.output import Command, JsonFlag, VerboseFlag, console, log_to_s
 from control.config import RunConfig, flat_paths, flatten
 from control.config_sources import allowed, default_text, help_text, load_config
 from spheres.errors import ConfigError
+from spheres.logs import VARIABLE
 
 if TYPE_CHECKING:
+    from control.events import Event, RunHandle
     from control.training import Summary
 
 __all__ = ["ConfigFlag", "WithResume", "panels", "set_environment", "show_config", "start", "with_flags"]
@@ -87,12 +89,25 @@ class WithResume(Command):
 ConfigFlag = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", envvar="ARMILLARY_CONFIG", help="Read keys from a TOML file.")
 ]
+LogFormatFlag = Annotated[
+    str | None,
+    typer.Option(metavar="text|json", help="Log lines for people, or one JSON object a line (ARMILLARY_LOG_FORMAT)."),
+]
 ResumeFlag = Annotated[
     str | None,
     typer.Option(
         metavar="[PATH]",
         envvar="ARMILLARY_RESUME",
-        help="Go on from a checkpoint: the latest, or that of a run directory or checkpoint directory.",
+        help="Go on from a checkpoint: the latest, or that of a run directory or checkpoint directory. "
+        "auto: go on if the run directory holds a run, else begin one.",
+    ),
+]
+HoldFlag = Annotated[
+    bool,
+    typer.Option(
+        "--hold",
+        envvar="ARMILLARY_HOLD",
+        help="When the run is over, go on to answer until SIGTERM or Ctrl+C, so that nobody starts it again.",
     ),
 ]
 
@@ -102,6 +117,8 @@ def start(
     *,
     config: ConfigFlag = None,
     resume: ResumeFlag = None,
+    hold: HoldFlag = False,
+    log_format: LogFormatFlag = None,
     json: JsonFlag = False,
     verbose: VerboseFlag = 0,
     **flags: Any,
@@ -111,17 +128,21 @@ def start(
     Each flag is also a key of the file and, as ARMILLARY_<KEY>, of the environment.
     A flag goes before the environment, the environment before the file.
     """
+    # Until the run looks for signals itself: the first process of a container gets none that it has no handler for.
+    with contextlib.suppress(ValueError):  # not the main thread: the caller's signals are the caller's
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     set_environment()
-    log_to_stderr(verbose)
+    if log_format is not None:
+        os.environ[VARIABLE] = log_format  # for local spheres too
+    naming = _Naming()
+    log_to_stderr(verbose, naming.names.copy)
     saved = None
+    if resume == "auto":
+        resume = "" if ((_given_run_dir(flags["run_dir"], config) or _latest()) / "run.json").exists() else None
     if resume is not None:
         saved, resume, flags["run_dir"] = _resumed("" if resume == "latest" else resume, flags["run_dir"], config)
     run_config, _ = load_config(flags, os.environ, config, saved)
-    summary = _train(run_config, resume, json=json, verbose=verbose > 0)
-    if shows_json(json):
-        put_json({"event": "summary", **summary.to_dict()})
-    else:
-        _print_summary(summary.to_dict())
+    summary = _train(run_config, resume, naming, hold=hold, json=json, verbose=verbose > 0)
     if summary.error is not None:
         raise summary.error
     if summary.reason in signal.Signals.__members__:
@@ -138,7 +159,18 @@ def set_environment() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
-def _train(config: RunConfig, resume: str | None, *, json: bool, verbose: bool) -> Summary:
+class _Naming:
+    """A callback that learns the run's id, for log lines."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, str] = {}
+
+    def on_train_start(self, event: Event, run: RunHandle) -> None:
+        self.names["run_id"] = run.run_id
+
+
+def _train(config: RunConfig, resume: str | None, naming: _Naming, *, hold: bool, json: bool, verbose: bool) -> Summary:
+    """Train, and show the summary when the run is over."""
     import asyncio
 
     import uvloop
@@ -148,9 +180,38 @@ def _train(config: RunConfig, resume: str | None, *, json: bool, verbose: bool) 
 
     progress = Progress(json_lines=True if json else None)
     # what a task prints here must not get in between JSON lines
-    aside = contextlib.redirect_stdout(sys.stderr) if shows_json(json) else contextlib.nullcontext()
+    as_json, stdout, shown = shows_json(json), sys.stdout, False
+
+    def show(summary: Summary) -> None:
+        nonlocal shown
+        shown = True
+        with contextlib.redirect_stdout(stdout):
+            if as_json:
+                put_json({"event": "summary", **summary.to_dict()})
+            else:
+                _print_summary(summary.to_dict())
+            stdout.flush()
+
+    aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     with aside, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(run(config, resume=resume, callbacks=[progress], verbose=verbose))
+        training = run(
+            config, resume=resume, callbacks=[progress, naming], verbose=verbose, hold=show if hold else None
+        )
+        summary = runner.run(training)
+    if not shown:
+        show(summary)
+    return summary
+
+
+def _given_run_dir(run_dir: str | None, file: Path | None) -> Path | None:
+    variable = {name: value for name, value in os.environ.items() if name == "ARMILLARY_RUN_DIR"}
+    return load_config({"run_dir": run_dir}, variable, file)[0].run_dir
+
+
+def _latest() -> Path:
+    from control.run_dir import BASE
+
+    return BASE / "latest"
 
 
 def _resumed(resume: str, run_dir: str | None, file: Path | None) -> tuple[dict[str, Any], str, str | None]:
@@ -159,14 +220,12 @@ def _resumed(resume: str, run_dir: str | None, file: Path | None) -> tuple[dict[
     Of the keys, all that are not given now stay as they were.
     """
     from control.checkpoint import read_snapshot
-    from control.run_dir import BASE
     from control.store_fsspec import is_url
 
-    variable = {name: value for name, value in os.environ.items() if name == "ARMILLARY_RUN_DIR"}
-    given = load_config({"run_dir": run_dir}, variable, file)[0].run_dir
+    given = _given_run_dir(run_dir, file)
     if is_url(resume):
         return flatten(RunConfig.from_json(read_snapshot(resume).run.config_json)), resume, run_dir
-    path = Path(resume) if resume else given or BASE / "latest"
+    path = Path(resume) if resume else given or _latest()
     if (path / "run.json").exists():
         if given is not None and given.resolve() != path.resolve():
             raise ConfigError(
@@ -198,6 +257,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
             ("in synchronisation", f"{sync:.1%}" if sync is not None else None),
             ("spheres", len(spheres) if isinstance(spheres, list) else spheres),
             ("weights_sha256", summary.get("weights_sha256")),
+            ("mixed recompute", _mixed(summary.get("mixed_recompute"))),
             ("run directory", summary.get("run_dir")),
             ("report", summary.get("report")),
             (
@@ -205,6 +265,15 @@ def _print_summary(summary: dict[str, Any]) -> None:
                 f"control-cli start --resume {summary['run_dir']}" if summary["state"] != "completed" else None,
             ),
         ]
+    )
+
+
+def _mixed(count: int | None) -> str | None:
+    if not count:
+        return None
+    return (
+        f"{count:,} microbatches were lost and computed in another numeric environment, as none of their own was left: "
+        "another run may give other bits"
     )
 
 

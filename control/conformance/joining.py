@@ -44,6 +44,7 @@ async def enroll_refused(play: Play) -> None:
     """A refusal of EnrollSphere with FAILED_PRECONDITION is final: exit code 5."""
     play.refusals.append(FingerprintError("the code of the task differs; install the same files"))
     await play.start()
+    await play.enrolled()
     await play.ends(5, "Status codes (FAILED_PRECONDITION from control)")
     breach_unless(
         len(play.enrolments) == 1, "Joining (enroll)", "one call: any other code is final", len(play.enrolments)

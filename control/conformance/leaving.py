@@ -111,7 +111,7 @@ async def _finishes(play: Play, edge: Edge) -> None:
     breach_unless(ready.held, f"{rule} (keep what you computed until the next header comes)", "blocks held", "none")
     await play.assign(edge, arrival.tag, 1, [script.all])
     play.may_end = True
-    await edge.weights(script.tag(1, 1))
+    await edge.send(edge.header(script.tag(1, 1)))
     await play.ends(0, rule)
 
 

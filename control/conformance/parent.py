@@ -6,6 +6,7 @@ What is said on them is the cases' to decide. Heartbeats are answered here, or n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from time import monotonic_ns
 from typing import Any
@@ -14,7 +15,7 @@ from control.conformance.arrival import Arrival, order, said_of
 from control.conformance.script import BreachError, Script, breach_unless, fields, named
 from spheres.blocks import Block
 from spheres.config import PROTOCOL_VERSION
-from spheres.errors import ArmillaryError, LinkClosedError, ProtocolError
+from spheres.errors import ArmillaryError, LinkClosedError, ProtocolError, WrongRunError
 from spheres.frames import blocks_to, decode
 from spheres.grpc_link import GrpcTransport
 from spheres.transport import Handlers, Link, Listener, first_end
@@ -25,6 +26,8 @@ __all__ = ["Edge", "Node", "check_hello"]
 
 #: frames that wait for a case to read them
 _MOST_WAITING = 4096
+#: seconds that a worker which is told to end, and is no process of ours, has for that
+_STOP_SECONDS = 2.0
 #: frames that belong to no step
 _STEPLESS = {"capacity", "state_report", "log_report", "task_failure", "leaving", "sphere_change"}
 
@@ -269,12 +272,28 @@ class Node:
         #: what enrols workers; control's
         self.enroll: Callable[[control_pb2.EnrollSphereRequest], control_pb2.EnrollSphereResponse] | None = None
         self.breach: BreachError | None = None
+        #: a worker of another run is sent away: where workers come from elsewhere, the last case's may still be there
+        self.turns_others_away = False
+        self._edges: set[Edge] = set()
         self._listener: Listener | None = None
 
     async def open(self, address: str = "127.0.0.1:0") -> None:
         handlers = Handlers(self._work, self._heartbeat, self._enroll if self.enroll is not None else None)
         self._listener = await GrpcTransport().listen(address, handlers)
         self.address = self._listener.address
+
+    async def left(self) -> None:
+        """Wait until every link has ended."""
+        for edge in list(self._edges):
+            await edge.ended.wait()
+
+    async def stop_workers(self) -> None:
+        """Tell the workers that have a link here to end."""
+        for edge in list(self._edges):
+            with contextlib.suppress(BreachError, TimeoutError):
+                await edge.direct(pb.DIRECTIVE_KIND_STOP, reason="the case is over")
+                async with asyncio.timeout(_STOP_SECONDS):
+                    await edge.ended.wait()
 
     async def aclose(self) -> None:
         if self._listener is not None:
@@ -309,11 +328,18 @@ class Node:
         message = await edge.first()
         if message is None:
             return
+        ours = self._script.node.run_id
+        if self.turns_others_away and message.HasField("hello") and message.tag.run_id != ours:
+            raise WrongRunError(f"run {message.tag.run_id!r} is over; this is run {ours!r}")
         if not message.HasField("hello"):
             self.breach = BreachError("Joining (dial)", "hello in the first message of a Work stream", _words(message))
         await self.links.put(edge)
         self._dialled()
-        await edge.serve()
+        self._edges.add(edge)
+        try:
+            await edge.serve()
+        finally:
+            self._edges.discard(edge)
 
     async def _heartbeat(self, link: Link) -> None:
         now = asyncio.get_running_loop().time

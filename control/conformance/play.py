@@ -47,6 +47,7 @@ class Play:
         self.dialling = asyncio.Event()
         self.control = Node("control", script, self.say, dialled=self.dialling.set)
         self.control.enroll = self._enroll
+        self.control.turns_others_away = command is None
         self.nodes = [self.control]
         #: the nodes from control to the parent that is given to the worker
         self.place = [self.control]
@@ -80,6 +81,9 @@ class Play:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for node in self.nodes:
+            if self.worker is None:
+                await node.stop_workers()
         if self.worker is not None:
             await self.worker.aclose()
         for node in self.nodes:
@@ -244,7 +248,9 @@ class Play:
         """Wait for the worker's end."""
         self.may_end = True
         self.expect(rule, f"the worker's end, with exit code {code}")
-        if self.worker is None:
+        if self.worker is None:  # its links are all that can be seen of it
+            for node in self.nodes:
+                await node.left()
             return
         found = await self.worker.exit_code()
         if found != code:

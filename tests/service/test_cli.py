@@ -24,6 +24,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ import pytest
 import control.cli
 import control.cli.output
 import spheres.cli
-from control.client import ControlClient, state_name
+from control.client import Client, state_name
 from control.run_dir import find
 
 pytestmark = pytest.mark.processes
@@ -384,18 +385,18 @@ def test_a_group_without_a_command_shows_its_help(ask: Ask) -> None:
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid:7000"])
 def test_a_sphere_that_finds_no_control_says_where_it_looked(ask: Ask, address: str) -> None:
     done = ask("sphere", "start", "--control", address, "--orphan-timeout", "300ms")
-    log, error = done.err.splitlines()
-    assert f"looking for control at {address}, for up to 0.3 s" in log
-    assert error.startswith(f"error: control at {address} does not answer; is it running")
-    assert error.endswith("(tried for 0.3 s)")
+    assert f"looking for control at {address}, for up to 0.3 s" in done.out
+    assert len(done.out.splitlines()) == 1
+    assert done.error.startswith(f"control at {address} does not answer; is it running")
+    assert done.error.endswith("(tried for 0.3 s)")
     assert done.code == 5
 
 
 def test_a_sphere_whose_port_is_in_use(ask: Ask, taken: str) -> None:
     done = ask("sphere", "start", "--control", "127.0.0.1:1", "--listen", taken)
     assert done.code == 2
-    assert done.err.splitlines()[-1].startswith(f"error: cannot listen on {taken}: the port is in use")
-    assert len(done.err.splitlines()) == 2
+    assert done.error.startswith(f"cannot listen on {taken}: the port is in use")
+    assert len(done.out.splitlines()) == 1
 
 
 def test_a_sphere_that_is_told_to_go_while_it_looks_for_control_has_done_nothing_wrong(folder: Path) -> None:
@@ -403,19 +404,56 @@ def test_a_sphere_that_is_told_to_go_while_it_looks_for_control_has_done_nothing
         command("sphere", "start", "--control", "127.0.0.1:1"),
         cwd=folder,
         env=environment(),
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
     ) as sphere:
-        assert sphere.stderr is not None
-        assert "looking for control" in sphere.stderr.readline()
+        assert sphere.stdout is not None
+        assert "looking for control" in sphere.stdout.readline()
         sphere.terminate()
-        assert (sphere.wait(SECONDS), sphere.stderr.read()) == (0, "")
+        assert (sphere.wait(SECONDS), sphere.stdout.read()) == (0, "")
 
 
 def test_a_sphere_reads_its_environment_and_refuses_to_be_seen(ask: Ask) -> None:
-    done = ask("sphere", "start", "--listen", "0.0.0.0:0", ARMILLARY_CONTROL="127.0.0.1:1")
+    done = ask("sphere", "start", ARMILLARY_LISTEN="0.0.0.0:0", ARMILLARY_CONTROL="127.0.0.1:1")
     assert done.code == 2
-    assert "error: --listen 0.0.0.0:0 is beyond loopback: nothing is encrypted; add --insecure" in done.err
+    assert done.error == "--listen 0.0.0.0:0 is beyond loopback: nothing is encrypted; add --insecure"
+
+
+def test_a_sphere_that_is_allowed_to_be_seen_says_so_once(ask: Ask) -> None:
+    everything = {
+        "ARMILLARY_CONTROL": "127.0.0.1:1", "ARMILLARY_LISTEN": "0.0.0.0:0", "ARMILLARY_INSECURE": "true",
+        "ARMILLARY_ORPHAN_TIMEOUT": "300ms", "ARMILLARY_LOG_FORMAT": "json",
+    }  # fmt: skip
+    done = ask("sphere", "start", **everything)
+    assert (done.code, done.err) == (5, "")
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    assert [line["level"] for line in lines] == ["WARNING", "INFO", "ERROR"]
+    assert "listening on 0.0.0.0:0 with --insecure: nothing is encrypted" in lines[0]["message"]
+    assert "does not answer; is it running" in lines[-1]["message"]
+    for line in lines:
+        assert datetime.fromisoformat(line["time"]).tzinfo == UTC
+        assert line.keys() == {"time", "level", "logger", "message"}
+
+
+@pytest.mark.parametrize("words", [("start",), ("sphere", "start", "--control", "127.0.0.1:1")])
+def test_a_log_format_that_does_not_exist(ask: Ask, words: tuple[str, ...]) -> None:
+    done = ask(*words, "--log-format", "xml")
+    assert done.code == 2
+    assert done.error == "log format 'xml' (--log-format or ARMILLARY_LOG_FORMAT): allowed: text or json"
+
+
+def test_errors_of_control_are_json_where_its_log_is(ask: Ask) -> None:
+    done = ask("start", "--spheres", "-1", ARMILLARY_LOG_FORMAT="json")
+    assert (json.loads(done.err)["type"], done.code) == ("ConfigError", 2)
+
+
+def test_health_of_nobody(ask: Ask) -> None:
+    for words, more in ((("127.0.0.1:1",), {}), ((), {"ARMILLARY_LISTEN": "0.0.0.0:1"})):
+        done = ask("sphere", "health", *words, "--timeout", "2s", **more)
+        assert (done.code, done.err) == (1, "")
+        assert done.out.startswith("127.0.0.1:1: nobody answers (")
+        assert len(done.out.splitlines()) == 1
+    assert ask("sphere", "health").code == 2
 
 
 # --- help and versions ------------------------------------------------------------------------------------------------
@@ -618,8 +656,8 @@ def wait_for(run: Any, live: Live, reached: Callable[[Any], bool]) -> Any:
     """Return the run once it is so, a step later at most."""
 
     async def ask() -> Any:
-        async with ControlClient(find(None, live.folder / "live")) as client:
-            while not reached(found := await client.get_run()):
+        async with Client(find(None, live.folder / "live")) as client:
+            while not reached(found := await client.status()):
                 pass
             return found
 

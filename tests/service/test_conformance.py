@@ -1,10 +1,16 @@
 """The conformance command: the Python sphere passes all of it, and each planted fault fails the case it belongs to."""
 
+import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from control.cli import app
 from control.cli.conformance import _SMALL
 from control.config_sources import load_config
 from control.conformance import CASES, play_case
@@ -125,3 +131,91 @@ def test_a_worker_may_refuse_a_run_that_rounds(run, tmp_path, played):
     )
     assert result.state == "skipped"
     assert result.note == "the worker refuses (exit code 2): error: this worker knows float32 only"
+
+
+# ---- the command
+
+COMMAND = [sys.executable, "-m", "control", "conformance"]
+
+
+def called(*words, timeout=60):
+    return subprocess.run(
+        [*COMMAND, *words], capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL
+    )
+
+
+def test_cases_are_listed_and_nothing_is_started():
+    listed = CliRunner().invoke(app, ["conformance", "--list"])
+    assert listed.exit_code == 0
+    lines = listed.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(CASES)
+    assert all(case.rules in line and case.title in line for line, case in zip(lines, CASES.values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--case", "gradeint"], "no case 'gradeint': did you mean gradient?; --list names them"),
+        (["--timeout", "soon"], "--timeout: a duration is a number of seconds"),
+        (["--listen", "0.0.0.0:0"], "an address beyond loopback needs insecure"),
+        (["--chunk-bytes", "5"], "chunk_bytes"),
+        (["--", "no-such-worker"], "'no-such-worker' is no program: give the worker's command after --"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wrong_flags_are_said_in_a_line(words, said):
+    done = called(*words)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_passed_and_what_failed_is_printed_with_the_rule(tmp_path):
+    cases = ["--case", "garbage", "--case", "hello", "--log-dir", str(tmp_path / "logs"), "--timeout", "20s"]
+    done = called(*cases, "--", *sphere("dies_of_garbage"))
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("FAILED  garbage")
+    assert lines[1:4] == [
+        "        rule      Failing (the link must end) (docs/protocol.md)",
+        "        expected  the worker to end the link: 40 bytes of 0xff came",
+        "        came      the worker's process ended with exit code 1",
+    ]
+    assert lines[-2].startswith("passed  hello")
+    assert lines[-1] == f"1 passed, 1 failed; logs in {tmp_path / 'logs'}"
+    names = {path.name for path in (tmp_path / "logs").iterdir()}
+    assert names == {"garbage.log", "garbage.exchange", "hello.log", "hello.exchange"}
+    assert "s-1 joins control" in (tmp_path / "logs" / "hello.log").read_text()
+    assert "-> 40 bytes" in (tmp_path / "logs" / "garbage.exchange").read_text()
+
+
+def test_as_json_each_case_is_an_object():
+    done = called("--case", "hello", "--case", "credit", "--chunk-bytes", "64KiB", "--json", "--", *sphere())
+    assert done.returncode == 0, done.stderr
+    hello, credit = map(json.loads, done.stdout.splitlines())
+    assert (hello["case"], hello["state"]) == ("hello", "passed")
+    assert (credit["state"], credit["note"]) == (
+        "skipped", "the model has 1 chunks, this needs 3: give a smaller --chunk-bytes",
+    )  # fmt: skip
+
+
+def test_a_worker_that_hangs_is_ended_with_all_that_it_started(tmp_path):
+    """A worker that never enrolls, and has a child; then Ctrl+C in the middle of a case."""
+    pids, pipe = tmp_path / "pids", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    script = tmp_path / "hangs.sh"
+    script.write_text('sleep 1000 & echo hanging here; echo $$ $! > "$1"; wait\n')
+    done = called("--case", "hello", "--timeout", "1s", "--", "bash", str(script), str(pids))
+    assert done.returncode == 1
+    assert "came      nothing more came within 1 s (--timeout)" in done.stdout
+    assert "| hanging here" in done.stdout
+    command = [*COMMAND, "--case", "hello", "--timeout", "50s", "--", "bash", str(script), str(pipe)]
+    with subprocess.Popen(command) as process:
+        later = pipe.read_text()  # waits until it is there
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+    started = [int(pid) for pid in (pids.read_text() + later).split()]
+    assert len(started) == 4
+    for pid in started:
+        stat = Path(f"/proc/{pid}/stat")
+        assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z", pid

@@ -4,6 +4,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from control.client import ControlClient
+from control.client import Client
 from control.config import RunConfig
 from control.reference import reference
+from control.run_dir import log_lines
 from control.run_state import RunState
 from control.training import Training
 from control.training import run as run_training
@@ -103,9 +105,11 @@ def test_a_run_that_is_moved_by_hand(run, tmp_path):
     assert again.metrics["loss"] < 0.5  # trained weights, not new ones: those begin above 2
 
 
-def _start(directory: Path, *flags: str) -> subprocess.Popen[str]:
+def _start(directory: Path, *flags: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "control", "start", "--json", "--run-dir", str(directory / "run"), *flags]
-    return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    variables = {**os.environ, **(environment or {})}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=directory, env=variables, text=True, **pipes)
 
 
 def _until_step(process: subprocess.Popen[str], step: int) -> None:
@@ -119,7 +123,7 @@ def _until_step(process: subprocess.Popen[str], step: int) -> None:
 
 async def _sphere_pids(directory: Path) -> list[int]:
     address = (directory / "run" / "address").read_text().split()[0]
-    async with ControlClient(address) as client:
+    async with Client(address) as client:
         return [sphere.report.pid for sphere in await client.spheres()]
 
 
@@ -155,6 +159,51 @@ def test_a_signal_finishes_the_step_saves_and_ends_every_process(sign, run, tmp_
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert saved[-1] == f"step-{summary['steps']:09d}"
     assert not (tmp_path / "run" / "address").exists()
+
+
+TOLD_TASK = """
+    import os, signal
+    from spheres.task import IN_SPHERE
+    from spheres.tasks.digits import Digits
+
+    class Told(Digits):
+        def __init__(self):
+            if IN_SPHERE not in os.environ:
+                os.kill(os.getpid(), signal.SIGTERM)
+            super().__init__()
+"""
+
+
+def test_a_signal_while_the_run_opens_ends_it_in_order_before_its_first_step(tmp_path):
+    (tmp_path / "told.py").write_text(textwrap.dedent(TOLD_TASK))
+    process = _start(tmp_path, "--task", "told:Told", "--spheres", "2")
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    summary = json.loads(out.splitlines()[-1])
+    assert (summary["state"], summary["reason"], summary["steps"]) == ("stopped", "SIGTERM", 0)
+    assert not (tmp_path / "run" / "logs").exists()  # no sphere was started
+
+
+def test_local_spheres_write_the_log_format_of_control_and_not_to_its_port(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = ("--spheres", "2", "--steps", "100000", "--log-format", "json")
+    process = _start(tmp_path, *flags, environment={"ARMILLARY_LISTEN": address})
+    _until_step(process, 5)
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+    run_id = json.loads(out.splitlines()[-1])["run_id"]
+    (line,) = [json.loads(line) for line in err.splitlines()]
+    assert (line["run_id"], line["message"].split(":")[0]) == (run_id, "SIGTERM")
+    for number in (1, 2):
+        lines = (tmp_path / "run" / "logs" / f"sphere-{number}.log").read_text().splitlines()
+        last = json.loads(lines[-1])
+        assert (last["message"], last["run_id"]) == ("told to stop: the run is over", run_id)
+        assert last["sphere_id"] in ("s-1", "s-2")
+        assert any(f"{last['sphere_id']} joins control" in json.loads(line)["message"] for line in lines)
+    found = log_lines(tmp_path / "run", "s-2", 100)
+    assert any("s-2 joins control" in line for line in found)
 
 
 SLOW_TASK = """
@@ -253,7 +302,7 @@ def test_a_sphere_finds_control_and_is_found_when_both_listen_on_every_address(r
         select.select([], [], [], 0.05)
     control = address.read_text().split()[0].replace("0.0.0.0", "127.0.0.1")
     command = [sys.executable, "-m", "spheres", "start", "--control", control, "--listen", "0.0.0.0:0", "--insecure"]
-    spheres = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    spheres = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     summary = json.loads(out.splitlines()[-1])

@@ -42,7 +42,7 @@ COMMANDS = commands(typer.main.get_command(app))
 
 def test_every_command_is_there_and_no_other() -> None:
     listed = {cells[0].strip("`") for cells in ROWS if re.match(r"`(control-cli|sphere) ", cells[0])}
-    assert listed == {*COMMANDS, "sphere start"}
+    assert listed == {*COMMANDS, "sphere start", "sphere health"}
 
 
 @pytest.mark.parametrize(("title", "keys"), panels().items())
@@ -62,8 +62,10 @@ def test_every_other_flag_is_named() -> None:
         for parameter in command.params:
             for flag in parameter.opts:
                 assert not flag.startswith("--") or flag in TEXT, (name, flag)
-    for action in make_parser()._subparsers._group_actions[0].choices["start"]._actions:  # type: ignore[union-attr, index]
-        assert any(f"`{flag}" in TEXT for flag in action.option_strings) or action.dest == "help", action.dest
+    for command in make_parser()._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr]
+        for action in command._actions:
+            named = any(re.search(rf"[` ]{flag}\b", TEXT) for flag in action.option_strings)
+            assert named or action.dest in ("help", "address"), action.dest
 
 
 def test_every_error_has_its_exit_code() -> None:

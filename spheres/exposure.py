@@ -1,0 +1,26 @@
+"""Who can reach an address, and what is said of one that others than this machine can. No socket is opened here."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+__all__ = ["insecure_warning", "is_loopback"]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens on ``host``; a name other than localhost counts as no."""
+    host = host.strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def insecure_warning(address: str) -> str:
+    """Return what a node says once in its log where it listens beyond loopback (--insecure)."""
+    return (
+        f"listening on {address} with --insecure: nothing is encrypted and nobody is asked who they are; whoever "
+        "reaches this port can read and change weights and gradients, and end the run. Keep it in a private network"
+    )
