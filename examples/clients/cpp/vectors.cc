@@ -1,5 +1,6 @@
 #include "vectors.h"
 
+#include <google/protobuf/message.h>
 #include <google/protobuf/struct.pb.h>
 #include <google/protobuf/util/json_util.h>
 
@@ -10,9 +11,11 @@
 #include <fstream>
 #include <functional>
 #include <map>
+#include <memory>
 #include <sstream>
 #include <vector>
 
+#include "spheres/v1/control.pb.h"
 #include "spheres/v1/work.pb.h"
 #include "wire.h"
 
@@ -243,25 +246,47 @@ void check_chunk(const std::string& what, const pb::Chunk& chunk, Report& report
     report.same(what + "'s checksum", hex_of(crc32c(chunk.data().data(), chunk.data().size()), 8), hex_of(chunk.crc32c(), 8));
 }
 
+// A message by its name: decoded and encoded again, and made of what JSON says is in it.
+std::unique_ptr<google::protobuf::Message> check_message(const Struct& one, Report& report) {
+    const std::string &name = text(one, "name"), bytes = bytes_of(text(one, "bytes"));
+    const auto* kind = google::protobuf::DescriptorPool::generated_pool()->FindMessageTypeByName(text(one, "message"));
+    if (!kind) throw std::runtime_error("there is no message " + text(one, "message"));
+    const auto* prototype = google::protobuf::MessageFactory::generated_factory()->GetPrototype(kind);
+    std::unique_ptr<google::protobuf::Message> message(prototype->New());
+    report.same(name + " decodes", message->ParseFromString(bytes) ? "yes" : "no", "yes");
+    report.same(name + " encoded again", hex(message->SerializeAsString()), hex(bytes));
+    if (one.fields().count("value")) {
+        const std::unique_ptr<google::protobuf::Message> made(prototype->New());
+        std::string json;
+        const bool read = google::protobuf::util::MessageToJsonString(at(one, "value"), &json).ok() &&
+                          google::protobuf::util::JsonStringToMessage(json, made.get()).ok();
+        report.same(name + " of its JSON", read ? hex(made->SerializeAsString()) : "no", hex(bytes));
+    }
+    return message;
+}
+
+void control(const Struct& file, Report& report) {
+    for (const Value& item : list(file, "frames").values()) check_message(item.struct_value(), report);
+}
+
 void frames(const Struct& file, Report& report) {
     std::string digest;  // of the weights, which the gradient's header names again
     for (const Value& item : list(file, "frames").values()) {
-        const std::string &name = text(item.struct_value(), "name"), bytes = bytes_of(text(item.struct_value(), "bytes"));
-        pb::WorkRequest request;
-        pb::WorkResponse response;
-        const bool up = text(item.struct_value(), "message") == "spheres.v1.WorkRequest";
-        google::protobuf::Message& message = up ? static_cast<google::protobuf::Message&>(request) : response;
-        report.same(name + " decodes", message.ParseFromString(bytes) ? "yes" : "no", "yes");
-        report.same(name + " encoded again", hex(message.SerializeAsString()), hex(bytes));
-        report.same(name + "'s run", (up ? request.tag() : response.tag()).run_id(), "r-1");
-        if (request.has_gradient_chunk()) check_chunk(name, request.gradient_chunk(), report);
-        if (request.has_gradient_header()) report.same(name + "'s weights", hex(request.gradient_header().weights_digest()), digest);
-        if (response.has_weights_chunk()) check_chunk(name, response.weights_chunk(), report);
-        if (!response.has_weights_footer()) continue;
-        const pb::WeightsReference& reference = response.weights_reference();
-        const std::uint32_t crc = response.has_weights_chunk() ? response.weights_chunk().crc32c() : reference.crc32c(0);
-        digest = hex(response.weights_footer().digest());
-        report.same(name + "'s digest", hex(version_digest(response.weights_header().manifest_digest(), {crc})), digest);
+        const std::unique_ptr<google::protobuf::Message> message = check_message(item.struct_value(), report);
+        const std::string& name = text(item.struct_value(), "name");
+        if (const auto* request = dynamic_cast<const pb::WorkRequest*>(message.get())) {
+            if (request->has_gradient_chunk()) check_chunk(name, request->gradient_chunk(), report);
+            if (request->has_gradient_header())
+                report.same(name + "'s weights", hex(request->gradient_header().weights_digest()), digest);
+        } else if (const auto* response = dynamic_cast<const pb::WorkResponse*>(message.get())) {
+            if (response->has_weights_chunk()) check_chunk(name, response->weights_chunk(), report);
+            if (!response->has_weights_footer()) continue;
+            const std::uint32_t crc = response->has_weights_chunk() ? response->weights_chunk().crc32c()
+                                                                    : response->weights_reference().crc32c(0);
+            digest = hex(response->weights_footer().digest());
+            const std::string& layout = response->weights_header().manifest_digest();
+            report.same(name + "'s digest", hex(version_digest(layout, {crc})), digest);
+        }
     }
 }
 
@@ -273,6 +298,7 @@ bool check_vectors(const std::string& folder) {
         const char* note = "";
     };
     const std::map<std::string, Check> checks = {
+        {"control.json", {control}},
         {"digests.json", {digests}},
         {"frames.json", {frames, " (those by reference are decoded only: this worker shares no memory)"}},
         {"randomness.json", {randomness, " (not used by digits, whose gradient draws no random number)"}},
