@@ -103,6 +103,18 @@ clients-go: ## Build the example client in Go with Debian's packages, offline; s
 		$(MAKE) -C examples/clients/go; \
 	fi
 
+.PHONY: clients-cpp
+CPP_NEEDS := g++ protoc grpc_cpp_plugin
+CPP_HEADERS := grpcpp/grpcpp.h google/protobuf/message.h zlib.h openssl/sha.h
+clients-cpp: ## Build the example worker in C++ with Debian's packages; skips where they are missing
+	@missing=$$(for tool in $(CPP_NEEDS); do command -v $$tool >/dev/null || printf ' %s' $$tool; done); \
+	for header in $(CPP_HEADERS); do [ -f /usr/include/$$header ] || [ -f /usr/local/include/$$header ] || missing="$$missing $$header"; done; \
+	if [ -n "$$missing" ]; then \
+		echo "clients-cpp: SKIPPED, missing:$$missing. Install g++ libgrpc++-dev protobuf-compiler protobuf-compiler-grpc zlib1g-dev libssl-dev" >&2; \
+	else \
+		$(MAKE) -C examples/clients/cpp && examples/clients/cpp/build/worker --vectors protos/testdata; \
+	fi
+
 image: ## Build the container image localhost/armillary:dev (ARGS="--build-arg EXTRAS=fsspec" adds flags)
 	@docker/without-engine.sh docker/build.sh localhost/armillary:dev $(ARGS)
 

@@ -42,7 +42,8 @@ std::string unpacked(const std::string& file) {
     std::string text;
     char buffer[1 << 16];
     int size;
-    while ((size = gzread(packed.get(), buffer, sizeof buffer)) > 0) text.append(buffer, static_cast<std::size_t>(size));
+    while ((size = gzread(packed.get(), buffer, sizeof buffer)) > 0)
+        text.append(buffer, static_cast<std::size_t>(size));
     if (size < 0) throw TaskError(file + " cannot be unpacked; copy it again");
     return text;
 }
@@ -75,10 +76,11 @@ Digits::Digits(const std::map<std::string, std::string>& options, const pb::Mani
     bool same = static_cast<std::size_t>(manifest.tensors_size()) == 2 * (sizes.size() - 1);
     for (std::size_t n = 0; same && n + 1 < sizes.size(); ++n) {
         const std::string name = "layer" + std::to_string(n);
-        same = fits(2 * n, name + ".weight", {sizes[n], sizes[n + 1]}) && fits(2 * n + 1, name + ".bias", {sizes[n + 1]});
+        const std::size_t inputs = sizes[n], outputs = sizes[n + 1];
+        same = fits(2 * n, name + ".weight", {inputs, outputs}) && fits(2 * n + 1, name + ".bias", {outputs});
         const int at = static_cast<int>(2 * n);
         if (same)
-            layers_.push_back({sizes[n], sizes[n + 1], manifest.tensors(at).offset(), manifest.tensors(at + 1).offset()});
+            layers_.push_back({inputs, outputs, manifest.tensors(at).offset(), manifest.tensors(at + 1).offset()});
     }
     if (!same) throw TaskError("the run's tensors are not those of digits with hidden=" + hidden);
     load(file);
@@ -129,8 +131,9 @@ Sums Digits::forward(const Split& split, const float* weights, const std::vector
             }
         }
         Matrix above(rows * layer.outputs);
+        const float* bias = weights + layer.bias;
         for (std::size_t n = 0; n < above.size(); ++n)
-            above[n] = static_cast<float>(sums[n] + weights[layer.bias + static_cast<std::ptrdiff_t>(n % layer.outputs)]);
+            above[n] = static_cast<float>(sums[n] + bias[n % layer.outputs]);
         activations.push_back(std::move(above));
     }
     Sums found;
@@ -186,7 +189,8 @@ Sums Digits::gradient(const float* weights, const std::vector<std::int64_t>& sam
                 const float* row = delta.data() + r * layer.outputs;
                 double sum = 0;
                 for (std::size_t o = 0; o < layer.outputs; ++o) sum += static_cast<double>(row[o]) * weight[o];
-                below[r * layer.inputs + i] = static_cast<float>(sum) * (inputs[r * layer.inputs + i] > 0 ? 1.0f : 0.0f);
+                const std::size_t at = r * layer.inputs + i;
+                below[at] = static_cast<float>(sum) * (inputs[at] > 0 ? 1.0f : 0.0f);
             }
         }
         delta = std::move(below);

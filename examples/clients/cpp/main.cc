@@ -1,12 +1,14 @@
 // The command line. Exit codes are those of `sphere --help`.
 #include <unistd.h>
 
+#include <algorithm>
 #include <climits>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <exception>
+#include <map>
+#include <set>
 #include <string>
 
 #include "vectors.h"
@@ -24,8 +26,8 @@ constexpr char kUsage[] =
     "  --vectors DIR          check this program against the golden vectors, protos/testdata\n"
     "\n"
     "SIGTERM and Ctrl+C: finish the step, then leave; a second one ends at once.\n"
-    "exit codes: 0 the run is over, or told to go; 1 any other error; 2 wrong flags; 3 the task cannot be loaded or its\n"
-    "data are missing; 5 control or the run refused, or nobody answered for --orphan-timeout; 130 Ctrl+C\n";
+    "exit codes: 0 the run is over, or told to go; 1 any other error; 2 wrong flags; 3 the task cannot be loaded or\n"
+    "its data are missing; 5 control or the run refused, or nobody answered for --orphan-timeout; 130 Ctrl+C\n";
 
 [[noreturn]] void wrong(const std::string& sentence) {
     std::fprintf(stderr, "error: %s; see `worker --help`\n", sentence.c_str());
@@ -36,15 +38,18 @@ double duration(const std::string& text) {
     char* unit = nullptr;
     const double value = std::strtod(text.c_str(), &unit);
     const std::string name = unit;
-    const double factor = name == "ms" ? 0.001 : name == "m" ? 60 : name == "h" ? 3600 : name.empty() || name == "s" ? 1 : -1;
-    if (unit == text.c_str() || factor < 0 || !(value >= 0)) wrong("--orphan-timeout " + text + ": give a duration such as 60s or 5m");
-    return value * factor;
+    const std::map<std::string, double> units = {{"ms", 0.001}, {"", 1}, {"s", 1}, {"m", 60}, {"h", 3600}};
+    const auto factor = units.find(name);
+    if (unit == text.c_str() || factor == units.end() || !(value >= 0))
+        wrong("--orphan-timeout " + text + ": give a duration such as 60s or 5m");
+    return value * factor->second;
 }
 
 std::string address(const std::string& text) {
     const std::size_t colon = text.rfind(':');
     const std::string port = colon == std::string::npos ? "" : text.substr(colon + 1);
-    if (colon == 0 || port.empty() || port.size() > 5 || port.find_first_not_of("0123456789") != std::string::npos || std::stoi(port) > 65535)
+    const bool number = !port.empty() && port.size() <= 5 && port.find_first_not_of("0123456789") == std::string::npos;
+    if (colon == 0 || !number || std::stoi(port) > 65535)
         wrong("'" + text + "' is no address; give HOST:PORT, such as 127.0.0.1:5000");
     return text;
 }
@@ -70,7 +75,8 @@ int main(int count, char** words) {
             std::fputs(kUsage, stdout);
             return 0;
         }
-        if (flag != "--control" && flag != "--data" && flag != "--orphan-timeout" && flag != "--vectors") wrong("no flag " + flag);
+        const std::set<std::string> flags = {"--control", "--data", "--orphan-timeout", "--vectors"};
+        if (!flags.count(flag)) wrong("no flag " + flag);
         if (n + 1 == count) wrong(flag + " needs a value");
         const std::string value = words[n + 1];
         if (flag == "--control") options.control = value;

@@ -40,8 +40,8 @@ State::State(const pb::SphereConfiguration& configuration, std::string sphere_id
     const auto within = [](int value, int low, int high) { return low <= value && value <= high; };
     if (!within(configuration.chunk_bytes(), 4096, 1 << 20) || configuration.chunk_bytes() % 64 ||
         !within(configuration.microbatches_count(), 1, kMostMicrobatches) ||
-        !within(configuration.evaluation_microbatches_count(), 1, kMostMicrobatches) || configuration.batch_size() < 1 ||
-        configuration.train_size() < 1 || configuration.window_chunks() < 1)
+        !within(configuration.evaluation_microbatches_count(), 1, kMostMicrobatches) ||
+        configuration.batch_size() < 1 || configuration.train_size() < 1 || configuration.window_chunks() < 1)
         throw LinkFault("DecodeError", "the run's configuration is out of its limits");
     // A chunk has as many elements as chunk_bytes hold in the wider of the two types on the wire.
     const Dtype wider = std::max(gradient_dtype_, weights_dtype_);
@@ -100,7 +100,7 @@ void State::relinked(std::int64_t session, double now) {
 void State::on_response(const pb::WorkResponse& message, double now) {
     const pb::Tag& tag = message.tag();
     if (tag.run_id() != configuration_.run_id())
-        throw LinkFault("WrongRunError", "a message of run '" + tag.run_id() + "'; this is run '" + configuration_.run_id() + "'");
+        throw LinkFault("WrongRunError", "a message of run " + tag.run_id() + "; this is " + configuration_.run_id());
     const Work work{tag.term(), tag.step(), tag.kind()};
     if (work < work_) {
         ++refused_["stale"];
@@ -152,8 +152,9 @@ void State::on_header(const Work& work, const pb::WorkResponse& message, double 
             // What still computes on the version before goes on reading it (N14).
             if (w.flat.use_count() > 1) w.flat = std::make_shared<Buffer>(size_);
         } else if (w.term != std::get<0>(work) || w.version != version || w.arrived != header.from_chunk()) {
-            throw LinkFault("DecodeError", "weights go on at chunk " + std::to_string(header.from_chunk()) + "; held are " +
-                                               std::to_string(w.arrived) + " of version " + std::to_string(w.version));
+            throw LinkFault("DecodeError", "weights go on at chunk " + std::to_string(header.from_chunk()) +
+                                               "; held are " + std::to_string(w.arrived) + " of version " +
+                                               std::to_string(w.version));
         }
         w.version = version;
         w.complete = false;
@@ -207,9 +208,9 @@ std::vector<Block> State::checked(const pb::Assign& assign) const {
     std::sort(blocks.begin(), blocks.end());
     for (std::size_t n = 0; n < blocks.size(); ++n) {
         if (!is_canonical(blocks[n], total()))
-            throw LinkFault("ProtocolError", blocks[n].text() + " is no canonical block of " + std::to_string(total()) + " microbatches");
+            throw LinkFault("ProtocolError", blocks[n].text() + " is no canonical block of " + std::to_string(total()));
         if (n > 0 && blocks[n - 1].hi > blocks[n].lo)
-            throw LinkFault("ProtocolError", "assigned blocks " + blocks[n - 1].text() + " and " + blocks[n].text() + " overlap");
+            throw LinkFault("ProtocolError", blocks[n - 1].text() + " and " + blocks[n].text() + " overlap");
     }
     return blocks;
 }
@@ -228,7 +229,8 @@ void State::take(const std::vector<Block>& blocks) {
     std::vector<Block> offers;
     for (const auto& [block, _] : held_) offers.push_back(block);
     if (unit_) offers.push_back(unit_->block);
-    std::stable_sort(offers.begin(), offers.end(), [](const Block& a, const Block& b) { return a.width() > b.width(); });
+    std::stable_sort(offers.begin(), offers.end(),
+                     [](const Block& a, const Block& b) { return a.width() > b.width(); });
     for (const Block& offer : offers) {
         const auto from = rest.begin() + offer.lo, to = rest.begin() + offer.hi;
         if (std::find(from, to, false) != to) continue;
@@ -249,11 +251,12 @@ void State::on_chunk(const pb::Chunk& chunk) {
         chunk.offset_bytes() != static_cast<std::int64_t>(4 * first) ||
         chunk.data().size() != elements(w.arrived) * static_cast<std::size_t>(weights_dtype_))
         throw LinkFault("DecodeError", "weights chunk " + std::to_string(chunk.index()) + " at byte " +
-                                           std::to_string(chunk.offset_bytes()) + " with " + std::to_string(chunk.data().size()) +
-                                           " bytes; expected chunk " + std::to_string(w.arrived) + " of " + std::to_string(chunk_count_));
+                                           std::to_string(chunk.offset_bytes()) + " with " +
+                                           std::to_string(chunk.data().size()) + " bytes; expected chunk " +
+                                           std::to_string(w.arrived) + " of " + std::to_string(chunk_count_));
     const std::uint32_t crc = crc32c(chunk.data().data(), chunk.data().size());
     if (crc != chunk.crc32c())
-        throw LinkFault("ChecksumError", "weights chunk " + std::to_string(chunk.index()) + " does not fit its checksum");
+        throw LinkFault("ChecksumError", "chunk " + std::to_string(chunk.index()) + " does not fit its checksum");
     from_wire(weights_dtype_, chunk.data(), w.flat->data() + first);
     w.checksums[static_cast<std::size_t>(w.arrived++)] = crc;
 }
@@ -261,7 +264,8 @@ void State::on_chunk(const pb::Chunk& chunk) {
 void State::on_footer(const pb::WeightsFooter& footer, double now) {
     auto& w = weights_;
     if (w.arrived != chunk_count_)
-        throw LinkFault("DecodeError", "weights end after " + std::to_string(w.arrived) + " of " + std::to_string(chunk_count_) + " chunks");
+        throw LinkFault("DecodeError", "weights end after " + std::to_string(w.arrived) + " chunks of " +
+                                           std::to_string(chunk_count_));
     if (version_digest(configuration_.manifest().digest(), w.checksums) != footer.digest()) {
         w.arrived = 0;  // none of it can be gone on from
         throw LinkFault("ChecksumError", "the weights' digest is not the footer's");
@@ -321,7 +325,7 @@ pb::WorkRequest State::frame(const Block& block, int index, double now) {
             skipped.set_microbatch(microbatch);
         }
         if (message.ByteSizeLong() > kMostMessageBytes - kAroundChunk)
-            for (pb::Contribution& part : *message.mutable_gradient_footer()->mutable_contributions()) part.clear_crc32c();
+            for (auto& part : *message.mutable_gradient_footer()->mutable_contributions()) part.clear_crc32c();
     }
     return message;
 }
@@ -409,7 +413,8 @@ void State::add_skipped(const Block& block, std::vector<Skipped>& into) const {
     add_skipped(right, into);
 }
 
-// Writes these elements of a block's gradient: left + right at every node. False, and nothing written, where it is absent.
+// Writes these elements of a block's gradient: left + right at every node. False, with nothing written, where it is
+// absent.
 bool State::collect(const Block& block, std::size_t first, std::size_t count, float* out) const {
     if (slots_.count(block)) {
         const Held& held = held_.at(block);
@@ -452,7 +457,8 @@ void State::tell_capacity() {
 
 // What has not left yet and is replaced, or of the past.
 void State::drop_up(bool (pb::WorkRequest::*has)() const) {
-    up_.erase(std::remove_if(up_.begin(), up_.end(), [has](const pb::WorkRequest& m) { return (m.*has)(); }), up_.end());
+    const auto past = [has](const pb::WorkRequest& message) { return (message.*has)(); };
+    up_.erase(std::remove_if(up_.begin(), up_.end(), past), up_.end());
 }
 
 // ---- the compute thread

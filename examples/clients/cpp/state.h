@@ -88,7 +88,9 @@ private:
     using Work = std::tuple<std::int64_t, std::int64_t, int>;  // term, step, kind: ordered as steps follow each other
 
     bool train() const { return std::get<2>(work_) == pb::WORK_KIND_TRAIN; }
-    int total() const { return train() ? configuration_.microbatches_count() : configuration_.evaluation_microbatches_count(); }
+    int total() const {
+        return train() ? configuration_.microbatches_count() : configuration_.evaluation_microbatches_count();
+    }
     int chunks() const { return train() ? chunk_count_ : 1; }
     Block top() const { return {0, total()}; }
     std::size_t elements(int chunk) const;

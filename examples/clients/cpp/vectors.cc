@@ -157,8 +157,8 @@ pb::Manifest manifest_of(const Struct& record) {
 
 void digests(const Struct& file, Report& report) {
     for (const Value& item : list(file, "crc32c").values()) {
-        const std::string& data = text(item.struct_value(), "text");
-        report.same("CRC-32C of '" + data + "'", hex_of(crc32c(data.data(), data.size()), 8), text(item.struct_value(), "crc32c"));
+        const std::string &data = text(item.struct_value(), "text"), &expected = text(item.struct_value(), "crc32c");
+        report.same("CRC-32C of '" + data + "'", hex_of(crc32c(data.data(), data.size()), 8), expected);
     }
     std::map<std::string, pb::Manifest> manifests;
     for (const Value& item : list(file, "manifests").values()) {
@@ -166,7 +166,7 @@ void digests(const Struct& file, Report& report) {
         const pb::Manifest manifest = manifests[text(one, "digest")] = manifest_of(one);
         report.same("text of a manifest", manifest_text(manifest), text(one, "text"));
         report.same("digest of a manifest", hex(manifest_digest(manifest)), text(one, "digest"));
-        report.same("elements of a manifest", std::to_string(flat_size(manifest)), std::to_string(whole(one, "elements")));
+        report.same("elements of it", std::to_string(flat_size(manifest)), std::to_string(whole(one, "elements")));
     }
     for (const Value& item : list(file, "versions").values()) {
         const Struct& one = item.struct_value();
@@ -182,7 +182,8 @@ void digests(const Struct& file, Report& report) {
         report.same("checksums of chunks", found, expected);
         report.same("digest of a version", hex(version_digest(bytes_of(layout), checksums)), text(one, "digest"));
         for (const pb::Tensor& tensor : manifests.at(layout).tensors())
-            unpadded += flat.substr(static_cast<std::size_t>(4 * tensor.offset()), static_cast<std::size_t>(4 * tensor_size(tensor)));
+            unpadded += flat.substr(static_cast<std::size_t>(4 * tensor.offset()),
+                                    static_cast<std::size_t>(4 * tensor_size(tensor)));
         report.same("weights_sha256", hex(sha256(unpadded)), text(one, "sha256_without_padding"));
     }
 }
@@ -201,7 +202,8 @@ std::string canonical_sum(const ListValue& leaves, const Block& block, Dtype dty
 void canonical_sums(const Struct& file, Report& report, Dtype dtype) {
     for (const Value& item : list(file, "sums").values()) {
         const ListValue& leaves = list(item.struct_value(), "leaves");
-        report.same("canonical sum", canonical_sum(leaves, {0, leaves.values_size()}, dtype), text(item.struct_value(), "sum"));
+        const std::string found = canonical_sum(leaves, {0, leaves.values_size()}, dtype);
+        report.same("canonical sum", found, text(item.struct_value(), "sum"));
     }
 }
 
@@ -211,10 +213,12 @@ void sums(const Struct& file, Report& report) {
         const auto total = static_cast<int>(whole(one, "microbatches"));
         std::vector<bool> set(static_cast<std::size_t>(total));
         const ListValue& range = list(one, "range");
-        for (int n = 0; n < total; ++n)
-            set[static_cast<std::size_t>(n)] = range.values(0).number_value() <= n && n < range.values(1).number_value();
+        const Block given{static_cast<int>(range.values(0).number_value()),
+                          static_cast<int>(range.values(1).number_value())};
+        std::fill(set.begin() + given.lo, set.begin() + given.hi, true);
         std::string found, expected;
-        for (const Block& block : decompose(set, {0, total})) found += block.text() + (is_canonical(block, total) ? "" : "?");
+        for (const Block& block : decompose(set, {0, total}))
+            found += block.text() + (is_canonical(block, total) ? "" : "?");
         for (const Value& block : list(one, "blocks").values())
             expected += Block{static_cast<int>(block.list_value().values(0).number_value()),
                               static_cast<int>(block.list_value().values(1).number_value())}.text();
@@ -243,7 +247,8 @@ void rounding(const Struct& file, Report& report) {
 }
 
 void check_chunk(const std::string& what, const pb::Chunk& chunk, Report& report) {
-    report.same(what + "'s checksum", hex_of(crc32c(chunk.data().data(), chunk.data().size()), 8), hex_of(chunk.crc32c(), 8));
+    const std::uint32_t crc = crc32c(chunk.data().data(), chunk.data().size());
+    report.same(what + "'s checksum", hex_of(crc, 8), hex_of(chunk.crc32c(), 8));
 }
 
 // A message by its name: decoded and encoded again, and made of what JSON says is in it.
@@ -308,7 +313,8 @@ bool check_vectors(const std::string& folder) {
     };
     std::error_code error;
     std::vector<std::string> names;
-    for (const auto& entry : std::filesystem::directory_iterator(folder, error)) names.push_back(entry.path().filename());
+    for (const auto& entry : std::filesystem::directory_iterator(folder, error))
+        names.push_back(entry.path().filename());
     for (const auto& [name, _] : checks)
         if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
     std::sort(names.begin(), names.end());
@@ -323,7 +329,8 @@ bool check_vectors(const std::string& folder) {
         try {
             if (check == checks.end()) throw std::runtime_error("not known here");
             if (!stream) throw std::runtime_error("cannot be read");
-            if (!google::protobuf::util::JsonStringToMessage(content.str(), &file).ok()) throw std::runtime_error("is no JSON");
+            if (!google::protobuf::util::JsonStringToMessage(content.str(), &file).ok())
+                throw std::runtime_error("is no JSON");
             check->second.run(file, report);
             good = report.print(name, check->second.note) && good;
         } catch (const std::exception& wrong) {

@@ -140,7 +140,8 @@ pb::EnrollSphereResponse Worker::enroll() {
         if (status.ok()) return response;
         if (status.error_code() == grpc::StatusCode::UNIMPLEMENTED)
             throw Exit(5, "what listens at " + options_.control + " is no control");
-        if (status.error_code() != grpc::StatusCode::UNAVAILABLE && status.error_code() != grpc::StatusCode::DEADLINE_EXCEEDED)
+        if (status.error_code() != grpc::StatusCode::UNAVAILABLE &&
+            status.error_code() != grpc::StatusCode::DEADLINE_EXCEEDED)
             throw Exit(5, "control refuses: " + status.error_message());
         if (now() + wait > deadline)
             throw Exit(5, "control at " + options_.control + " does not answer: " + status.error_message() +
@@ -154,7 +155,7 @@ void Worker::take_part() {
     place_ = enroll();
     const pb::SphereConfiguration& run = place_.configuration();
     if (run.wire() == pb::WIRE_SHM)
-        throw Exit(5, "the run was started with --wire shm, and this worker sends its payload in messages; start it with --wire auto");
+        throw Exit(5, "the run was started with --wire shm, and this worker shares no memory; use --wire auto");
     if (run.task() != "digits")
         throw TaskError("task " + run.task() + " is not known here; this worker computes digits only");
     if (place_.path_ids_size() < 1 || place_.path_ids_size() != place_.path_addresses_size() ||
@@ -179,7 +180,7 @@ void Worker::take_part() {
     session_ = 0;
     alone_ = true;
     alone_since_ = ticked_ = now();
-    log(place_.sphere_id() + " joins " + ancestors_.back().id() + " (incarnation " + std::to_string(place_.incarnation()) + ")");
+    log(place_.sphere_id() + " joins " + ancestors_.back().id());
 
     const Computer computer(run.manifest(), task, state_->sampler(), run.evaluation_microbatches_count(),
                             state_->gradient_dtype(), run.skips_nonfinite());
@@ -200,7 +201,8 @@ void Worker::take_part() {
                 const double began = now();
                 if (stopped()) break;
                 if (!link(ancestor)) continue;
-                if (now() - began > kLongestPause) wait = 0;  // who ends every link at once is not dialled at full speed
+                // who ends every link at once is not dialled at full speed
+                if (now() - began > kLongestPause) wait = 0;
                 break;
             }
             if (stopped()) break;
@@ -251,7 +253,8 @@ bool Worker::link(const pb::Ancestor& to) {
     link.session = ++session_;
     ticked_ = now();
     link.stream = stub->Work(&link.context);
-    std::thread threads[] = {std::thread([&] { read(link); }), std::thread([&] { write(link); }), std::thread([&] { beat(link); })};
+    std::thread threads[] = {std::thread([&] { read(link); }), std::thread([&] { write(link); }),
+                             std::thread([&] { beat(link); })};
     watch(link);
     for (std::thread& thread : threads) thread.join();
 
@@ -272,7 +275,8 @@ void Worker::judge(const Link& link) const {
     const std::string name = name_of(link.status);
     if (name == "StaleError" || link.status.error_code() == grpc::StatusCode::ABORTED)
         throw Refusal{true, link.status.error_message()};
-    if (name == "VersionMismatchError" || name == "FingerprintError" || link.status.error_code() == grpc::StatusCode::NOT_FOUND)
+    if (name == "VersionMismatchError" || name == "FingerprintError" ||
+        link.status.error_code() == grpc::StatusCode::NOT_FOUND)
         throw Refusal{false, "control refuses: " + link.status.error_message()};
 }
 
