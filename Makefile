@@ -15,6 +15,7 @@ BIN := $(VENV)/bin
 STUBS_VENV := .venv-stubs
 STUBS_BIN := $(STUBS_VENV)/bin
 BENCH_VENV := .venv-bench
+RAY_VENV := .venv-ray
 BENCH_OUT := bench-results
 TOOLS := .tools
 PROTOS := $(sort $(wildcard protos/spheres/v1/*.proto))
@@ -52,7 +53,7 @@ help: ## List the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 # ---------------------------------------------------------------------------------------------------------------------
-.PHONY: setup run test test-inline test-slow test-containers test-chart simulate storm bench image clean
+.PHONY: setup run test test-inline test-slow test-chart simulate storm bench clean test-containers image
 
 setup: $(VENV)/.dev ## Make .venv with both commands and the tools of development
 
@@ -91,12 +92,51 @@ test-chart: $(VENV)/.dev ## Lint, render and validate the Helm chart, with helm 
 	@docker/helm/get-tools.sh $(TOOLS)
 	$(BIN)/python -m pytest -m chart $(ARGS)
 
+.PHONY: clients-go
+GO_NEEDS := go protoc protoc-gen-go
+clients-go: ## Build the example client in Go with Debian's packages, offline; skips where they are missing
+	@missing=$$(for tool in $(GO_NEEDS); do command -v $$tool >/dev/null || printf ' %s' $$tool; done); \
+	[ -d /usr/share/gocode/src/google.golang.org/grpc ] || missing="$$missing golang-google-grpc-dev"; \
+	if [ -n "$$missing" ]; then \
+		echo "clients-go: SKIPPED, missing:$$missing. Install golang-go golang-google-grpc-dev golang-goprotobuf-dev protobuf-compiler" >&2; \
+	else \
+		$(MAKE) -C examples/clients/go; \
+	fi
+
 image: ## Build the container image localhost/armillary:dev (ARGS="--build-arg EXTRAS=fsspec" adds flags)
 	@docker/without-engine.sh docker/build.sh localhost/armillary:dev $(ARGS)
 
+# ---------------------------------------------------------------------------------------------------------------------
+.PHONY: clients-node test-clients-node
+
+clients-node: examples/clients/node/node_modules/.made ## Install the two packages of the worker in Node.js
+
+test-clients-node: clients-node $(VENV)/.dev ## Test the worker in Node.js: itself, the vectors, each rule of the protocol
+	@cd examples/clients/node && node --test test/ | grep -E '^(not ok|# (tests|pass|fail))'
+	node examples/clients/node/worker.js --vectors protos/testdata
+	$(BIN)/control-cli conformance -- node examples/clients/node/worker.js
+
+# no lock file: it would name the registry that it was made with; package.json names exact versions
+examples/clients/node/node_modules/.made: examples/clients/node/package.json
+	@echo 'clients-node: installing what the worker in Node.js needs'
+	@cd examples/clients/node && npm install --no-save --no-package-lock --no-audit --no-fund --loglevel=error --silent
+
+.PHONY: test-ray
+test-ray: $(RAY_VENV)/.made ## Run the tests of spheres on Ray: a cluster of three nodes on this machine
+	RAY_USAGE_STATS_ENABLED=0 $(RAY_VENV)/bin/python -m pytest tests/ray -m ray $(ARGS)
+
+# Ray is large and brings much along: never in the environment of the project. Of the tools of development those of tests.
+$(RAY_VENV)/.made: pyproject.toml
+	@echo 'test-ray: installing the project with Ray into $(RAY_VENV)'
+	@$(call make-venv,$(RAY_VENV))
+	@$(RAY_VENV)/bin/pip install -q -e '.[ray]' \
+		$$(sed -nE 's/^ +"((pytest|pytest-timeout|hypothesis)==[^"]+)",$$/\1/p' pyproject.toml)
+	@touch $@
+
 clean: ## Remove environments, caches and build output; runs/ stays
 	@echo 'clean: removing environments, caches and build output'
-	@rm -rf $(VENV) $(STUBS_VENV) $(BENCH_VENV) $(BENCH_OUT) $(TOOLS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	@rm -rf $(VENV) $(STUBS_VENV) $(BENCH_VENV) $(RAY_VENV) $(BENCH_OUT) $(TOOLS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	@rm -rf examples/clients/cpp/build examples/clients/go/build examples/clients/node/node_modules
 	@find spheres control tests examples benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.runtime: pyproject.toml

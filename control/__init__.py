@@ -4,15 +4,16 @@ import importlib
 import os
 from typing import Any
 
-__all__ = ["ControlClient", "RunConfig", "Summary", "Training", "train"]
+__all__ = ["Client", "RunConfig", "Summary", "SyncClient", "Training", "train"]
 
 # Control starts processes while gRPC runs; they exec at once, so gRPC's own handling of forks only makes noise.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 _HOMES = {
-    "ControlClient": "control.client",
+    "Client": "control.client",
     "RunConfig": "control.config",
     "Summary": "control.training",
+    "SyncClient": "control.sync_client",
     "Training": "control.training",
     "train": "control.training",
 }

@@ -1,17 +1,23 @@
-"""``ControlClient``: the run seen from outside, over ``ControlService``. The commands use it, and so may you."""
+"""``Client``: the run seen from outside, over ``ControlService``. The commands use it, and so may you.
+
+Its twin for code without ``await`` is ``control.sync_client``.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self, TypeVar
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
 from grpc import aio
 
+from control.run_dir import find
 from control.run_state import RunState
 from spheres.errors import ChecksumError, LinkClosedError, RunStateError, UnreachableError
 from spheres.status import from_rpc_error
@@ -22,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["ControlClient", "DownloadedWeights", "state_name"]
+__all__ = ["Client", "DownloadedWeights", "RunEvent", "state_name"]
 
 T = TypeVar("T")
 
@@ -37,12 +43,41 @@ WATCH_RETRY = 0.25
 
 
 @dataclass(frozen=True)
-class DownloadedWeights:
-    """The weights between two steps, checked."""
+class RunEvent:
+    """Something that happened in the run: a committed step, an evaluation, a sphere that came or went, ..."""
 
-    version: int
-    sha256: str
-    tensors: dict[str, npt.NDArray[np.float32]]
+    #: counts the events of a control process; ``watch`` goes on after it
+    id: int
+    #: step, evaluation, checkpoint, sphere_joined, sphere_lost, state, error, ...
+    name: str
+    #: when, by control's clock
+    time: datetime
+    #: what is known of it; of a step it is the journal's record
+    record: Mapping[str, Any]
+
+
+class DownloadedWeights(Mapping[str, "npt.NDArray[np.float32]"]):
+    """The weights between two steps, checked: name -> array, read-only, in the order of the manifest."""
+
+    def __init__(self, version: int, sha256: str, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        #: number of updates that they have had
+        self.version = version
+        #: over all tensors without padding, as in ``summary.json`` and checkpoints
+        self.sha256 = sha256
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        parameters = sum(tensor.size for tensor in self._tensors.values())
+        return f"<DownloadedWeights version={self.version} tensors={len(self)} parameters={parameters:,}>"
 
 
 def state_name(run: pb.Run) -> str:
@@ -50,21 +85,29 @@ def state_name(run: pb.Run) -> str:
     return pb.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
 
 
-class ControlClient:
+class Client:
     """One channel to one control. An async context manager; ``aclose`` ends what is still under way.
 
-    Every call raises the error that control meant, or UnreachableError where nobody answers in time.
+    Without ``address`` it is that of the run in ``run_dir``, else ARMILLARY_CONTROL, else that of the run in
+    ARMILLARY_RUN_DIR, else of the latest run below ``runs/``. Raises ConfigError or UnreachableError where none is
+    found.
+
+    Every call raises the error that control meant, or UnreachableError where nobody answers within ``deadline`` seconds
+    (what waits for the end of a step, or for a checkpoint, has longer).
     """
 
-    def __init__(self, address: str, *, deadline: float = DEADLINE) -> None:
-        self.address = address
+    def __init__(
+        self, address: str | None = None, *, run_dir: str | Path | None = None, deadline: float = DEADLINE
+    ) -> None:
+        self.address = find(address, None if run_dir is None else Path(run_dir))
         self._deadline = deadline
+        self._closed = False
         # a proxy of the environment is for the web, not for a control that is named by its address
-        self._channel = aio.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)])
-        self._stub = ControlServiceStub(self._channel)
+        self._channel = aio.insecure_channel(self.address, options=[("grpc.enable_http_proxy", 0)])
+        self._calls = ControlServiceStub(self._channel)
 
     def __repr__(self) -> str:
-        return f"<ControlClient {self.address}>"
+        return f"<Client {self.address}{' closed' if self._closed else ''}>"
 
     async def __aenter__(self) -> Self:
         return self
@@ -73,11 +116,14 @@ class ControlClient:
         await self.aclose()
 
     async def aclose(self) -> None:
+        """May be called again. A watch or download that is under way ends with LinkClosedError."""
+        self._closed = True
         await self._channel.close()
 
     # --- the run
 
-    async def get_run(self) -> pb.Run:
+    async def status(self) -> pb.Run:
+        """Return the run as it is now; ``state_name`` names its state."""
         return (await self._call(self._stub.GetRun(pb.GetRunRequest(), timeout=self._deadline))).run
 
     async def pause(self) -> pb.Run:
@@ -92,23 +138,22 @@ class ControlClient:
         """Finish the step, checkpoint, end. Returns when it is asked for, not when it is done: see ``watch``."""
         return (await self._call(self._stub.StopRun(pb.StopRunRequest(reason=reason), timeout=self._deadline))).run
 
-    async def watch(
-        self, after_event_id: int = 0, *, patience: float = WATCH_PATIENCE
-    ) -> AsyncIterator[pb.WatchRunResponse]:
+    async def watch(self, after_event_id: int = 0, *, patience: float = WATCH_PATIENCE) -> AsyncIterator[RunEvent]:
         """Yield events until the run is over. A cut stream is taken up again after the last event seen.
 
         Raises UnreachableError after ``patience`` seconds of no answer, at once where there never was one;
         RunStateError where the events in between are no longer kept.
         """
-        await self.get_run()  # an address where nobody is fails here, not after ``patience``
+        await self.status()  # an address where nobody is fails here, not after ``patience``
         loop = asyncio.get_running_loop()
         last, over, lost_at = after_event_id, False, None
         while True:
             call = self._stub.WatchRun(pb.WatchRunRequest(after_event_id=last))
             try:
-                async for response in call:
-                    last, lost_at, over = response.event_id, None, _is_end(response)
-                    yield response
+                while isinstance(response := await self._unless_closed(call.read()), pb.WatchRunResponse):
+                    event = _event(response)
+                    last, lost_at, over = event.id, None, _is_end(event)
+                    yield event
                 return
             except aio.AioRpcError as error:
                 if over:
@@ -139,10 +184,14 @@ class ControlClient:
             if not token:
                 return spheres
 
-    async def spawn(self, count: int = 1, request_id: str = "") -> list[int]:
-        """Start so many local spheres on control's machine; return their process ids. They join when they are ready."""
+    async def spawn(self, count: int = 1, request_id: str = "") -> list[int] | list[str]:
+        """Let control's launcher start so many more spheres. They join when they are ready.
+
+        Returns their process ids where they are on control's machine, else what the launcher calls them.
+        """
         request = pb.SpawnSphereRequest(count=count, request_id=request_id or uuid.uuid4().hex)
-        return list((await self._call(self._stub.SpawnSphere(request, timeout=MEMBERS_DEADLINE))).pids)
+        answer = await self._call(self._stub.SpawnSphere(request, timeout=MEMBERS_DEADLINE))
+        return list(answer.pids) or list(answer.names)
 
     async def drain(self, sphere: str, reason: str = "") -> None:
         """Let a sphere finish its step and leave. Returns when it is told. Raises ConfigError where there is none."""
@@ -166,12 +215,12 @@ class ControlClient:
 
     # --- checkpoints and weights
 
-    async def create_checkpoint(self, request_id: str = "") -> pb.Checkpoint:
+    async def checkpoint(self, request_id: str = "") -> pb.Checkpoint:
         """Save after the step in hand, and return when it is on disk."""
         request = pb.CreateCheckpointRequest(request_id=request_id or uuid.uuid4().hex)
         return (await self._call(self._stub.CreateCheckpoint(request, timeout=CHECKPOINT_DEADLINE))).checkpoint
 
-    async def list_checkpoints(self) -> list[pb.Checkpoint]:
+    async def checkpoints(self) -> list[pb.Checkpoint]:
         """Return all checkpoints of the run directory, newest first."""
         checkpoints: list[pb.Checkpoint] = []
         token = ""
@@ -183,12 +232,12 @@ class ControlClient:
             if not token:
                 return checkpoints
 
-    async def restore_checkpoint(self, name: str = "", request_id: str = "") -> pb.Run:
+    async def restore(self, name: str = "", request_id: str = "") -> pb.Run:
         """Go to a checkpoint of this run (the newest where no name is given); the run goes on from there."""
         request = pb.RestoreCheckpointRequest(name=name, request_id=request_id or uuid.uuid4().hex)
         return (await self._call(self._stub.RestoreCheckpoint(request, timeout=CHECKPOINT_DEADLINE))).run
 
-    async def download_weights(self) -> DownloadedWeights:
+    async def weights(self) -> DownloadedWeights:
         """Return the weights between two steps. Raises ChecksumError where they are not what was sent, whole."""
         # here: most commands need no numpy
         from spheres.config import manifest_from_proto
@@ -197,7 +246,7 @@ class ControlClient:
 
         call = self._stub.DownloadWeights(pb.DownloadWeightsRequest(), timeout=CHECKPOINT_DEADLINE)
         try:
-            header = await call.read()
+            header = await self._unless_closed(call.read())
             if not isinstance(header, pb.DownloadWeightsResponse):
                 raise LinkClosedError(f"control at {self.address} ended the download before it began")
             manifest = manifest_from_proto(header.manifest)
@@ -213,7 +262,7 @@ class ControlClient:
                     data[message.offset_bytes : end] = message.data
                     received = end
                 sha256 = message.weights_sha256 or sha256
-                message = await call.read()
+                message = await self._unless_closed(call.read())
         except aio.AioRpcError as error:
             raise self._meant(error) from error
         finally:
@@ -224,11 +273,30 @@ class ControlClient:
 
     # --- errors
 
+    @property
+    def _stub(self) -> ControlServiceStub:
+        if self._closed:
+            raise self._ended()
+        return self._calls
+
     async def _call(self, call: Awaitable[T]) -> T:
         try:
-            return await call
+            return await self._unless_closed(call)
         except aio.AioRpcError as error:
             raise self._meant(error) from error
+
+    async def _unless_closed(self, call: Awaitable[T]) -> T:
+        """Await a call; one that ``aclose`` has cut off looks to gRPC as if the caller were cancelled."""
+        try:
+            return await call
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._closed or (task is not None and task.cancelling()):
+                raise
+            raise self._ended() from None
+
+    def _ended(self) -> LinkClosedError:
+        return LinkClosedError(f"this client of {self.address} is closed: make another one")
 
     def _meant(self, error: aio.AioRpcError) -> Exception:
         if error.code() == grpc.StatusCode.UNIMPLEMENTED:
@@ -236,10 +304,15 @@ class ControlClient:
         return from_rpc_error(error, f"control at {self.address}")
 
 
-def _is_end(response: pb.WatchRunResponse) -> bool:
-    if response.event != "state":
+def _event(response: pb.WatchRunResponse) -> RunEvent:
+    when = datetime.fromtimestamp(response.time.ToNanoseconds() / 1e9, UTC)
+    return RunEvent(response.event_id, response.event, when, json.loads(response.record_json or "{}"))
+
+
+def _is_end(event: RunEvent) -> bool:
+    if event.name != "state":
         return False
     try:
-        return RunState(json.loads(response.record_json)["state"]).ended
-    except (ValueError, KeyError, TypeError):
+        return RunState(event.record["state"]).ended
+    except (ValueError, KeyError):
         return False

@@ -184,9 +184,15 @@ class RunConfig(_Model):
 
     # the tree
     spheres: int = Field(4, ge=0, le=10_000)
-    """local processes to start; 0 waits for spheres started elsewhere"""
+    """spheres to start; 0 waits for spheres started elsewhere"""
     min_spheres: int | None = Field(None, ge=1)
-    """spheres to wait for before the first step; none: the local ones, at least 1"""
+    """spheres to wait for before the first step; none: those to start, at least 1"""
+    launcher: Literal["local", "ray", "kubernetes"] = "local"
+    """what starts spheres: processes here (local), a Ray cluster (needs the extra ray), or a Kubernetes Deployment"""
+    ray_address: str = "auto"
+    """head of the cluster for launcher ray, as HOST:PORT; auto: that which this machine belongs to"""
+    kubernetes_deployment: str | None = Field(None, min_length=1)
+    """Deployment of spheres for launcher kubernetes, in control's own namespace"""
     fan_out: int = Field(12, ge=1, le=1024)
     """most children of a node"""
     listen: str = "127.0.0.1:0"
@@ -268,6 +274,22 @@ class RunConfig(_Model):
             raise ValueError("listen: an address is HOST:PORT with a port from 0 to 65535, such as 127.0.0.1:0")
         if not self.insecure and not is_loopback(host):
             raise ValueError("listen: an address beyond loopback needs insecure (--insecure); nothing is encrypted")
+        return self
+
+    @field_validator("ray_address")
+    @classmethod
+    def _cluster_that_is_there(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if value != "auto" and not (host and port.isdecimal() and int(port) <= 65_535 and "/" not in host):
+            raise ValueError(
+                "give the head of a cluster as HOST:PORT, or auto; none is started here: that is `ray start --head`"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _kubernetes_needs_a_deployment(self) -> Self:
+        if self.launcher == "kubernetes" and self.kubernetes_deployment is None:
+            raise ValueError("kubernetes_deployment: the launcher kubernetes needs the name of a Deployment of spheres")
         return self
 
     @property

@@ -32,6 +32,7 @@ from control.tree import Tree
 from control.update import Update, Updater
 from spheres.blocks import Block
 from spheres.config import NodeConfig
+from spheres.environments import Environments, Range
 from spheres.errors import ArmillaryError, CheckpointError, GradientError, RunStateError
 from spheres.hub import EVALUATE, TRAIN, Array, Work
 from spheres.numerics import Run, in_turn
@@ -142,6 +143,11 @@ class Controller:
     @property
     def samples(self) -> int:
         return self.node.sampler.samples_before(self.step)
+
+    @property
+    def mixed_recomputes(self) -> int:
+        """Microbatches of all steps that were lost and computed in another environment than they were meant for."""
+        return self._position.mixed_recomputes
 
     @property
     def living_spheres(self) -> int:
@@ -361,6 +367,7 @@ class Controller:
         attempts = hub.ledger.attempts
         sums, skipped = hub.sums, hub.gradients.skipped
         contributions = hub.gradients.contributions(Block(0, self.node.microbatches))
+        environments, moved = hub.ledger.environments, len(hub.ledger.moved)
         phases = hub.phases.copy()
         update = await self._update(step)
         times = StepTimes(began, sealed, perf_counter())
@@ -379,6 +386,8 @@ class Controller:
             phases=phases,
             spheres=self.tree.computing,
             contributions=contributions,
+            environments=environments,
+            moved=moved,
             attempts=attempts,
             bytes_up=hub.received_bytes - up,
             bytes_down=hub.sent_down_bytes - down,
@@ -444,6 +453,7 @@ class Controller:
             self._hub.weights.withdraw()
             raise
         self._position.step += 1
+        self._position.mixed_recomputes += record["mixed_recompute"]
         shown = {"loss": record["loss"], **{f"train_{name}": value for name, value in record["metrics"].items()}}
         self.metrics.update({name: value for name, value in shown.items() if value is not None})
         self.totals.add(record)
@@ -460,17 +470,37 @@ class Controller:
                 "back to a checkpoint before them, and lower the learning rate or look at those samples"
             )
 
+    def _redone_elsewhere(self, record: dict[str, Any]) -> bool:
+        """Whether a step done again has other bits since others computed it: counted, and what follows is new too."""
+        before = self._journal.made_in(record["step"])
+        if before is None:
+            return False
+        parts, moved = before
+        others = Environments(Range(*part) for part in parts).unlike(Range(*part) for part in record["environments"])
+        if not (others or moved or record["mixed_recompute"]):
+            return False
+        record["mixed_recompute"] = max(others, record["mixed_recompute"], 1)
+        self._journal.forget(record["step"])
+        return True
+
     async def _record(self, record: dict[str, Any]) -> None:
         """Compare a step that is done again with its record, and append the new one."""
         recorded = self._journal.recorded_digest(record["step"])
         if recorded is not None:
             record["replayed"] = True
-            if recorded != weights_of(record):
+            if recorded != weights_of(record) and not self._redone_elsewhere(record):
                 raise CheckpointError(
                     f"step {record['step']} done again gave weights {weights_of(record)}, the journal has "
                     f"{recorded}: the task is not deterministic, or this machine computes other bits; see control-cli "
                     "doctor and control-cli replay"
                 )
+        if record["mixed_recompute"]:
+            log.warning(
+                "step %d: %d microbatches were computed in another numeric environment than the one that they were "
+                "meant for, of which no sphere was left: bits may differ from those of an undisturbed run",
+                record["step"],
+                record["mixed_recompute"],
+            )
         if self._journal.term != record["term"]:
             # what a replay needs to know of this process, once
             record["origin"] = await asyncio.to_thread(origin, self.config, self.node)
@@ -585,6 +615,7 @@ class Controller:
             optimizer=self._updater.optimizer,
             seconds=self.train_seconds,
             tree=self.tree.shape(),
+            environment_shares=self._hub.ledger.shares,
             callback_states=self.callbacks.states(),
         )
 
@@ -601,6 +632,7 @@ class Controller:
         self._position = put_back(
             snapshot, node=self.node, weights=self._hub.weights, optimizer=self._updater.optimizer
         )
+        self._hub.ledger.shares = dict(snapshot.run.environment_shares)
         self._saved_at, self._evaluated = (self.step, time.monotonic()), self.step if evaluated else -1
         self.callbacks.restore({name: json.loads(text) for name, text in snapshot.run.callback_states.items()})
 

@@ -430,8 +430,9 @@ def check_memory(config: RunConfig, trial: Trial, machine: int) -> Result:
     inner = [sphere(load) for load in loads.values() if load.children]
     parts = [f"control {_size(control)}", f"a leaf {_size(max(leaves))}"]
     parts += [f"an inner sphere {_size(max(inner))}"] if inner else []
-    needed = control + (sum(leaves) + sum(inner) if config.spheres else 0)
-    who = f"control and {config.spheres} local spheres" if config.spheres else "control alone"
+    here = config.spheres if config.launcher == "local" else 0
+    needed = control + (sum(leaves) + sum(inner) if here else 0)
+    who = f"control and {here} local spheres" if here else "control alone"
     text = f"{', '.join(parts)}; {who} need {_size(needed)} of {_size(machine)}"
     if needed > machine:
         return Result("memory", "warning", f"{text}: that does not fit; start fewer local spheres")

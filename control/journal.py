@@ -12,15 +12,16 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from control.store import fsync_directory
 from spheres.errors import ArmillaryError, ConfigError
 from spheres.numerics import crc32c
 
-__all__ = ["Broken", "EventLog", "Journal", "Records", "read_lines", "read_records", "weights_of"]
+__all__ = ["Broken", "EventLog", "Journal", "MadeIn", "Records", "read_lines", "read_records", "weights_of"]
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ _CHECKSUM = re.compile(rb',"crc32c":"(.{8})"\}\n', re.DOTALL)
 _CHECKSUM_BYTES = len(b',"crc32c":"00000000"}\n')
 #: made once: json.dumps makes one for each record
 _encode = json.JSONEncoder(separators=(",", ":")).encode
+
+#: ranges of microbatches with their environment, and how many of them had been meant for another
+MadeIn: TypeAlias = tuple[tuple[tuple[int, int, str], ...], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class Journal:
         self.path = path
         #: highest term of a record; 0 where there is none
         self.term = 0
-        self._digests: dict[int, tuple[int, str]] = {}
+        self._digests: dict[int, tuple[int, str, MadeIn | None]] = {}
         self._file = _open(path)
         try:
             # the entry of a new file is as durable as the lines that come into it
@@ -97,6 +101,11 @@ class Journal:
         found = self._digests.get(step)
         return None if found is None else found[1]
 
+    def made_in(self, step: int) -> MadeIn | None:
+        """Return in which environments that record's step was computed; None where it does not say."""
+        found = self._digests.get(step)
+        return None if found is None else found[2]
+
     def close(self) -> None:
         self._file.close()
 
@@ -126,8 +135,22 @@ class Journal:
             return
         step, term, digest = int(record["step"]), int(record.get("term", 0)), weights_of(record)
         self.term = max(self.term, term)
-        if term >= self._digests.get(step, (0, ""))[0]:
-            self._digests[step] = (term, digest)
+        if term >= self._digests.get(step, (0,))[0]:
+            self._digests[step] = (term, digest, _made_in(record))
+
+
+@lru_cache(maxsize=64)
+def _one_of_many(made_in: MadeIn) -> MadeIn:
+    """The same object for equal ones: nearly every step of a run has the same."""
+    return made_in
+
+
+def _made_in(record: Mapping[str, Any]) -> MadeIn | None:
+    ranges = record.get("environments")
+    if ranges is None:
+        return None
+    parts = tuple((int(lo), int(hi), str(name)) for lo, hi, name in ranges)
+    return _one_of_many((parts, int(record.get("mixed_recompute", 0))))
 
 
 def weights_of(record: Mapping[str, Any]) -> str:

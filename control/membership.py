@@ -18,7 +18,7 @@
 | told to leave | takes no more children |
 | told to move | a place at the new parent is taken until it arrives, or is given up |
 
-*aside* is no state of this table: a local process that keeps failing has no sphere (``control.launcher``).
+*aside* is no state of this table: a local process that keeps failing has no sphere (``control.lives``).
 
 Every event costs what changes below that sphere, never the number of all spheres.
 """

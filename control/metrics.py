@@ -15,6 +15,7 @@ from control.gradients import Outcome
 from control.update import Update
 from spheres.config import NodeConfig
 from spheres.environment import describe
+from spheres.environments import Environments
 from spheres.gradients import Contribution
 from spheres.phases import PhaseTimes
 from spheres.reducer import NonFinite
@@ -46,6 +47,8 @@ def step_record(
     phases: PhaseTimes,
     spheres: int,
     contributions: Sequence[Contribution],
+    environments: Environments,
+    moved: int,
     attempts: int,
     bytes_up: int,
     bytes_down: int,
@@ -95,6 +98,8 @@ def step_record(
         "spheres": spheres,
         "contributions": [[part.block.lo, part.block.hi, part.sphere] for part in contributions],
         "contributions_crc32c": [part.crc32c for part in contributions],
+        "environments": [list(part) for part in environments],
+        "mixed_recompute": moved,
         "attempts": attempts,
         "bytes_up": bytes_up,
         "bytes_down": bytes_down,

@@ -39,6 +39,8 @@ class Position:
     best_step: int = 0
     #: seconds of training before this process, or before the restore
     earlier_seconds: float = 0.0
+    #: microbatches computed in another numeric environment than they were meant for (N22)
+    mixed_recomputes: int = 0
 
     def note_best(self, values: Mapping[str, float], config: RunConfig) -> bool:
         """Compare an evaluation of this step with the best so far; whether it is better."""
@@ -64,6 +66,7 @@ def take_snapshot(
     optimizer: Optimizer,
     seconds: float,
     tree: Mapping[str, str],
+    environment_shares: Mapping[str, float],
     callback_states: Mapping[str, object],
 ) -> Snapshot:
     """Return the snapshot, without what takes time: the SHA-256, spheres' records. Its buffers are references."""
@@ -86,6 +89,8 @@ def take_snapshot(
         task_fingerprint=node.task_fingerprint,
         data_fingerprint=node.data_fingerprint,
         wall_seconds=seconds,
+        mixed_recomputes_count=position.mixed_recomputes,
+        environment_shares=environment_shares,
         callback_states={name: json.dumps(state) for name, state in callback_states.items()},
     )
     return Snapshot(
@@ -161,4 +166,5 @@ def put_back(snapshot: Snapshot, *, node: NodeConfig, weights: Weights, optimize
         best_value=run.best_value if run.HasField("best_value") else None,
         best_step=run.best_step,
         earlier_seconds=run.wall_seconds,
+        mixed_recomputes=run.mixed_recomputes_count,
     )

@@ -26,7 +26,7 @@ from control.snapshot import Snapshot
 from control.update import Updater, master_digest
 from spheres.blocks import Block
 from spheres.config import manifest_from_proto
-from spheres.environment import describe
+from spheres.environment import describe, environment_fingerprint
 from spheres.errors import CheckpointError, ConfigError, FingerprintError, GradientError
 from spheres.numerics import crc32c
 from spheres.reducer import Held
@@ -190,6 +190,7 @@ class Replay:
         self._weights.publish(term=1, version=self.start)
         self._seen = SeenWeights(manifest, self._weights.flat, node.weights_dtype)
         self._top = Block(0, config.microbatches)
+        self._environment = environment_fingerprint()
         # whatever the run does about them, here they are found and compared
         self._sum = CanonicalSum(replace(node, skips_nonfinite=True), task, self._seen.views)
 
@@ -235,6 +236,14 @@ class Replay:
             f"{d.computed_crc32c:08x} here"
             for d in blocks
         ]
+        elsewhere = sum(
+            hi - lo for lo, hi, name in record.get("environments", ()) if name and name != self._environment
+        )
+        if differences and elsewhere:
+            differences.append(
+                f"{elsewhere} of its microbatches were computed in another numeric environment than this one "
+                f"({self._environment}): their bits can only be found again there"
+            )
         if len(blocks) > 1 and len(blocks) == sum(1 for _, checksum in parts.values() if checksum):
             differences.append("every block differs: another task or data, other weights to start from, or a machine "
                                "that computes other bits")  # fmt: skip

@@ -19,7 +19,7 @@ from typing import Any, Self
 from control.store import atomic_file, fsync_directory
 from spheres.errors import ConfigError, UnreachableError
 
-__all__ = ["RunDirectory", "find", "log_lines", "process_of"]
+__all__ = ["RunDirectory", "find", "log_lines", "meant", "process_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +159,20 @@ class RunDirectory:
             self._lock = None
 
 
+def meant(address: str | None, run_dir: Path | None) -> tuple[str | None, Path | None]:
+    """Return which run is meant: the one that is given, else what the environment has; neither: the latest run.
+
+    Of the environment it takes ARMILLARY_CONTROL, else ARMILLARY_RUN_DIR.
+    """
+    if address or run_dir:
+        return address, run_dir
+    named = os.environ.get("ARMILLARY_RUN_DIR")
+    return os.environ.get("ARMILLARY_CONTROL"), Path(named) if named else None
+
+
 def find(address: str | None, run_dir: Path | None) -> str:
-    """Return where a running control listens. Raises ConfigError, UnreachableError."""
+    """Return where the control that is ``meant`` listens. Raises ConfigError, UnreachableError."""
+    address, run_dir = meant(address, run_dir)
     if address:
         return address
     path = run_dir or BASE / "latest"

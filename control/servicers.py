@@ -15,6 +15,7 @@ import grpc.aio
 from control.bottleneck import bottleneck
 from control.checkpoint import CheckpointInfo
 from control.controller import Controller
+from control.lives import Started
 from control.tree import Tree
 from spheres.config import manifest_to_proto
 from spheres.errors import ArmillaryError, ConfigError, RunStateError
@@ -48,10 +49,10 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         self,
         controller: Controller,
         *,
-        spawn: Callable[[int], Coroutine[Any, Any, list[int]]],
+        spawn: Callable[[int], Coroutine[Any, Any, list[Started]]],
         aside: Callable[[], list[tuple[str, str]]],
     ) -> None:
-        """Serve this run. ``spawn`` starts local spheres; ``aside`` names those that keep failing, and says why."""
+        """Serve this run. ``spawn`` starts more spheres; ``aside`` names those that keep failing, and says why."""
         self._controller, self._spawn, self._aside = controller, spawn, aside
         controller.publish = self.add
 
@@ -130,8 +131,11 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
 
     async def SpawnSphere(self, request: pb.SpawnSphereRequest, context: Any) -> pb.SpawnSphereResponse:
         await self._alive(context)
-        pids = await self._once(request.request_id, lambda: self._spawn(request.count), context)
-        return pb.SpawnSphereResponse(pids=pids)
+        started = await self._once(request.request_id, lambda: self._spawn(request.count), context)
+        return pb.SpawnSphereResponse(
+            pids=[sphere.pid for sphere in started if sphere.pid is not None],
+            names=[sphere.name for sphere in started],
+        )
 
     async def DrainSphere(self, request: pb.DrainSphereRequest, context: Any) -> pb.DrainSphereResponse:
         tree = (await self._alive(context)).tree
@@ -246,6 +250,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             parameters_count=c.node.manifest.parameters,
             best_value=c.best_value,
             bottleneck=bottleneck(c.totals.recent, c.tree.shape()),
+            mixed_recomputes_count=c.mixed_recomputes,
         )
         run.start_time.FromNanoseconds(int(c.start_time * 1e9))
         return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from control.chaos import Fault, Outcome, Target, choose, table
-from control.client import ControlClient
+from control.client import Client
 from control.processes import command_of, environment_of, folder_of, is_sphere
-from control.run_dir import find, process_of
+from control.run_dir import find, meant, process_of
 from spheres.errors import ArmillaryError, RunStateError
 
 __all__ = ["Storm"]
@@ -41,7 +40,7 @@ class Storm:
         targets: str,
         stop_seconds: float,
     ) -> None:
-        self._flags = (address, run_dir)
+        self._flags = address, run_dir = meant(address, run_dir)
         self._say, self._targets, self._stop_seconds = say, targets, stop_seconds
         self.error: ArmillaryError | None = None
         self._address = ""
@@ -76,8 +75,8 @@ class Storm:
     async def run(self, faults: Sequence[Fault], duration: float) -> None:
         """Carry out the faults. Whoever is stopped goes on at the end, whatever the end is."""
         self._address = find(*self._flags)
-        async with ControlClient(self._address) as client:
-            run = await client.get_run()
+        async with Client(self._address) as client:
+            run = await client.status()
         self._step = self._first_step = run.step
         self._run_dir = Path(run.run_dir)
         self._here = process_of(self._run_dir) is not None
@@ -127,12 +126,12 @@ class Storm:
             try:
                 # a control that came back may listen elsewhere
                 self._address = self._flags[0] or find(None, self._run_dir)
-                async with ControlClient(self._address) as client:
-                    async for response in client.watch(patience=0.0):
+                async with Client(self._address) as client:
+                    async for event in client.watch(patience=0.0):
                         self._watched = True
                         self._news.set()
-                        if response.event == "step":
-                            self._committed(json.loads(response.record_json)["step"], response.time.ToNanoseconds())
+                        if event.name == "step":
+                            self._committed(event.record["step"], int(event.time.timestamp() * 1e9))
                     self._over = True
             except ArmillaryError:
                 self._watched = False
@@ -197,7 +196,7 @@ class Storm:
     async def _living(self) -> list[Target]:
         """Return the spheres of this machine that may be hit now; others are refused with a word."""
         try:
-            async with ControlClient(self._address) as client:
+            async with Client(self._address) as client:
                 spheres = await client.spheres()
         except ArmillaryError:
             return [

@@ -121,11 +121,13 @@ async def local_tree(
     relays: int = 0,
     sphere_task: Callable[[str], Task] | None = None,
     sphere_clock: Callable[[str], Callable[[], int]] = lambda _: monotonic_ns,
+    environment: Callable[[str], str] = lambda _: "",
 ) -> AsyncIterator[LocalTree]:
     """Make control and ``config.spheres`` spheres, which join one after another: s-1, s-2, ...
 
     ``transport`` is called with each node's name. The first ``relays`` of them compute nothing. ``sphere_task`` gives
-    a sphere another task object than control's, ``sphere_clock`` another clock to trace by.
+    a sphere another task object than control's, ``sphere_clock`` another clock to trace by, ``environment`` another
+    fingerprint of its numeric environment than this process has.
     """
     control = control_node(config, task, transport("control"), directory=directory, callbacks=callbacks)
     controller, tree = control.controller, control.tree
@@ -143,6 +145,7 @@ async def local_tree(
                     relay=number <= relays,
                     orphan_timeout=5.0,
                     clock=sphere_clock(name),
+                    environment=environment(name),
                 )
                 sphere = Sphere(options, transport(name), task=sphere_task(name) if sphere_task else task)
                 local.spheres[name] = sphere

@@ -28,7 +28,8 @@ from control.controller import Controller
 from control.events import Callback, CallbackRegistry
 from control.initial import initial_weights, node_config
 from control.journal import EventLog, Journal
-from control.launcher import Ended, LocalSpheres
+from control.launcher import launcher_for
+from control.lives import Ended, RunFacts, Started
 from control.report import write_report
 from control.run_dir import RunDirectory
 from control.run_state import RunState
@@ -79,6 +80,8 @@ class Summary:
     phase_seconds: dict[str, float] = field(default_factory=dict)
     #: what took most of the latest steps
     bottleneck: str = ""
+    #: microbatches computed in another numeric environment than they were meant for: 0 where all bits are reproducible
+    mixed_recompute: int = 0
     spheres: list[dict[str, Any]] = field(default_factory=list)
     tree: dict[str, str] = field(default_factory=dict)
     run_id: str = ""
@@ -154,7 +157,7 @@ class Training:
         await self._run_to_end()
         await self._tree.states(_LAST_REPORTS_SECONDS)
         self._summary = self._summarize()
-        self._local.expect_end()
+        self._launcher.expect_end()
         self._tree.stop_spheres("the run is over")
         await self._tree.all_gone(_FAREWELL_SECONDS)
         # while the directory is still ours: the next start must find the results of this one, not race them
@@ -204,13 +207,16 @@ class Training:
         """Go to a checkpoint of this run, None: the newest good one. Raises CheckpointError, with nothing changed."""
         await self.controller.restore(name)
 
-    async def spawn(self, count: int = 1) -> list[int]:
-        """Start so many more local spheres; return their process ids. Raises ConfigError, RunStateError."""
+    async def spawn(self, count: int = 1) -> list[Started]:
+        """Start so many more spheres; return the launcher's name of each, and its process id where it is local.
+
+        Raises ConfigError, RunStateError, and what the launcher does.
+        """
         if not 0 < count <= _MOST_SPAWNED:
             raise ConfigError(f"cannot start {count} spheres: give a number from 1 to {_MOST_SPAWNED}")
         if self.controller.state.ended:
             raise RunStateError(f"the run is {self.controller.state}; go on with --resume")
-        return await self._local.start(count)
+        return await self._launcher.start(count)
 
     def drain(self, sphere: str, reason: str = "") -> None:
         """Let a sphere finish its step and leave. Raises ConfigError where no such one can be reached."""
@@ -230,9 +236,9 @@ class Training:
         return self._summary if hasattr(self, "_summary") else self._summarize()
 
     def kill(self) -> None:
-        """End every local sphere at once and leave nothing that points here; for a process that ends now."""
-        if hasattr(self, "_local"):
-            self._local.kill()
+        """End every sphere of the launcher at once and leave nothing that points here; for a process that ends now."""
+        if hasattr(self, "_launcher"):
+            self._launcher.kill()
         if hasattr(self, "_directory"):
             self._directory.close()
 
@@ -250,6 +256,7 @@ class Training:
         node = node_config(task, config, manifest, run_id="")
         for callback in [*configured(config), *self._given]:
             self.callbacks.register(callback)
+        make_launcher = await asyncio.to_thread(launcher_for, config)
         passed_over: list[str] = []
         directory, snapshot, before = await self._open_directory(passed_over)
         node = replace(node, run_id=directory.run_id)
@@ -296,16 +303,20 @@ class Training:
         self._tree.changed = self._sphere_changed
         self._tree.dismissed = self._sphere_dismissed
         directory.write_address(self._tree.address)
-        self._local = LocalSpheres(
-            self._tree.address,
-            directory.path / "logs",
-            orphan_timeout=config.orphan_timeout,
-            ended=self._sphere_ended,
-            path=_script_folder(),
-            verbose=self._verbose,
+        self._launcher = make_launcher(
+            RunFacts(
+                self._tree.address,
+                directory.path / "logs",
+                self._sphere_ended,
+                linked=self._linked,
+                until=self._tree.until,
+                orphan_timeout=config.orphan_timeout,
+                path=_script_folder(),
+                verbose=self._verbose,
+            )
         )
-        self._stack.push_async_callback(self._local.aclose)
-        servicer.attach(self.controller, spawn=self.spawn, aside=self._local.aside)
+        self._stack.push_async_callback(self._launcher.aclose)
+        servicer.attach(self.controller, spawn=self.spawn, aside=self._launcher.aside)
         self.controller.pause()
         self._loop = asyncio.create_task(self.controller.run())
         self._stack.push_async_callback(self._end_loop)
@@ -313,19 +324,12 @@ class Training:
             self.stop(self._told)
             return
         if self._completed is None:
-            await self._local.start(max(0, config.spheres - await self._adopt()))
+            await self._launcher.begin(config.spheres, came_back=self._came_back)
         self._health.set_ready(True)
 
-    async def _adopt(self) -> int:
-        """Take back the local spheres that a control that was killed has left; return how many there are."""
-        if not self._came_back:
-            return 0
-        host, spheres = socket.gethostname(), self._tree.spheres
-
-        def linked() -> set[int]:
-            return {sphere.pid for sphere in spheres.values() if sphere.active and sphere.member.host == host}
-
-        return await self._local.adopt_who_comes_back(linked, self._tree.until)
+    def _linked(self) -> set[tuple[str, int]]:
+        """Return host and process id of the spheres that have a way to control."""
+        return {(sphere.member.host, sphere.pid) for sphere in self._tree.spheres.values() if sphere.active}
 
     async def _listen(self, last_address: str) -> None:
         """Listen where a control that was killed had listened: its spheres may still dial there (DESIGN section 5)."""
@@ -404,7 +408,7 @@ class Training:
             journal.forget(self._first_step)
 
     def _sphere_ended(self, ended: Ended) -> None:
-        """A local sphere's process is gone before its time. It is started again, unless that is hopeless."""
+        """A sphere of the launcher is gone before its time. It is started again, unless that is hopeless."""
         controller = self.controller
         kind = {2: ConfigError, 3: TaskError, 5: RefusedError}.get(ended.code or 0)
         if kind is not None and controller.step == self._first_step:
@@ -412,19 +416,20 @@ class Training:
             return
         log.warning("%s", ended)
         # Whoever is killed may be luckier next time; whoever ends by itself, again and again, is not.
-        if (ended.code or 0) > 0 and not self._tree.hub.children and self._local.all_aside:
+        if (ended.code or 0) > 0 and not self._tree.hub.children and self._launcher.all_aside:
             error = kind or ArmillaryError
             controller.fail(error(f"no sphere can be started: after {ended.count} tries {ended}"))
 
     def _sphere_changed(self, event: str, sphere: str, reason: str) -> None:
         if event == "sphere_joined":
-            self._local.joined(self._tree.spheres[sphere].pid)
+            found = self._tree.spheres[sphere]
+            self._launcher.joined(found.member.host, found.pid)
         self.controller.sphere_changed(event, sphere, reason)
 
     def _sphere_dismissed(self, sphere: str, at_once: bool) -> bool:
-        """A sphere was told to leave by command: where it is a local one, it is not started again."""
+        """A sphere was told to leave by command: where it is one of the launcher's, it is not started again."""
         found = self._tree.spheres[sphere]
-        return found.member.host == socket.gethostname() and self._local.dismiss(found.pid, at_once=at_once)
+        return self._launcher.dismiss(found.member.host, found.pid, at_once=at_once)
 
     # ---- closing
 
@@ -467,6 +472,7 @@ class Training:
             sync_fraction=totals.sync_fraction,
             phase_seconds=dict(totals.phase_seconds),
             bottleneck=bottleneck(totals.recent, self._tree.shape()),
+            mixed_recompute=controller.mixed_recomputes,
             spheres=spheres,
             tree={s["id"]: s["parent"] for s in spheres},
             run_id=controller.run_id,
@@ -565,7 +571,7 @@ def _completed_at(directory: RunDirectory, step: int) -> Summary | None:
 
 @contextlib.contextmanager
 def _signals(training: Training) -> Iterator[asyncio.Event]:
-    """First signal: finish the step, checkpoint, end. Second: end at once, and every local sphere.
+    """First signal: finish the step, checkpoint, end. Second: end at once, and every sphere of the launcher.
 
     Yields what is set by the first.
     """

@@ -217,6 +217,15 @@ class Tree:
     async def wait_for(self, spheres: int) -> None:
         """Wait until so many spheres, relays included, have a way to control."""
         await self.until(lambda: self.computing + self.members.relays >= spheres)
+        ledger = self.hub.ledger
+        if len(ledger.shares) < 2:
+            return
+        # Of a run that goes on: without them other environments would do their part, to other bits (N22).
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_BACK_SECONDS):
+                await self.until(lambda: not ledger.shares.keys() - ledger.capacities.keys())
+                return
+        log.warning("some spheres of this run's mixed tree have not come back: others take their microbatches over")
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until ``condition`` holds; it is asked whenever a sphere has come, gone, moved or answered."""
@@ -353,6 +362,7 @@ class Tree:
         """Place all spheres anew, from the top down. Returns who has moved, and who has not arrived in time."""
         moved: list[str] = []
         late: list[str] = []
+        self.hub.ledger.shares = {}  # of a mixed tree: who does how much is decided anew too
         for level in batches(self.members):
             due = [(id, parent) for id, parent in level if self.members.parent_of(id) != parent]
             for start in range(0, len(due), _REBALANCE_MOVES):

@@ -47,6 +47,8 @@ _MOST_KNOWN = 20_000
 _LONGEST_NAME = 255
 #: spheres in one subtree: far more than there can be, and still a number to calculate with
 _MOST_CAPACITY = 1e6
+#: numeric environments in one subtree
+_MOST_ENVIRONMENTS = 64
 
 
 class Children:
@@ -71,6 +73,8 @@ class Children:
         #: whose newest report has not gone up, in the order in which they came
         self._unsent: dict[str, None] = {}
         self._draining: ArmillaryError | None = None
+        #: fingerprints of numeric environments, other than this node's, that have been told of in the log
+        self._unlike: set[str] = set()
         #: sphere id -> (incarnation, session): only a higher one is taken (N1)
         self._orders: dict[str, tuple[int, int]] = {}
         # a link has ended
@@ -179,7 +183,7 @@ class Children:
             came = self.clock()
             message, payload = decode_with_chunk(pb.WorkRequest, data)
             if message.HasField("capacity"):
-                _check_capacity(child.id, message.capacity.capacity)
+                _check_capacity(child.id, message.capacity)
             self._hub.on_request(child, message, payload)
             if self.recorder is not None:
                 self.recorder.received(child.id, message, came)
@@ -214,6 +218,9 @@ class Children:
         if older is not None:
             hub.dismiss(older, "a newer session took its place")
             older.close(StaleError("a newer session took this one's place"))
+        member = common_pb2.Member()
+        member.CopyFrom(hello.member)
+        member.environment_fingerprint = hello.environment_fingerprint  # control learns it with the link
         return Child(
             id=hello.sphere_id,
             incarnation=hello.incarnation,
@@ -222,7 +229,7 @@ class Children:
             outbox=Outbox(hub.weights, carrier),
             close=close,
             environment=hello.environment_fingerprint,
-            member=hello.member,
+            member=member,
             heard=asyncio.get_running_loop().time(),
         )
 
@@ -242,7 +249,7 @@ class Children:
         hub, config, child = self._hub, self._hub.config, hello.sphere_id
         if not 0 < len(child) <= _LONGEST_NAME or len(hello.address) > _LONGEST_NAME:
             raise ProtocolError(f"a hello with {len(child)} characters of name and {len(hello.address)} of address")
-        _check_capacity(child, hello.capacity)
+        _check_capacity(child, hello)
         if hello.protocol_version != PROTOCOL_VERSION:
             raise VersionMismatchError(
                 f"{child} speaks protocol {hello.protocol_version}, {hub.id} speaks {PROTOCOL_VERSION}; "
@@ -265,10 +272,13 @@ class Children:
                     f"{child} has other {what} than the run ({theirs} against {ours}); "
                     f"give it the same {'code' if what == 'task' else 'data set'}"
                 )
-        if hello.environment_fingerprint != self._environment:
+        if hello.environment_fingerprint != self._environment and hello.environment_fingerprint not in self._unlike:
+            self._unlike.add(hello.environment_fingerprint)
             log.warning(
-                "%s computes with another CPU or library than %s: equal bits hold only among equal environments",
+                "%s (%s) computes with another CPU, library or language than %s: bits are equal among equal "
+                "environments only, so each keeps its own share of the microbatches",
                 child,
+                hello.member.agent or "?",
                 hub.id,
             )
 
@@ -315,9 +325,19 @@ class Children:
             self.recorder.take_in(message.traces)
 
 
-def _check_capacity(child: str, capacity: float) -> None:
-    if not 0 <= capacity <= _MOST_CAPACITY:
-        raise ProtocolError(f"{child} says that its capacity is {capacity}")
+def _check_capacity(child: str, said: pb.Hello | pb.Capacity) -> None:
+    parts = said.capacities
+    if not all(0 <= capacity <= _MOST_CAPACITY for capacity in (said.capacity, *parts.values())):
+        raise ProtocolError(
+            f"{child} says that its capacity is {said.capacity}{f' ({dict(parts)})' if parts else ''}; it must be "
+            f"from 0 to {_MOST_CAPACITY:g}: 1 for a worker without children"
+        )
+    if not parts:
+        return
+    if len(parts) > _MOST_ENVIRONMENTS or any(len(name) > _LONGEST_NAME for name in parts):
+        raise ProtocolError(f"{child} names {len(parts)} environments; the limit is {_MOST_ENVIRONMENTS}")
+    if abs(sum(parts.values()) - said.capacity) > 1e-6 * max(1.0, said.capacity):
+        raise ProtocolError(f"{child} says that its capacity is {said.capacity:g}, and of {dict(parts)} by environment")
 
 
 def _keep(table: dict[str, Value], name: str, value: Value) -> str | None:

@@ -5,7 +5,7 @@ It checks form only. Whether a message fits the step is the hub's to decide.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError as ProtobufDecodeError
@@ -15,7 +15,16 @@ from spheres.config import MAX_MESSAGE_BYTES
 from spheres.errors import DecodeError, MessageTooLargeError
 from spheres.v1 import work_pb2 as pb
 
-__all__ = ["block_from", "blocks_from", "blocks_to", "decode", "decode_with_chunk", "encode_with_chunk", "varint"]
+__all__ = [
+    "block_from",
+    "blocks_from",
+    "blocks_to",
+    "capacities_from",
+    "decode",
+    "decode_with_chunk",
+    "encode_with_chunk",
+    "varint",
+]
 
 Message = TypeVar("Message", pb.WorkRequest, pb.WorkResponse, pb.HeartbeatRequest, pb.HeartbeatResponse)
 
@@ -131,3 +140,8 @@ def blocks_from(messages: Iterable[pb.Block]) -> list[Block]:
 
 def blocks_to(blocks: Iterable[Block]) -> list[pb.Block]:
     return [pb.Block(lo=b.lo, hi=b.hi) for b in blocks]
+
+
+def capacities_from(capacity: float, capacities: Mapping[str, float], environment: str) -> dict[str, float]:
+    """Return what a child's subtree computes at once by environment; ``environment`` is the child's own."""
+    return dict(capacities) or {environment: capacity}

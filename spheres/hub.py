@@ -14,8 +14,9 @@ from typing import Literal
 from spheres.blocks import Block, checked
 from spheres.carrier import Carrier, Inline
 from spheres.config import NodeConfig
+from spheres.environments import ANY, Environments, Range
 from spheres.errors import LinkClosedError, ProtocolError, StaleError, WrongRunError
-from spheres.frames import blocks_from, blocks_to
+from spheres.frames import blocks_from, blocks_to, capacities_from
 from spheres.gradients import Array, Batch, Gradients, Outgoing
 from spheres.ledger import Action, Ledger, SendAssign, SendBegin, SendCredit, SendReady, Stuck
 from spheres.numerics import in_turn
@@ -55,6 +56,7 @@ class Hub:
         incarnation: int = 1,
         worker: Worker | None = None,
         memory: Memory | None = None,
+        environment: str = "",
     ) -> None:
         self.config, self.id, self.incarnation = config, node_id, incarnation
         self.root = node_id == "control"
@@ -63,7 +65,7 @@ class Hub:
         #: shared with other processes of this host; None where all payload goes inline
         self.memory = memory
         self.weights = Weights(config, memory=memory, root=self.root)
-        self.ledger = Ledger(config.window, computes=worker is not None, root=self.root)
+        self.ledger = Ledger(config.window, computes=worker is not None, root=self.root, environment=environment)
         self.gradients = Gradients(config, node_id, self.ledger, self.weights)
         self.children: dict[str, Child] = {}
         #: nodes from control to this one; children's fallbacks come from it (N11)
@@ -94,7 +96,7 @@ class Hub:
         # sphere further down -> the child that leads there
         self._ways: dict[str, str] = {}
         self.watchdog = Watchdog(config.patience_seconds)
-        self._capacity = self.ledger.capacity
+        self._capacities = self.ledger.capacities
         self._down_bytes = 0
         # when the present version of the weights began to come
         self._arriving_since = 0.0
@@ -198,9 +200,8 @@ class Hub:
             self._do(actions)
         if message.HasField("assign") and not message.HasField("weights_header"):
             assign = message.assign
-            self._try(
-                lambda: self._do(self.ledger.assign(assign.attempt, assign.from_chunk, self._owed(assign, work.kind)))
-            )
+            blocks, environments = self._owed(assign, work.kind)
+            self._try(lambda: self._do(self.ledger.assign(assign.attempt, assign.from_chunk, blocks, environments)))
         if message.HasField("weights_chunk"):
             self.weights.put(message.weights_chunk, payload)
             self._wake_children()
@@ -276,6 +277,12 @@ class Hub:
     def welcome(self) -> pb.WorkResponse:
         return pb.WorkResponse(tag=self.tag, welcome=pb.Welcome(path=self.path))
 
+    @property
+    def mixed_capacities(self) -> dict[str, float]:
+        """What this subtree computes at once by environment; empty where all of it is of this node's own."""
+        capacities = self.ledger.capacities
+        return {} if capacities.keys() <= {self.ledger.environment} else capacities
+
     def held(self) -> list[Block]:
         """Blocks of the present step that may be held or in compute in this subtree, merged (N5)."""
         return list(self.ledger.holdings)
@@ -284,7 +291,7 @@ class Hub:
         header, weights = message.weights_header, self.weights
         if header.manifest_digest != self.config.manifest.digest:
             raise ProtocolError("weights of another layout")
-        blocks = self._owed(message.assign, work.kind) if message.HasField("assign") else None
+        blocks, environments = self._owed(message.assign, work.kind) if message.HasField("assign") else (None, ANY)
         if header.held_digest:
             # Where they are being overwritten by now, the step is sealed (N15): no fault, and nothing to compute.
             if not weights.complete or (version, header.held_digest) != (weights.version, weights.digest):
@@ -302,7 +309,7 @@ class Hub:
                 from_chunk=header.from_chunk,
             )
         if work > self.work:
-            self._begin(work, version, blocks)
+            self._begin(work, version, blocks, environments)
             return
         self.version = version
         self.tag = self._tag()
@@ -310,9 +317,17 @@ class Hub:
             child.outbox.header(self.tag)
         if blocks is not None:
             self._recall()
-            self._do(self.ledger.resume(blocks))
+            self._do(self.ledger.resume(blocks, environments))
 
-    def _begin(self, work: Work, version: int, blocks: list[Block] | None, *, out: Array | None = None) -> None:
+    def _begin(
+        self,
+        work: Work,
+        version: int,
+        blocks: list[Block] | None,
+        environments: Environments = ANY,
+        *,
+        out: Array | None = None,
+    ) -> None:
         """A new step: drop all of the old one (N14), then give out the new one."""
         self.work, self.version = work, version
         self.tag = self._tag()
@@ -332,7 +347,7 @@ class Hub:
         for child in self.children.values():
             child.outbox.header(self.tag)
         chunks = self.config.chunk_count if work.kind == TRAIN else 0
-        self._do(self.ledger.start(self._total(work.kind), chunks, blocks))
+        self._do(self.ledger.start(self._total(work.kind), chunks, blocks, environments))
         self._tell_capacity()
 
     def _tag(self) -> pb.Tag:
@@ -344,8 +359,10 @@ class Hub:
     def _total(self, kind: common_pb2.WorkKind.ValueType) -> int:
         return self.config.microbatches if kind == TRAIN else self.config.evaluation_microbatches
 
-    def _owed(self, assign: pb.Assign, kind: common_pb2.WorkKind.ValueType) -> list[Block]:
-        return checked(blocks_from(assign.blocks), self._total(kind), what="assigned")
+    def _owed(self, assign: pb.Assign, kind: common_pb2.WorkKind.ValueType) -> tuple[list[Block], Environments]:
+        total = self._total(kind)
+        ranges = (Range(r.lo, r.hi, r.environment_fingerprint) for r in assign.environments)
+        return checked(blocks_from(assign.blocks), total, what="assigned"), Environments.checked(ranges, total)
 
     def _on_directive(self, directive: pb.Directive) -> None:
         if directive.target_sphere_id != self.id:
@@ -373,7 +390,13 @@ class Hub:
             child.outbox.header(self.tag)
         holds = bool(hello.held) and Work(tag.term, tag.step, tag.kind) == self.work
         window = child.outbox.carrier.window
-        joined = self.ledger.child_joined(child.id, hello.capacity, holds=holds, leaving=hello.leaving, window=window)
+        joined = self.ledger.child_joined(
+            child.id,
+            capacities_from(hello.capacity, hello.capacities, child.environment),
+            holds=holds,
+            leaving=hello.leaving,
+            window=window,
+        )
         self._do(joined)
         self._tell_capacity()
         self.change(child.joined(self.id))
@@ -414,7 +437,9 @@ class Hub:
             self.change(message.sphere_change)
             return
         if message.HasField("capacity"):
-            self._do(self.ledger.child_changed(child.id, capacity=message.capacity.capacity))
+            said = message.capacity
+            capacities = capacities_from(said.capacity, said.capacities, child.environment)
+            self._do(self.ledger.child_changed(child.id, capacity=capacities))
             self._tell_capacity()
             return
         if message.HasField("leaving"):
@@ -434,7 +459,16 @@ class Hub:
             ready = message.ready
             held = checked(blocks_from(ready.held), self.ledger.total, what="held")
             computing = checked(blocks_from(ready.computing), self.ledger.total, what="in compute")
-            self._do(self.ledger.child_ready(child.id, message.attempt, held, computing, idle=ready.idle))
+            self._do(
+                self.ledger.child_ready(
+                    child.id,
+                    message.attempt,
+                    held,
+                    computing,
+                    idle=ready.idle,
+                    idle_environments=ready.idle_environments,
+                )
+            )
         self.gradients.take_in(child.id, message, child.outbox.carrier, payload)
         self.watchdog.progress(self.hooks.clock())
         self._flow()
@@ -515,13 +549,14 @@ class Hub:
                 child.close(error)
 
     def _tell_capacity(self) -> None:
-        capacity = self.ledger.capacity
-        if capacity == self._capacity:
+        capacities = self.ledger.capacities
+        if capacities == self._capacities:
             return
-        self._capacity = capacity
+        self._capacities = capacities
         self.hooks.resized()
         if not self.root:
-            self._send_up(pb.WorkRequest(capacity=pb.Capacity(capacity=capacity)), replaces="capacity")
+            said = pb.Capacity(capacity=self.ledger.capacity, capacities=self.mixed_capacities)
+            self._send_up(pb.WorkRequest(capacity=said), replaces="capacity")
 
     def _do(self, actions: list[Action]) -> None:
         """Carry out what the ledger decided, then go on with what that allows."""
@@ -537,8 +572,10 @@ class Hub:
                     self.children[child].outbox.carrier.let_go()
                     begin = pb.Begin(attempt=attempt, from_chunk=from_chunk)
                     self.children[child].outbox.step(pb.WorkResponse(tag=self.tag, begin=begin))
-                case SendAssign(child, attempt, from_chunk, blocks):
+                case SendAssign(child, attempt, from_chunk, blocks, environments):
                     assign = pb.Assign(attempt=attempt, from_chunk=from_chunk, blocks=blocks_to(blocks))
+                    for lo, hi, environment in environments:
+                        assign.environments.add(lo=lo, hi=hi, environment_fingerprint=environment)
                     self.children[child].outbox.step(pb.WorkResponse(tag=self.tag, assign=assign))
                 case SendCredit(child, attempt, through):
                     edge = self.ledger.edges.get(child)
@@ -546,8 +583,9 @@ class Hub:
                         continue  # it waited for a sum, and the child has gone on, or gone
                     credit = pb.Credit(attempt=attempt, through_chunk=through)
                     self.children[child].outbox.credit(pb.WorkResponse(tag=self.tag, credit=credit))
-                case SendReady(attempt, held, computing, idle):
+                case SendReady(attempt, held, computing, idle, environments):
                     ready = pb.Ready(held=blocks_to(held), computing=blocks_to(computing), idle=idle)
+                    ready.idle_environments.extend(environments)
                     self._send_up(pb.WorkRequest(attempt=attempt, ready=ready), replaces="ready")
                 case Stuck():
                     self.hooks.stuck()

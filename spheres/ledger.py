@@ -23,15 +23,19 @@ Every method is an event; it returns the actions to carry out, in order. Rules N
 | credit          | more may be sent up (N6)                                  | -                                    |
 
 Wherever work is given out and nobody can take it: Stuck, or Begin where someone joined after the attempt had begun.
+
+Each microbatch is meant for one numeric environment (N22). "Nobody" is nobody of that environment; at the root, nobody
+at all: there what no environment of its own is left for goes to another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spheres.blocks import Block, BlockSet
 from spheres.cut import cut
+from spheres.environments import ANY, Environments
 from spheres.errors import CreditError, ProtocolError, StaleError
 
 __all__ = [
@@ -67,6 +71,8 @@ class SendAssign:
     attempt: int
     from_chunk: int
     blocks: tuple[Block, ...]
+    #: which environments they are meant for
+    environments: Environments = ANY
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,8 @@ class SendReady:
     held: tuple[Block, ...]
     computing: tuple[Block, ...]
     idle: bool
+    #: in which environments it is idle; empty: in all that it has
+    idle_environments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +110,8 @@ Action = SendBegin | SendAssign | SendCredit | SendReady | Stuck
 class Edge:
     """One child. All that is known of it; gone with its link."""
 
-    capacity: float
+    #: what its subtree computes at once, by environment
+    capacities: Mapping[str, float]
     #: W, in chunks (N6)
     window: int = 0
     #: within this child's session and this step (N5b)
@@ -111,6 +120,8 @@ class Edge:
     held: tuple[Block, ...] = ()
     computing: tuple[Block, ...] = ()
     idle: bool = True
+    #: in which environments it is idle; empty: in all that it has
+    idle_environments: tuple[str, ...] = ()
     #: took part in this attempt from its start, so that it may be given work
     ready: bool = False
     assigned: tuple[Block, ...] = ()
@@ -121,13 +132,29 @@ class Edge:
     leaving: bool = False
 
     @property
+    def capacity(self) -> float:
+        return sum(self.capacities.values())
+
+    @property
     def able(self) -> bool:
         """Whether it can be given something to compute."""
         return self.capacity > 0 and not self.leaving
 
+    def capacity_in(self, environment: str | None) -> float:
+        """What it can be given of this environment; None: of any."""
+        if self.leaving:
+            return 0.0
+        return self.capacity if environment is None else self.capacities.get(environment, 0.0)
+
+    def idle_in(self, environment: str | None) -> bool:
+        return self.idle and (
+            environment is None or not self.idle_environments or environment in self.idle_environments
+        )
+
     def reset(self, attempt: int, *, ready: bool) -> None:
         self.attempt, self.ready = attempt, ready
         self.held, self.computing, self.idle, self.assigned, self.credit = (), (), True, (), -1
+        self.idle_environments = ()
 
 
 @dataclass(slots=True)
@@ -140,6 +167,8 @@ class Ledger:
     computes: bool
     #: control: it has no parent, its obligation is everything
     root: bool = False
+    #: fingerprint of this node's own numeric environment
+    environment: str = ""
     edges: dict[str, Edge] = field(default_factory=dict)
 
     #: M of the step's kind
@@ -161,6 +190,12 @@ class Ledger:
     waiting: set[str] | None = None
     #: what the children of a lost child can compute: for so much of it an attempt waits, until ``settled`` (N13)
     missing: float = 0.0
+    #: which environment each microbatch is meant for: as the parent says; at the root, as far as it has been decided
+    environments: Environments = ANY
+    #: at the root: what the tree computed at once in each environment when it was last decided how they share a step
+    shares: Mapping[str, float] = field(default_factory=dict)
+    #: at the root: microbatches of this step that were given to another environment, since the tree had none of theirs
+    moved: set[int] = field(default_factory=set)
     #: whose blocks in compute are open to others in this attempt (N12)
     late: frozenset[str] = frozenset()
     ready_sent: bool = True
@@ -176,7 +211,9 @@ class Ledger:
 
     # ---- from above
 
-    def start(self, total: int, chunks: int, blocks: Sequence[Block] | None) -> list[Action]:
+    def start(
+        self, total: int, chunks: int, blocks: Sequence[Block] | None, environments: Environments = ANY
+    ) -> list[Action]:
         """A step begins; ``blocks`` is attempt 0's assignment, None for a spare. Nobody holds anything yet (N5)."""
         self.total, self.chunks, self.active = total, max(1, chunks), True
         self.attempt, self.attempts, self.from_chunk = 0, 0, 0
@@ -187,13 +224,14 @@ class Ledger:
         for edge in self.edges.values():
             edge.reset(0, ready=True)
         self._void()
-        return [] if blocks is None else self._take(blocks)
+        self.moved.clear()
+        return [] if blocks is None else self._take(blocks, environments)
 
-    def resume(self, blocks: Sequence[Block]) -> list[Action]:
+    def resume(self, blocks: Sequence[Block], environments: Environments = ANY) -> list[Action]:
         """Attempt 0 of a step that is running here already, from a parent that came to it later: caches are kept."""
         self._void()
         self.attempt, self.from_chunk, self.ready_sent = 0, 0, True
-        return self._gather(0) + self._take(blocks)
+        return self._gather(0) + self._take(blocks, environments)
 
     def begin(self, attempt: int, from_chunk: int) -> list[Action]:
         """The parent begins a new attempt (N4). Raises StaleError for an older number, ProtocolError out of range."""
@@ -206,14 +244,16 @@ class Ledger:
         self.ready_sent = False
         return self._gather(from_chunk)
 
-    def assign(self, attempt: int, from_chunk: int, blocks: Sequence[Block]) -> list[Action]:
+    def assign(
+        self, attempt: int, from_chunk: int, blocks: Sequence[Block], environments: Environments = ANY
+    ) -> list[Action]:
         """The parent's answer to Ready. Raises StaleError where it belongs to another attempt."""
         if attempt != self.attempt or self.assigned or attempt == 0:
             raise StaleError(f"assignment of attempt {attempt}; attempt {self.attempt} is running")
         if not self.from_chunk <= from_chunk <= self.chunks:
             raise ProtocolError(f"assignment from chunk {from_chunk}; the attempt began at {self.from_chunk}")
         self.from_chunk = from_chunk
-        return self._take(blocks)
+        return self._take(blocks, environments)
 
     def credit(self, attempt: int, through: int) -> None:
         """The parent takes more. Raises StaleError where it belongs to another attempt."""
@@ -231,15 +271,24 @@ class Ledger:
     # ---- from below
 
     def child_joined(
-        self, child: str, capacity: float, *, holds: bool, leaving: bool = False, window: int = 0
+        self,
+        child: str,
+        capacity: float | Mapping[str, float],
+        *,
+        holds: bool,
+        leaving: bool = False,
+        window: int = 0,
     ) -> list[Action]:
-        """A link to a child opened. An attempt only where it brings blocks, or work lies unassigned (N13)."""
-        self.edges[child] = Edge(capacity, window or self.window, leaving=leaving)
+        """A link to a child opened. An attempt only where it brings blocks, or work lies unassigned (N13).
+
+        ``capacity`` is by environment, or all of this node's own.
+        """
+        edge = self.edges[child] = Edge(self._by_environment(capacity), window or self.window, leaving=leaving)
         if not self.active:
             return []
         if self.waiting is not None:
             # Orphans of one dead parent come one after the other: one attempt takes them all in.
-            self.missing = max(0.0, self.missing - capacity)
+            self.missing = max(0.0, self.missing - edge.capacity)
             return [self._ask(child, self.frontier)]
         if self.stuck or (holds and not self.finished):
             return self._gather(self.frontier)
@@ -252,12 +301,20 @@ class Ledger:
             return []
         if self.waiting is not None:
             self.waiting.discard(child)
-            self.missing += max(0.0, edge.capacity - 1)
+            self.missing += self._may_return(edge)
             return self._gathered()
         if any(owner == child and self._open(slot) for slot, owner in self.slots.items()):
-            self.missing = max(0.0, edge.capacity - 1)
+            self.missing = self._may_return(edge)
             return self._gather(self.frontier)
         return []
+
+    def _may_return(self, lost: Edge) -> float:
+        """What an attempt waits for a moment: the lost one's children, and itself where it was the last of its kind."""
+        environments = self.capacities
+        last = any(
+            capacity > 0 and environment not in environments for environment, capacity in lost.capacities.items()
+        )
+        return lost.capacity if last and environments else max(0.0, lost.capacity - 1)
 
     def settled(self) -> list[Action]:
         """Children of a lost child have had the time to come here."""
@@ -270,22 +327,32 @@ class Ledger:
         return self._gather(self.frontier, keep_late=True)
 
     def child_ready(
-        self, child: str, attempt: int, held: Iterable[Block], computing: Iterable[Block] = (), *, idle: bool
+        self,
+        child: str,
+        attempt: int,
+        held: Iterable[Block],
+        computing: Iterable[Block] = (),
+        *,
+        idle: bool,
+        idle_environments: Iterable[str] = (),
     ) -> list[Action]:
         """A child's answer to Begin. Raises StaleError where it belongs to another attempt."""
         edge = self.edges[child]
         if self.waiting is None or child not in self.waiting or attempt != edge.attempt:
             raise StaleError(f"ready of attempt {attempt}; attempt {edge.attempt} is running")
         edge.held, edge.computing, edge.idle, edge.ready = tuple(held), tuple(computing), idle, True
+        edge.idle_environments = tuple(idle_environments)
         self.waiting.discard(child)
         return self._gathered()
 
-    def child_changed(self, child: str, *, capacity: float | None = None, leaving: bool = False) -> list[Action]:
+    def child_changed(
+        self, child: str, *, capacity: float | Mapping[str, float] | None = None, leaving: bool = False
+    ) -> list[Action]:
         """A child's subtree grew or shrank, or the child wants to go."""
         edge = self.edges[child]
         edge.leaving = edge.leaving or leaving
         if capacity is not None:
-            edge.capacity = capacity
+            edge.capacities = self._by_environment(capacity)
         if self.active and self.stuck and edge.able:
             return self._gather(self.frontier)
         return []
@@ -332,10 +399,16 @@ class Ledger:
         if not self.assigned or self.waiting is not None or self.stuck or self.finished:
             return frozenset()
         chunk = self.frontier
-        late = {owner for slot, owner in self.slots.items() if self._open(slot) and not available(slot, chunk)}
-        idle = self.computes and self.computing is None and not self.queue
-        idle = idle or any(edge.able and child not in late for child, edge in self.edges.items())
-        return frozenset(late) if idle else frozenset()
+        behind = [
+            (slot, owner) for slot, owner in self.slots.items() if self._open(slot) and not available(slot, chunk)
+        ]
+        late = {owner for _, owner in behind}
+        idle = {self.environment} if self.computes and self.computing is None and not self.queue else set()
+        for child, edge in self.edges.items():
+            if edge.able and child not in late:
+                idle.update(edge.capacities)
+        # others may compute only what is meant for their own environment (N22)
+        return frozenset(owner for slot, owner in behind if self.environments.within(slot, idle))
 
     def unable(self) -> list[Action]:
         """This node computes nothing more for now: what it owes is for others."""
@@ -406,6 +479,17 @@ class Ledger:
         return float(self.computes) + sum(edge.capacity for edge in self.edges.values() if not edge.leaving)
 
     @property
+    def capacities(self) -> dict[str, float]:
+        """The same by environment, without those that have none."""
+        found = {self.environment: 1.0} if self.computes else {}
+        for edge in self.edges.values():
+            if not edge.leaving:
+                for environment, capacity in edge.capacities.items():
+                    if capacity > 0:
+                        found[environment] = found.get(environment, 0.0) + capacity
+        return found
+
+    @property
     def holdings(self) -> BlockSet:
         """What this subtree holds or computes of the step, as far as it is known here."""
         blocks = BlockSet(self.total, self.held | self.below)
@@ -417,7 +501,10 @@ class Ledger:
 
     def _void(self) -> None:
         self.obligations, self.assigned, self.allowed, self.stuck = {}, False, -1, False
-        self.slots, self.queue = {}, []
+        self.slots, self.queue, self.environments = {}, [], ANY
+
+    def _by_environment(self, capacity: float | Mapping[str, float]) -> Mapping[str, float]:
+        return capacity if isinstance(capacity, Mapping) else {self.environment: capacity}
 
     def _open(self, slot: Block) -> bool:
         """Whether chunks of a slot are still to be sent up."""
@@ -451,20 +538,23 @@ class Ledger:
             return []
         self.ready_sent = True
         held, computing = BlockSet(self.total, self.held), BlockSet(self.total)
-        idle = self.computes and self.computing is None
+        idle = {self.environment} if self.computes and self.computing is None else set()
         for edge in self.edges.values():
             if edge.ready:
                 for block in edge.held:
                     held.add(block)
                 for block in edge.computing:
                     computing.add(block)
-                idle = idle or (edge.idle and edge.able)
+                if edge.idle and edge.able:
+                    idle.update(edge.idle_environments or edge.capacities)
         if self.computing is not None:
             computing.add(self.computing)
-        return [SendReady(self.attempt, tuple(held), tuple(computing), idle)]
+        some = () if idle >= self.capacities.keys() else tuple(sorted(idle))
+        return [SendReady(self.attempt, tuple(held), tuple(computing), bool(idle), some)]
 
-    def _take(self, blocks: Sequence[Block]) -> list[Action]:
+    def _take(self, blocks: Sequence[Block], environments: Environments) -> list[Action]:
         self.obligations = dict.fromkeys(blocks, self.from_chunk)
+        self.environments = environments
         self.assigned = True
         self.allowed = self.from_chunk + self.window - 1
         return [] if self.waiting is not None else self._give()
@@ -484,20 +574,9 @@ class Ledger:
                 else:
                     shares[owner].add(block)
         self.queue = []
-        if len(rest):
-            workers = self._workers()
-            if not workers and any(edge.able and not edge.ready for edge in self.edges.values()):
-                return self._gather(first)
-            if not workers:
-                # Nothing is given out at all: a partition with a hole would only be torn down again.
-                self.slots, self.stuck = {}, True
-                return [Stuck(tuple(rest.within(owed)))]
-            for owner, pieces in cut(rest.within(owed), workers):
-                if owner == SELF:
-                    self.queue = pieces
-                else:
-                    for piece in pieces:
-                        shares[owner].add(piece)
+        obstacle = self._share_out(rest.within(owed), shares)
+        if obstacle is not None:
+            return obstacle
         self.stuck = False
         self.slots = dict.fromkeys([*own, *self.queue], SELF)
         actions: list[Action] = []
@@ -509,36 +588,89 @@ class Ledger:
                 self.slots.update(dict.fromkeys(blocks, child))
                 self.below.update(blocks)
                 edge.first, edge.credit = first, first + edge.window - 1
-                actions.append(SendAssign(child, edge.attempt, first, blocks))
+                meant = self.environments.of(blocks)
+                actions.append(SendAssign(child, edge.attempt, first, blocks, meant))
         return actions
+
+    def _share_out(self, blocks: Sequence[Block], shares: Mapping[str, BlockSet]) -> list[Action] | None:
+        """Cut what nobody holds over those who can be given more; return the actions where that cannot be done."""
+        if self.root and blocks:
+            self._decide(blocks)
+        parts = self.environments.split(blocks)
+        # Nothing is given out at all where a part cannot be: a partition with a hole would only be torn down again.
+        for environment, part in parts:
+            if self._workers(environment):
+                continue
+            if any(edge.capacity_in(environment) > 0 and not edge.ready for edge in self.edges.values()):
+                return self._gather(self.frontier)
+            self.slots, self.stuck = {}, True
+            return [Stuck(tuple(part))]
+        for environment, part in parts:
+            for owner, pieces in cut(part, self._workers(environment)):
+                if owner == SELF:
+                    self.queue += pieces
+                else:
+                    for piece in pieces:
+                        shares[owner].add(piece)
+        return None
+
+    def _decide(self, blocks: Sequence[Block]) -> None:
+        """At the root: for which environment each of these is meant (N22).
+
+        By what the tree had of each when one of them last appeared or was lost altogether. Who else comes and goes
+        changes nothing: an undisturbed run would have the same.
+        """
+        if not any(edge.able and edge.ready for edge in self.edges.values()):
+            return  # nobody can be given anything
+        capacities = self.capacities
+        if not self.environments:
+            if self.shares.keys() != capacities.keys():
+                self.shares = capacities
+            self.environments = Environments.shared_out(self.total, self.shares)
+        # What was meant for an environment that is no more goes to the one that has most.
+        most = max(sorted(capacities), key=lambda environment: capacities[environment])
+        for environment, lost in self.environments.split(blocks):
+            if environment is not None and environment not in capacities:
+                self.environments = self.environments.changed(lost, most)
+                self.moved.update(index for block in lost for index in range(*block))
 
     def _offers(self) -> list[tuple[Block, str]]:
         """Blocks that are held or in compute: the largest first, then held ones, own before those of children (N9)."""
         if not self.held and self.computing is None and not any(e.held or e.computing for e in self.edges.values()):
             return []  # as at the start of a step
         offers = [(block, False, SELF) for block in self.held]
-        # What a late node computes is its own only where nobody is idle.
-        late = self.late if any(free for _, _, free in self._able()) else frozenset()
-        if self.computing is not None and SELF not in late:
+        # What a late node computes is its own only where nobody is idle who may compute it.
+        idle = self._idle() if self.late else set()
+
+        def taken(block: Block, owner: str) -> bool:
+            return owner in self.late and self.environments.within(block, idle)
+
+        if self.computing is not None and not taken(self.computing, SELF):
             offers.append((self.computing, True, SELF))
         for child, edge in self.edges.items():
             if edge.ready:
                 offers += [(block, False, child) for block in edge.held]
-                if child not in late:
-                    offers += [(block, True, child) for block in edge.computing]
+                offers += [(block, True, child) for block in edge.computing if not taken(block, child)]
         offers.sort(key=lambda offer: (-offer[0].width, offer[1], offer[2] != SELF, offer))
         return [(block, owner) for block, _, owner in offers]
 
-    def _workers(self) -> list[tuple[str, float]]:
-        """Who can be given more, idle ones where there are any."""
-        able = self._able()
+    def _workers(self, environment: str | None) -> list[tuple[str, float]]:
+        """Who can be given more of an environment (None: of any), idle ones where there are any."""
+        able = self._able(environment)
         idle = [(owner, capacity) for owner, capacity, free in able if free]
         return idle or [(owner, capacity) for owner, capacity, _ in able]
 
-    def _able(self) -> list[tuple[str, float, bool]]:
-        """Who can be given something: owner, capacity, whether it is idle."""
-        able = [(SELF, 1.0, self.computing is None)] if self.computes else []
+    def _able(self, environment: str | None) -> list[tuple[str, float, bool]]:
+        """Who can be given something of an environment: owner, capacity, whether it is idle."""
+        able = []
+        if self.computes and environment in (None, self.environment):
+            able.append((SELF, 1.0, self.computing is None))
         for child, edge in self.edges.items():
-            if edge.ready and edge.able:
-                able.append((child, edge.capacity, edge.idle))
+            capacity = edge.capacity_in(environment)
+            if edge.ready and capacity > 0:
+                able.append((child, capacity, edge.idle_in(environment)))
         return able
+
+    def _idle(self) -> set[str]:
+        """The environments in which somebody could compute more at once."""
+        return {name for name in self.capacities if any(free for _, _, free in self._able(name))}

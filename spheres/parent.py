@@ -226,6 +226,7 @@ class Parent:
             weights_digest=hub.weights.digest,
             held=blocks_to(hub.held()),
             capacity=hub.ledger.capacity,
+            capacities=hub.mixed_capacities,
             address=hub.address,
             member=self._member,
             weights_chunks_held=hub.weights.resumable,

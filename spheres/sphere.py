@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_AGENT = f"python {sys.version_info.major}.{sys.version_info.minor}"
 #: seconds between two looks of a sphere that leaves at whether it is needed still
 _LOOK_SECONDS = 0.05
 #: of a traced run: seconds that a sphere waits for the last spans of its children, and that its own have to go up
@@ -68,6 +69,8 @@ class SphereOptions:
     host: str = ""
     #: whether idle nodes may compute what late ones have in compute; tests switch it off, since it hides deadlocks
     speculate: bool = True
+    #: in place of the fingerprint of this process's numeric environment; tests give spheres different ones
+    environment: str = ""
     #: what a trace's times are read from, in nanoseconds; tests give spheres clocks that differ
     clock: Callable[[], int] = monotonic_ns
 
@@ -144,7 +147,14 @@ class Sphere:
         if not options.relay and self._task is not None:
             worker = self._make_worker(config, self._task, aligned_zeros if memory is None else memory.allocate)
         summer = Summer()
-        hub = self.hub = Hub(config, granted.sphere_id, incarnation=granted.incarnation, worker=worker, memory=memory)
+        hub = self.hub = Hub(
+            config,
+            granted.sphere_id,
+            incarnation=granted.incarnation,
+            worker=worker,
+            memory=memory,
+            environment=fingerprints.environment,
+        )
         hub.hooks.run, hub.hooks.broken = summer.run, self._broken
         hub.address = self._address
         hub.watchdog.enabled = options.speculate
@@ -234,7 +244,7 @@ class Sphere:
     def _member(self) -> common_pb2.Member:
         options = self._options
         host = options.host or socket.gethostname()
-        return common_pb2.Member(host=host, zone=options.zone, relay=options.relay, pid=os.getpid())
+        return common_pb2.Member(host=host, zone=options.zone, relay=options.relay, pid=os.getpid(), agent=_AGENT)
 
     async def _enroll(self) -> control_pb2.EnrollSphereResponse:
         """Ask control for a place, patiently: control may be about to start, and its name to be known."""
@@ -246,7 +256,7 @@ class Sphere:
             zone=member.zone,
             relay=member.relay,
             pid=member.pid,
-            agent=f"python {sys.version_info.major}.{sys.version_info.minor}",
+            agent=_AGENT,
         )
         deadline = asyncio.get_running_loop().time() + options.orphan_timeout
         pause = 0.05
@@ -283,7 +293,7 @@ class Sphere:
 
     def _prepare(self, config: NodeConfig) -> Fingerprints:
         """Load the task and compare it with control's. Raises TaskError, FingerprintError."""
-        environment = environment_fingerprint()
+        environment = self._options.environment or environment_fingerprint()
         if self._options.relay:
             return Fingerprints(config.task_fingerprint, config.data_fingerprint, environment)
         if self._task is None:

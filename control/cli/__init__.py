@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from control.cli import chaos, checkpoints, membership, remote, start
+from control.cli.conformance import conformance as conformance_command
 from control.cli.doctor import doctor as doctor_command
 from control.cli.output import Command, group, run
 from control.cli.replay import replay as replay_command
@@ -40,6 +41,7 @@ def _top(
 app.command(cls=start.WithResume)(start.start)
 app.command(cls=Command)(doctor_command)
 app.command(cls=Command)(replay_command)
+app.command("conformance", cls=Command)(conformance_command)
 configuration = group("The configuration of a run.")
 configuration.command("show", cls=Command)(start.show_config)
 app.add_typer(configuration, name="config")

@@ -25,7 +25,7 @@ def create(
     address: AddressFlag = None, run_dir: RunDirFlag = None, json: JsonFlag = False, verbose: VerboseFlag = 0
 ) -> None:
     """Save a checkpoint after the step in hand."""
-    saved = ask(address, run_dir, lambda client: client.create_checkpoint())
+    saved = ask(address, run_dir, lambda client: client.checkpoint())
     if json:
         put_json(plain(saved))
     else:
@@ -37,7 +37,7 @@ def list_(
     address: AddressFlag = None, run_dir: RunDirFlag = None, json: JsonFlag = False, verbose: VerboseFlag = 0
 ) -> None:
     """List the checkpoints of the run, newest first."""
-    found = ask(address, run_dir, lambda client: client.list_checkpoints())
+    found = ask(address, run_dir, lambda client: client.checkpoints())
     if json:
         put_json([plain(checkpoint) for checkpoint in found])
         return
@@ -62,7 +62,7 @@ def restore(
     verbose: VerboseFlag = 0,
 ) -> None:
     """Take the running run back (or forward) to a checkpoint; it goes on from there."""
-    put_run(ask(address, run_dir, lambda client: client.restore_checkpoint(name)), json=json, short=True)
+    put_run(ask(address, run_dir, lambda client: client.restore(name)), json=json, short=True)
 
 
 @app.command(cls=Command)

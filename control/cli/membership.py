@@ -13,7 +13,7 @@ from control.cli.remote import AddressFlag, RunDirFlag, ask
 from spheres.errors import ArmillaryError, ConfigError, RefusedError, UnreachableError
 
 if TYPE_CHECKING:
-    from control.client import ControlClient
+    from control.client import Client
 
 __all__ = ["drain", "logs", "rebalance", "spawn", "terminate"]
 
@@ -28,12 +28,13 @@ def spawn(
     json: JsonFlag = False,
     verbose: VerboseFlag = 0,
 ) -> None:
-    """Start more local spheres on control's machine."""
-    pids = ask(address, run_dir, lambda client: client.spawn(count))
+    """Start more spheres, where control's launcher does: by default as processes on its machine."""
+    started = ask(address, run_dir, lambda client: client.spawn(count))
+    local = bool(started) and isinstance(started[0], int)
     if json:
-        put_json({"pids": pids})
+        put_json({"pids": started if local else [], "names": [] if local else started})
     else:
-        typer.echo(f"started: process {', '.join(map(str, pids))}")
+        typer.echo(f"started: {'process ' if local else ''}{', '.join(map(str, started))}")
 
 
 def drain(
@@ -82,13 +83,15 @@ def logs(
     verbose: VerboseFlag = 0,
 ) -> None:
     """Print the end of a sphere's log, wherever it runs; of a local one that is gone, what its file has."""
-    from control.run_dir import BASE, log_lines
+    from control.run_dir import BASE, log_lines, meant
 
-    async def question(client: ControlClient) -> list[str]:
+    address, run_dir = meant(address, run_dir)
+
+    async def question(client: Client) -> list[str]:
         try:
             return await client.logs(sphere, lines)
         except (ConfigError, UnreachableError) as error:
-            found = log_lines(Path((await client.get_run()).run_dir), sphere, lines)
+            found = log_lines(Path((await client.status()).run_dir), sphere, lines)
             if not found:
                 raise error from None
             return found
@@ -108,7 +111,7 @@ def logs(
 
 def _tell(
     spheres: list[str],
-    tell: Callable[[ControlClient, str], Awaitable[None]],
+    tell: Callable[[Client, str], Awaitable[None]],
     address: str | None,
     run_dir: Path | None,
     *,
@@ -116,7 +119,7 @@ def _tell(
 ) -> None:
     """Tell each of them, also after an error; what went wrong is raised at the end."""
 
-    async def all_of_them(client: ControlClient) -> tuple[list[str], list[ArmillaryError]]:
+    async def all_of_them(client: Client) -> tuple[list[str], list[ArmillaryError]]:
         told: list[str] = []
         errors: list[ArmillaryError] = []
         for sphere in dict.fromkeys(spheres):

@@ -14,7 +14,7 @@ import typer
 from control.cli.output import JsonFlag, VerboseFlag, console, plain, put_json, rows, shows_json
 
 if TYPE_CHECKING:
-    from control.client import ControlClient
+    from control.client import Client
     from spheres.v1 import control_pb2 as pb
 
 __all__ = ["AddressFlag", "RunDirFlag", "ask", "pause", "resume", "spheres", "status", "stop", "watch"]
@@ -26,26 +26,24 @@ STEP_SECONDS = 0.1
 #: seconds from which on the age of a report is worth a word
 OLD_SECONDS = 5.0
 
+# the environment is read by ``control.run_dir.meant``: what a flag says must win over both variables
 AddressFlag = Annotated[
-    str | None, typer.Option(metavar="HOST:PORT", envvar="ARMILLARY_ADDRESS", help="Address of control.")
+    str | None, typer.Option(metavar="HOST:PORT", help="Address of control. [env var: ARMILLARY_CONTROL]")
 ]
 RunDirFlag = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", envvar="ARMILLARY_RUN_DIR", help="Run directory that has it; none: the latest."),
+    typer.Option(metavar="DIR", help="Run directory that has it; none: the latest. [env var: ARMILLARY_RUN_DIR]"),
 ]
 
 
-def ask(address: str | None, run_dir: Path | None, question: Callable[[ControlClient], Awaitable[T]]) -> T:
+def ask(address: str | None, run_dir: Path | None, question: Callable[[Client], Awaitable[T]]) -> T:
     """Return the answer of the control that the flags mean."""
     import asyncio
 
-    from control.client import ControlClient
-    from control.run_dir import find
-
-    found = find(address, run_dir)
+    from control.client import Client
 
     async def answer() -> T:
-        async with ControlClient(found) as client:
+        async with Client(address, run_dir=run_dir) as client:
             return await question(client)
 
     return asyncio.run(answer())
@@ -55,7 +53,7 @@ def status(
     address: AddressFlag = None, run_dir: RunDirFlag = None, json: JsonFlag = False, verbose: VerboseFlag = 0
 ) -> None:
     """Say how the run is: step, loss, rates, where the time goes, spheres."""
-    put_run(ask(address, run_dir, lambda client: client.get_run()), json=json)
+    put_run(ask(address, run_dir, lambda client: client.status()), json=json)
 
 
 def pause(
@@ -96,18 +94,17 @@ def watch(
     """Print what happens until the run is over. JSON lines with --json or where the output is no terminal."""
     lines = shows_json(json)
 
-    async def follow(client: ControlClient) -> None:
+    async def follow(client: Client) -> None:
         shown_at = -math.inf
-        async for response in client.watch(after):
-            if response.event == "step" and not every:
+        async for event in client.watch(after):
+            if event.name == "step" and not every:
                 if time.monotonic() - shown_at < STEP_SECONDS:
                     continue
                 shown_at = time.monotonic()
-            record = json_module.loads(response.record_json or "{}")
             if lines:
-                put_json({"event_id": response.event_id, "event": response.event, **record})
+                put_json({"event_id": event.id, "event": event.name, **event.record})
             else:
-                typer.echo(_event_line(response.event, record))
+                typer.echo(_event_line(event.name, event.record))
 
     ask(address, run_dir, follow)
 
@@ -179,6 +176,7 @@ def put_run(run: pb.Run, *, json: bool, short: bool = False) -> None:
             ("rates", ", ".join(texts)),
             ("time", _shares(run.phase_seconds)),
             ("bottleneck", run.bottleneck),
+            ("mixed recompute", f"{run.mixed_recomputes_count:,} microbatches" if run.mixed_recomputes_count else ""),
             ("spheres", f"{run.living_spheres_count}/{run.known_spheres_count}"),
             ("parameters", f"{run.parameters_count:,}"),
             ("checkpoint", run.latest_checkpoint),

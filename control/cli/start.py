@@ -257,6 +257,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
             ("in synchronisation", f"{sync:.1%}" if sync is not None else None),
             ("spheres", len(spheres) if isinstance(spheres, list) else spheres),
             ("weights_sha256", summary.get("weights_sha256")),
+            ("mixed recompute", _mixed(summary.get("mixed_recompute"))),
             ("run directory", summary.get("run_dir")),
             ("report", summary.get("report")),
             (
@@ -264,6 +265,15 @@ def _print_summary(summary: dict[str, Any]) -> None:
                 f"control-cli start --resume {summary['run_dir']}" if summary["state"] != "completed" else None,
             ),
         ]
+    )
+
+
+def _mixed(count: int | None) -> str | None:
+    if not count:
+        return None
+    return (
+        f"{count:,} microbatches were lost and computed in another numeric environment, as none of their own was left: "
+        "another run may give other bits"
     )
 
 

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from spheres.v1 import common_pb2 as spheres_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bspheres/v1/checkpoint.proto\x12\nspheres.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17spheres/v1/common.proto\"l\n\x10\x43heckpointRecord\x12\x0e\n\x06\x63rc32c\x18\x01 \x01(\x07\x12\x0b\n\x03run\x18\x02 \x01(\x0c\x12\x15\n\rbuffer_header\x18\x03 \x01(\x0c\x12\x0e\n\x06sphere\x18\x04 \x01(\x0c\x12\x14\n\x0c\x62uffer_chunk\x18\x0f \x01(\x0c\"\xaf\x05\n\tRunRecord\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x17\n\x0fweights_version\x18\x04 \x01(\x03\x12\x16\n\x0eweights_digest\x18\x05 \x01(\x0c\x12\x16\n\x0eweights_sha256\x18\x06 \x01(\t\x12&\n\x08manifest\x18\x07 \x01(\x0b\x32\x14.spheres.v1.Manifest\x12\x13\n\x0b\x63onfig_json\x18\x08 \x01(\t\x12\x17\n\x0foptimizer_count\x18\t \x01(\x03\x12\r\n\x05\x65poch\x18\n \x01(\x03\x12\x15\n\rsamples_count\x18\x0b \x01(\x03\x12\x0c\n\x04seed\x18\x0c \x01(\x03\x12\x33\n\x07metrics\x18\r \x03(\x0b\x32\".spheres.v1.RunRecord.MetricsEntry\x12\x17\n\nbest_value\x18\x0e \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tbest_step\x18\x0f \x01(\x03\x12\x18\n\x10task_fingerprint\x18\x10 \x01(\t\x12\x18\n\x10\x64\x61ta_fingerprint\x18\x11 \x01(\t\x12\x1e\n\x16\x65valuations_since_best\x18\x12 \x01(\x03\x12\x14\n\x0cwall_seconds\x18\x13 \x01(\x01\x12\x42\n\x0f\x63\x61llback_states\x18\x14 \x03(\x0b\x32).spheres.v1.RunRecord.CallbackStatesEntry\x12\x1e\n\x16mixed_recomputes_count\x18\x15 \x01(\x03\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x35\n\x13\x43\x61llbackStatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\r\n\x0b_best_value\"@\n\x0c\x42ufferHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07\"L\n\x0cSphereRecord\x12(\n\x06report\x18\x01 \x01(\x0b\x32\x18.spheres.v1.SphereReport\x12\x12\n\ntask_state\x18\x02 \x01(\x0c\"Y\n\x0e\x43heckpointFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07\x12\x15\n\rrecords_count\x18\x04 \x01(\x03\"\xe0\x03\n\x12\x43heckpointManifest\x12\x16\n\x0e\x66ormat_version\x18\x01 \x01(\x05\x12)\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x1a.spheres.v1.CheckpointFile\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x17\n\x0fweights_version\x18\x05 \x01(\x03\x12\x16\n\x0eweights_digest\x18\x06 \x01(\x0c\x12\x16\n\x0eweights_sha256\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x04tree\x18\t \x03(\x0b\x32(.spheres.v1.CheckpointManifest.TreeEntry\x12\x0e\n\x06\x66inite\x18\n \x01(\x08\x12\x0c\n\x04\x62\x65st\x18\x0b \x01(\x08\x12<\n\x07metrics\x18\x0c \x03(\x0b\x32+.spheres.v1.CheckpointManifest.MetricsEntry\x1a+\n\tTreeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bspheres/v1/checkpoint.proto\x12\nspheres.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17spheres/v1/common.proto\"l\n\x10\x43heckpointRecord\x12\x0e\n\x06\x63rc32c\x18\x01 \x01(\x07\x12\x0b\n\x03run\x18\x02 \x01(\x0c\x12\x15\n\rbuffer_header\x18\x03 \x01(\x0c\x12\x0e\n\x06sphere\x18\x04 \x01(\x0c\x12\x14\n\x0c\x62uffer_chunk\x18\x0f \x01(\x0c\"\xb3\x06\n\tRunRecord\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x03\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x17\n\x0fweights_version\x18\x04 \x01(\x03\x12\x16\n\x0eweights_digest\x18\x05 \x01(\x0c\x12\x16\n\x0eweights_sha256\x18\x06 \x01(\t\x12&\n\x08manifest\x18\x07 \x01(\x0b\x32\x14.spheres.v1.Manifest\x12\x13\n\x0b\x63onfig_json\x18\x08 \x01(\t\x12\x17\n\x0foptimizer_count\x18\t \x01(\x03\x12\r\n\x05\x65poch\x18\n \x01(\x03\x12\x15\n\rsamples_count\x18\x0b \x01(\x03\x12\x0c\n\x04seed\x18\x0c \x01(\x03\x12\x33\n\x07metrics\x18\r \x03(\x0b\x32\".spheres.v1.RunRecord.MetricsEntry\x12\x17\n\nbest_value\x18\x0e \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tbest_step\x18\x0f \x01(\x03\x12\x18\n\x10task_fingerprint\x18\x10 \x01(\t\x12\x18\n\x10\x64\x61ta_fingerprint\x18\x11 \x01(\t\x12\x1e\n\x16\x65valuations_since_best\x18\x12 \x01(\x03\x12\x14\n\x0cwall_seconds\x18\x13 \x01(\x01\x12\x42\n\x0f\x63\x61llback_states\x18\x14 \x03(\x0b\x32).spheres.v1.RunRecord.CallbackStatesEntry\x12\x1e\n\x16mixed_recomputes_count\x18\x15 \x01(\x03\x12H\n\x12\x65nvironment_shares\x18\x16 \x03(\x0b\x32,.spheres.v1.RunRecord.EnvironmentSharesEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x35\n\x13\x43\x61llbackStatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x38\n\x16\x45nvironmentSharesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_best_value\"@\n\x0c\x42ufferHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07\"L\n\x0cSphereRecord\x12(\n\x06report\x18\x01 \x01(\x0b\x32\x18.spheres.v1.SphereReport\x12\x12\n\ntask_state\x18\x02 \x01(\x0c\"Y\n\x0e\x43heckpointFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07\x12\x15\n\rrecords_count\x18\x04 \x01(\x03\"\xe0\x03\n\x12\x43heckpointManifest\x12\x16\n\x0e\x66ormat_version\x18\x01 \x01(\x05\x12)\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x1a.spheres.v1.CheckpointFile\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\x17\n\x0fweights_version\x18\x05 \x01(\x03\x12\x16\n\x0eweights_digest\x18\x06 \x01(\x0c\x12\x16\n\x0eweights_sha256\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x04tree\x18\t \x03(\x0b\x32(.spheres.v1.CheckpointManifest.TreeEntry\x12\x0e\n\x06\x66inite\x18\n \x01(\x08\x12\x0c\n\x04\x62\x65st\x18\x0b \x01(\x08\x12<\n\x07metrics\x18\x0c \x03(\x0b\x32+.spheres.v1.CheckpointManifest.MetricsEntry\x1a+\n\tTreeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,6 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNRECORD_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_RUNRECORD_CALLBACKSTATESENTRY']._loaded_options = None
   _globals['_RUNRECORD_CALLBACKSTATESENTRY']._serialized_options = b'8\001'
+  _globals['_RUNRECORD_ENVIRONMENTSHARESENTRY']._loaded_options = None
+  _globals['_RUNRECORD_ENVIRONMENTSHARESENTRY']._serialized_options = b'8\001'
   _globals['_CHECKPOINTMANIFEST_TREEENTRY']._loaded_options = None
   _globals['_CHECKPOINTMANIFEST_TREEENTRY']._serialized_options = b'8\001'
   _globals['_CHECKPOINTMANIFEST_METRICSENTRY']._loaded_options = None
@@ -44,21 +46,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHECKPOINTRECORD']._serialized_start=101
   _globals['_CHECKPOINTRECORD']._serialized_end=209
   _globals['_RUNRECORD']._serialized_start=212
-  _globals['_RUNRECORD']._serialized_end=899
-  _globals['_RUNRECORD_METRICSENTRY']._serialized_start=783
-  _globals['_RUNRECORD_METRICSENTRY']._serialized_end=829
-  _globals['_RUNRECORD_CALLBACKSTATESENTRY']._serialized_start=831
-  _globals['_RUNRECORD_CALLBACKSTATESENTRY']._serialized_end=884
-  _globals['_BUFFERHEADER']._serialized_start=901
-  _globals['_BUFFERHEADER']._serialized_end=965
-  _globals['_SPHERERECORD']._serialized_start=967
-  _globals['_SPHERERECORD']._serialized_end=1043
-  _globals['_CHECKPOINTFILE']._serialized_start=1045
-  _globals['_CHECKPOINTFILE']._serialized_end=1134
-  _globals['_CHECKPOINTMANIFEST']._serialized_start=1137
-  _globals['_CHECKPOINTMANIFEST']._serialized_end=1617
-  _globals['_CHECKPOINTMANIFEST_TREEENTRY']._serialized_start=1526
-  _globals['_CHECKPOINTMANIFEST_TREEENTRY']._serialized_end=1569
-  _globals['_CHECKPOINTMANIFEST_METRICSENTRY']._serialized_start=783
-  _globals['_CHECKPOINTMANIFEST_METRICSENTRY']._serialized_end=829
+  _globals['_RUNRECORD']._serialized_end=1031
+  _globals['_RUNRECORD_METRICSENTRY']._serialized_start=857
+  _globals['_RUNRECORD_METRICSENTRY']._serialized_end=903
+  _globals['_RUNRECORD_CALLBACKSTATESENTRY']._serialized_start=905
+  _globals['_RUNRECORD_CALLBACKSTATESENTRY']._serialized_end=958
+  _globals['_RUNRECORD_ENVIRONMENTSHARESENTRY']._serialized_start=960
+  _globals['_RUNRECORD_ENVIRONMENTSHARESENTRY']._serialized_end=1016
+  _globals['_BUFFERHEADER']._serialized_start=1033
+  _globals['_BUFFERHEADER']._serialized_end=1097
+  _globals['_SPHERERECORD']._serialized_start=1099
+  _globals['_SPHERERECORD']._serialized_end=1175
+  _globals['_CHECKPOINTFILE']._serialized_start=1177
+  _globals['_CHECKPOINTFILE']._serialized_end=1266
+  _globals['_CHECKPOINTMANIFEST']._serialized_start=1269
+  _globals['_CHECKPOINTMANIFEST']._serialized_end=1749
+  _globals['_CHECKPOINTMANIFEST_TREEENTRY']._serialized_start=1658
+  _globals['_CHECKPOINTMANIFEST_TREEENTRY']._serialized_end=1701
+  _globals['_CHECKPOINTMANIFEST_METRICSENTRY']._serialized_start=857
+  _globals['_CHECKPOINTMANIFEST_METRICSENTRY']._serialized_end=903
 # @@protoc_insertion_point(module_scope)

@@ -104,6 +104,26 @@ class RunRecord(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class EnvironmentSharesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RUN_ID_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
@@ -125,6 +145,7 @@ class RunRecord(_message.Message):
     WALL_SECONDS_FIELD_NUMBER: _builtins.int
     CALLBACK_STATES_FIELD_NUMBER: _builtins.int
     MIXED_RECOMPUTES_COUNT_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_SHARES_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
     term: _builtins.int
@@ -173,6 +194,10 @@ class RunRecord(_message.Message):
     def callback_states(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """State of callbacks by name, as JSON."""
 
+    @_builtins.property
+    def environment_shares(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """How numeric environments share a step, by fingerprint: what the tree computed at once in each when that was decided."""
+
     def __init__(
         self,
         *,
@@ -197,10 +222,11 @@ class RunRecord(_message.Message):
         wall_seconds: _builtins.float = ...,
         callback_states: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         mixed_recomputes_count: _builtins.int = ...,
+        environment_shares: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_best_value", b"_best_value", "best_value", b"best_value", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_value", b"_best_value", "best_step", b"best_step", "best_value", b"best_value", "callback_states", b"callback_states", "config_json", b"config_json", "data_fingerprint", b"data_fingerprint", "epoch", b"epoch", "evaluations_since_best", b"evaluations_since_best", "manifest", b"manifest", "metrics", b"metrics", "mixed_recomputes_count", b"mixed_recomputes_count", "optimizer_count", b"optimizer_count", "run_id", b"run_id", "samples_count", b"samples_count", "seed", b"seed", "step", b"step", "task_fingerprint", b"task_fingerprint", "term", b"term", "wall_seconds", b"wall_seconds", "weights_digest", b"weights_digest", "weights_sha256", b"weights_sha256", "weights_version", b"weights_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_value", b"_best_value", "best_step", b"best_step", "best_value", b"best_value", "callback_states", b"callback_states", "config_json", b"config_json", "data_fingerprint", b"data_fingerprint", "environment_shares", b"environment_shares", "epoch", b"epoch", "evaluations_since_best", b"evaluations_since_best", "manifest", b"manifest", "metrics", b"metrics", "mixed_recomputes_count", b"mixed_recomputes_count", "optimizer_count", b"optimizer_count", "run_id", b"run_id", "samples_count", b"samples_count", "seed", b"seed", "step", b"step", "task_fingerprint", b"task_fingerprint", "term", b"term", "wall_seconds", b"wall_seconds", "weights_digest", b"weights_digest", "weights_sha256", b"weights_sha256", "weights_version", b"weights_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_value: _TypeAlias = _typing.Literal["best_value"]  # noqa: Y015
     _WhichOneofArgType__best_value: _TypeAlias = _typing.Literal["_best_value", b"_best_value"]  # noqa: Y015

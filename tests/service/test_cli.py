@@ -34,7 +34,7 @@ import pytest
 import control.cli
 import control.cli.output
 import spheres.cli
-from control.client import ControlClient, state_name
+from control.client import Client, state_name
 from control.run_dir import find
 
 pytestmark = pytest.mark.processes
@@ -656,8 +656,8 @@ def wait_for(run: Any, live: Live, reached: Callable[[Any], bool]) -> Any:
     """Return the run once it is so, a step later at most."""
 
     async def ask() -> Any:
-        async with ControlClient(find(None, live.folder / "live")) as client:
-            while not reached(found := await client.get_run()):
+        async with Client(find(None, live.folder / "live")) as client:
+            while not reached(found := await client.status()):
                 pass
             return found
 

@@ -1,4 +1,4 @@
-"""``ControlClient`` against a control that answers as a script says, over real gRPC."""
+"""``Client`` against a control that answers as a script says, over real gRPC."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from grpc import aio
 
 from control import client as client_module
-from control.client import ControlClient, state_name
+from control.client import Client, state_name
 from spheres.config import manifest_to_proto
 from spheres.errors import (
     ArmillaryError,
@@ -46,19 +46,19 @@ class Control(ControlServiceServicer):
 
 
 @asynccontextmanager
-async def serving(control: Control, *, deadline: float = 5.0) -> AsyncIterator[ControlClient]:
+async def serving(control: Control, *, deadline: float = 5.0) -> AsyncIterator[Client]:
     server = aio.server()
     add_ControlServiceServicer_to_server(control, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        async with ControlClient(f"127.0.0.1:{port}", deadline=deadline) as client:
+        async with Client(f"127.0.0.1:{port}", deadline=deadline) as client:
             yield client
     finally:
         # what the client cut off ends in gRPC's own thread; when one more call is through, its news have come to this
         # loop, and not to that of the next test
-        async with ControlClient(f"127.0.0.1:{port}") as last:
-            await last.get_run()
+        async with Client(f"127.0.0.1:{port}") as last:
+            await last.status()
         await server.stop(None)
 
 
@@ -85,13 +85,13 @@ def test_what_control_answers(run: Any) -> None:
 
     async def calls() -> None:
         async with serving(control) as client:
-            assert repr(client) == f"<ControlClient {client.address}>"
-            assert (await client.get_run()).step == 7
-            assert state_name(await client.get_run()) == "running"
+            assert repr(client) == f"<Client {client.address}>"
+            assert (await client.status()).step == 7
+            assert state_name(await client.status()) == "running"
             assert state_name(await client.stop("enough")) == "stopped"
             for _ in range(2):
-                assert (await client.create_checkpoint()).name == "step-000000001"
-            await client.create_checkpoint("mine")
+                assert (await client.checkpoint()).name == "step-000000001"
+            await client.checkpoint("mine")
 
     run(calls())
     assert control.requests[0].reason == "enough"
@@ -127,8 +127,8 @@ def test_errors_are_those_that_control_meant(
 
 def test_nobody_answers(run: Any) -> None:
     async def call() -> None:
-        async with ControlClient("127.0.0.1:1") as client:
-            for question in (client.get_run, client.spheres, client.list_checkpoints, client.download_weights):
+        async with Client("127.0.0.1:1") as client:
+            for question in (client.status, client.spheres, client.checkpoints, client.weights):
                 with pytest.raises(
                     UnreachableError, match=r"^control at 127\.0\.0\.1:1 does not answer; is it running"
                 ):
@@ -170,7 +170,7 @@ def test_pages_are_put_together(run: Any) -> None:
     async def calls() -> None:
         async with serving(Control(ListSpheres=spheres, ListCheckpoints=checkpoints)) as client:
             assert [sphere.sphere_id for sphere in await client.spheres()] == names
-            assert [checkpoint.name for checkpoint in await client.list_checkpoints()] == ["first", "second"]
+            assert [checkpoint.name for checkpoint in await client.checkpoints()] == ["first", "second"]
 
     run(calls())
 
@@ -198,7 +198,7 @@ def watching(*streams: list[pb.WatchRunResponse | grpc.StatusCode]) -> Control:
 
 async def seen(control: Control, after: int = 0, **options: Any) -> list[int]:
     async with serving(control) as client:
-        return [response.event_id async for response in client.watch(after, **options)]
+        return [event.id async for event in client.watch(after, **options)]
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_a_watch_that_finds_nobody_any_more_gives_up(run: Any) -> None:
         control = watching([event(1), CUT], [CUT])
         async with serving(control) as client:
             events = client.watch(patience=0.2)
-            assert (await anext(events)).event_id == 1
+            assert (await anext(events)).id == 1
             with pytest.raises(UnreachableError):
                 await anext(events)
             assert len(control.requests) > 2
@@ -299,11 +299,11 @@ def download(spoil: Callable[[list[pb.DownloadWeightsResponse]], None] = lambda 
 def test_weights_arrive_as_they_were_sent(run: Any) -> None:
     async def fetch() -> None:
         async with serving(download()) as client:
-            found = await client.download_weights()
+            found = await client.weights()
         assert found.version == 9
-        assert found.tensors["w"].tolist() == np.arange(15).reshape(3, 5).tolist()
-        assert found.tensors["b"].tolist() == [1] * 40
-        assert not found.tensors["w"].flags.writeable
+        assert found["w"].tolist() == np.arange(15).reshape(3, 5).tolist()
+        assert found["b"].tolist() == [1] * 40
+        assert not found["w"].flags.writeable
 
     run(fetch())
 
@@ -355,7 +355,7 @@ def test_weights_that_are_not_whole_are_refused(run: Any, spoil: Callable[..., N
     async def fetch() -> None:
         async with serving(download(spoil)) as client:
             with pytest.raises(ChecksumError, match=message):
-                await client.download_weights()
+                await client.weights()
 
     run(fetch())
 
@@ -364,6 +364,6 @@ def test_a_download_that_ends_before_it_begins(run: Any) -> None:
     async def fetch() -> None:
         async with serving(download(list.clear)) as client:
             with pytest.raises(LinkClosedError, match="ended the download before it began"):
-                await client.download_weights()
+                await client.weights()
 
     run(fetch())

@@ -14,6 +14,7 @@ import pytest
 
 from control.config import RunConfig
 from control.reference import reference
+from control.sync_client import SyncClient
 from control.testing import local_tree
 from spheres.frames import decode
 from spheres.task import load_task
@@ -24,8 +25,14 @@ from spheres.v1 import work_pb2 as pb
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+#: those that need no run
+ALONE = [path.stem for path in sorted(EXAMPLES.glob("*.py")) if path.stem != "watch_run"]
 #: seconds that all of them have together
 PATIENCE = 45
+
+
+def environment():
+    return {key: value for key, value in os.environ.items() if not key.startswith("ARMILLARY_")}
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +43,13 @@ def ran(tmp_path_factory):
     shutil.copy(EXAMPLES / "own_task.py", by_name)
     flags = ["--task", "own_task:Points", "--task-option", "samples=500", "--spheres", "1", "--steps", "3"]
     control_cli = Path(sys.executable).with_name("control-cli")
-    commands = {path.stem: [sys.executable, str(path)] for path in sorted(EXAMPLES.glob("*.py"))}
+    commands = {name: [sys.executable, str(EXAMPLES / f"{name}.py")] for name in ALONE}
     commands["by-name"] = [str(control_cli), "start", *flags, "--run-dir", "run"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("ARMILLARY_")}
     for name, command in commands.items():
         folder = by_name if name == "by-name" else tmp_path_factory.mktemp(name)
         running[name] = (
             folder,
-            subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT),
+            subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT),
         )
     try:
         done = {name: (folder, process.communicate(timeout=PATIENCE)[0]) for name, (folder, process) in running.items()}
@@ -58,7 +64,7 @@ def summary_of(folder):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", ["by-name", *(path.stem for path in sorted(EXAMPLES.glob("*.py")))])
+@pytest.mark.parametrize("name", ["by-name", *ALONE])
 def test_every_example_ends_well(ran, name):
     _, code, said = ran[name]
     assert (code, "Traceback" in said) == (0, False), said
@@ -98,6 +104,33 @@ def test_the_steps_of_the_example_give_the_same_bits_again(ran):
     assert "back at step 1\nthe same five steps again gave the same bits: True" in said
     config = RunConfig(task="digits", epochs=2)
     assert summary_of(folder)["weights_sha256"] == reference(load_task("digits"), config).weights_sha256
+
+
+@pytest.mark.processes
+def test_the_client_of_the_example_watches_a_run_to_its_end(tmp_path):
+    control_cli = Path(sys.executable).with_name("control-cli")
+    command = [str(control_cli), "start", "--json", "--spheres", "1", "--steps", "400"]
+    control = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        assert any(json.loads(line)["event"] == "step" for line in control.stdout)
+        with SyncClient(run_dir=tmp_path / "runs" / "latest") as client:
+            client.pause()  # the script shall find it alive
+        script = [sys.executable, str(EXAMPLES / "watch_run.py")]
+        done = subprocess.run(
+            script, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+        control.communicate(timeout=PATIENCE)
+    finally:
+        control.kill()
+        control.communicate()
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    summary = summary_of(tmp_path)
+    version = int(re.search(r"weights of version (\d+)", done.stdout)[1])
+    seen = re.search(r"(\d+) steps were seen; the last loss was ([\d.]+)", done.stdout)
+    assert 0 < int(seen[1]) <= 400 - version  # without those between the call to go on and the watch
+    assert seen[2] == f"{summary['loss']:.4f}"
+    assert re.search(r"^s-1 active", done.stdout, re.MULTILINE)
+    assert "state completed" in done.stdout
 
 
 def own_task():

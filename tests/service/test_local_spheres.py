@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -16,12 +17,13 @@ from typing import Any
 
 import pytest
 
-from control import launcher, restarts
+from control import launcher_local, lives, restarts
 from control.cli import app
 from control.cli.output import run as run_words
-from control.client import ControlClient
+from control.client import Client
 from control.config import RunConfig
-from control.launcher import Ended, LocalSpheres
+from control.launcher_local import LocalSpheres
+from control.lives import Ended, RunFacts
 from control.processes import command_of, is_sphere, log_of, spheres_of
 from control.reference import reference
 from control.run_dir import log_lines, process_of
@@ -53,10 +55,10 @@ class Local:
         file = folder / "python"
         file.write_text(script)
         file.chmod(0o755)
-        monkeypatch.setattr(launcher.sys, "executable", str(file))
+        monkeypatch.setattr(launcher_local.sys, "executable", str(file))
         self.ended: list[Ended] = []
         self.news = asyncio.Event()
-        self.spheres = LocalSpheres("127.0.0.1:1", folder / "logs", orphan_timeout=1.0, ended=self._ended)
+        self.spheres = LocalSpheres(RunFacts("127.0.0.1:1", folder / "logs", self._ended, orphan_timeout=1.0))
 
     def _ended(self, ended: Ended) -> None:
         self.ended.append(ended)
@@ -95,7 +97,7 @@ def test_a_sphere_that_cannot_live_is_tried_ever_more_rarely_and_set_aside(run, 
 def test_one_that_is_killed_comes_back_at_once_in_its_own_log(run, tmp_path, monkeypatch):
     async def main() -> None:
         local = Local(tmp_path, SLEEPS, monkeypatch)
-        first, _ = await local.spheres.start(2)
+        first, _ = (sphere.pid for sphere in await local.spheres.start(2))
         os.kill(first, signal.SIGKILL)
         await local.until_ended(1)
         assert (local.ended[0].code, local.ended[0].error) == (-signal.SIGKILL, "")
@@ -111,19 +113,21 @@ def test_one_that_is_killed_comes_back_at_once_in_its_own_log(run, tmp_path, mon
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_who_is_told_to_leave_is_not_started_again(run, tmp_path, monkeypatch, at_once):
-    monkeypatch.setattr(launcher, "_GRACE_SECONDS", (0.1, 5.0, 5.0))
+    monkeypatch.setattr(lives, "_GRACE_SECONDS", (0.1, 5.0, 5.0))
 
     async def main() -> None:
         local = Local(tmp_path, SLEEPS, monkeypatch)
-        first, second = await local.spheres.start(2)
-        assert not local.spheres.dismiss(1, at_once=at_once)  # somebody else's
-        assert local.spheres.dismiss(first, at_once=at_once)
+        first, second = (sphere.pid for sphere in await local.spheres.start(2))
+        host = socket.gethostname()
+        assert not local.spheres.dismiss(host, 1, at_once=at_once)  # somebody else's
+        assert local.spheres.dismiss(host, first, at_once=at_once)
         if not at_once:  # at once: deaf as it is, it is killed
             os.kill(first, signal.SIGTERM)
         await eventually(lambda: local.spheres.living == 1)
         assert local.ended == []
         (third,) = await local.spheres.start(1)  # takes the place that is free
-        assert third != second
+        assert third.name == "local-1"
+        assert third.pid not in (first, second)
         await local.spheres.aclose()
 
     run(main())
@@ -189,7 +193,7 @@ def _until(process: subprocess.Popen[str], step: int) -> None:
 
 
 async def _spheres(directory: Path) -> dict[str, int]:
-    async with ControlClient((directory / "run" / "address").read_text().split()[0]) as client:
+    async with Client((directory / "run" / "address").read_text().split()[0]) as client:
         return {sphere.sphere_id: sphere.report.pid for sphere in await client.spheres()}
 
 
@@ -264,7 +268,7 @@ def test_commands_and_chaos_on_a_running_tree(run, tmp_path, capsys):
     directory = tmp_path / "run"
 
     async def commands() -> None:
-        async with ControlClient((directory / "address").read_text().split()[0]) as client:
+        async with Client((directory / "address").read_text().split()[0]) as client:
             pids = await client.spawn(2, "once")
             assert await client.spawn(2, "once") == pids
             with pytest.raises(ConfigError, match="cannot start 0 spheres: give a number from 1 to 1000"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from control.client import ControlClient
+from control.client import Client
 from control.config import RunConfig
 from control.reference import reference
 from control.run_dir import log_lines
@@ -123,7 +123,7 @@ def _until_step(process: subprocess.Popen[str], step: int) -> None:
 
 async def _sphere_pids(directory: Path) -> list[int]:
     address = (directory / "run" / "address").read_text().split()[0]
-    async with ControlClient(address) as client:
+    async with Client(address) as client:
         return [sphere.report.pid for sphere in await client.spheres()]
 
 

@@ -26,6 +26,7 @@ from control.replay import Replay, ReplayedStep
 from control.testing import LocalTree, local_tree
 from control.update import Updater, master_digest
 from spheres.blocks import Block
+from spheres.environments import ANY
 from spheres.errors import CheckpointError, ConfigError, FingerprintError
 from spheres.gradients import Contribution
 from spheres.numerics import crc32c
@@ -433,6 +434,7 @@ def written_down(config: RunConfig, directory: Path, *, nudge: int = -1) -> str:
         add.release(summed)
         made = {"sums": summed.sums, "skipped": (), "update": update, "digest": weights.digest}
         made |= {"times": StepTimes(0.0, 0.0, 0.0), "phases": PhaseTimes(), "spheres": 1, "contributions": parts}
+        made |= {"environments": ANY, "moved": 0}
         record = step_record(step, term=1, sampler=node.sampler, attempts=0, bytes_up=0, bytes_down=0, **made)
         journal.append({**record, "origin": origin(config, node)} if step == 0 else record)
     journal.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from control.client import ControlClient
+from control.client import Client
 from control.config import RunConfig
 from control.reference import reference
 from spheres.errors import RefusedError
@@ -92,7 +92,7 @@ def test_a_run_that_is_over_and_held_answers_until_it_is_told_to_go(end, run, tm
     process = _start(tmp_path, *flags, "--hold")
 
     async def stop() -> None:
-        async with ControlClient((tmp_path / "run" / "address").read_text().split()[0]) as client:
+        async with Client((tmp_path / "run" / "address").read_text().split()[0]) as client:
             await client.stop("enough")
 
     if end == "stopped":
@@ -104,8 +104,8 @@ def test_a_run_that_is_over_and_held_answers_until_it_is_told_to_go(end, run, tm
     address = (tmp_path / "run" / "address").read_text().split()[0]
 
     async def look() -> None:
-        async with ControlClient(address) as client:
-            assert (await client.get_run()).step == summary["steps"]
+        async with Client(address) as client:
+            assert (await client.status()).step == summary["steps"]
         with pytest.raises(RefusedError, match="the run is over"):
             await Sphere(SphereOptions(control=address, orphan_timeout=5.0), GrpcTransport()).run()
 

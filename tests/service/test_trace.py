@@ -100,10 +100,10 @@ def test_a_traced_run_of_processes_says_where_its_time_went(run, tmp_path):
     async def train():
         async with Training(config) as training:
             await training.step(30)
-            from control.client import ControlClient
+            from control.client import Client
 
-            async with ControlClient(training.controller.tree.address) as client:
-                told = (await client.get_run()).bottleneck
+            async with Client(training.controller.tree.address) as client:
+                told = (await client.status()).bottleneck
             await training.run()
         return told, training.summary
 

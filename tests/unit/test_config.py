@@ -247,7 +247,8 @@ def test_every_key_can_be_given_as_flag_and_as_variable() -> None:
         "checkpoint_every": "5steps", "checkpoint_url": "s3://b/x", "keep": "9",
             "keep_every": "100", "log_every": "1", "metrics_csv": "1",
         "tensorboard": "on", "on_callback_error": "raise", "wire": "inline", "wire_dtype": "bfloat16",
-        "weights_wire_dtype": "bfloat16", "hosts_per_host": "1", "trace": "yes",
+        "weights_wire_dtype": "bfloat16", "hosts_per_host": "1", "trace": "yes", "launcher": "kubernetes",
+        "ray_address": "head:6379", "kubernetes_deployment": "spheres",
     }  # fmt: skip
     assert set(other) == set(flat_paths()) - {"steps", "on_nonfinite"}  # the first excludes epochs, the second is fixed
     by_flag = load_config(other, {})[0]

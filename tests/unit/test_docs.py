@@ -19,7 +19,8 @@ DOCS = ROOT / "docs"
 TESTDATA = ROOT / "protos" / "testdata"
 
 #: every page that a reader may open
-PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted(DOCS.rglob("*.md"))
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docker/README.md")]
+PAGES += sorted(DOCS.rglob("*.md"))
 #: page -> path below the root
 NAMES = {str(page.relative_to(ROOT)): page for page in PAGES}
 
@@ -89,7 +90,7 @@ def test_every_file_that_is_named_exists(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_module_that_is_named_exists(name: str) -> None:
-    """``spheres.hub`` is a module; of ``control.client.ControlClient`` the module before the last dot has that name."""
+    """``spheres.hub`` is a module; of ``control.client.Client`` the module before the last dot has that name."""
     text = re.sub(r"\S*/\S*|spheres\.v1\b\S*", "", text_of(name))  # without paths, and names of protos
     named = set(re.findall(r"\b(?:spheres|control)(?:\.[a-z_]\w*)+(?:\.[A-Z]\w*)?", text))
     wrong = []

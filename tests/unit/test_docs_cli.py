@@ -90,7 +90,7 @@ def test_the_command_lines_that_are_shown_are_command_lines() -> None:
     lines = re.findall(r"(?:^|`)(control-cli [a-z-]+(?: [^`#\n]*)?)", TEXT, re.MULTILINE)
     assert len(lines) > 20
     for line in lines:
-        name, *rest = line.split()[1:]
+        name, *rest = line.partition(" -- ")[0].split()[1:]
         known = [
             command
             for command in COMMANDS

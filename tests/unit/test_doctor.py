@@ -650,6 +650,8 @@ def test_memory_that_does_not_fit_is_a_warning() -> None:
     assert "does not fit; start fewer local spheres" in tight.message
     elsewhere = check_memory(config(**{**settings, "spheres": 0, "min_spheres": 3}), sized(25 * MIB), needed - 1)
     assert "control alone need 366 MiB" in elsewhere.message
+    actors = check_memory(config(**settings, launcher="ray"), sized(25 * MIB), needed - 1)
+    assert "control alone need 366 MiB" in actors.message
 
 
 def test_a_parameter_group_that_fits_no_tensor_is_found_here() -> None:

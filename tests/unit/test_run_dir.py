@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import control.run_dir
-from control.run_dir import RunDirectory, find
+from control.run_dir import RunDirectory, find, meant
 from spheres.errors import ConfigError, UnreachableError
 
 #: a control that has a directory, and a sphere that outlives it: it ends when the test closes its end of the pipe
@@ -279,6 +279,18 @@ def test_a_broken_run_json_is_a_clear_error(tmp_path: Path, text: str) -> None:
 
 def test_an_address_that_is_given_is_taken(tmp_path: Path) -> None:
     assert find("host:1", tmp_path / "nowhere") == "host:1"
+
+
+def test_what_is_given_wins_over_the_environment_and_an_address_over_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert meant(None, None) == (None, None)
+    monkeypatch.setenv("ARMILLARY_RUN_DIR", "there")
+    assert meant(None, None) == (None, Path("there"))
+    monkeypatch.setenv("ARMILLARY_CONTROL", "host:2")
+    assert meant(None, None)[0] == find(None, None) == "host:2"
+    assert meant(None, tmp_path) == (None, tmp_path)
+    assert meant("host:1", None) == ("host:1", None)
 
 
 def test_a_run_that_is_over_or_never_was_says_so(tmp_path: Path) -> None:

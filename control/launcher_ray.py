@@ -1,0 +1,317 @@
+"""The launcher ``ray``: each sphere is an actor on a Ray cluster that is there: the extra ``ray`` of the package.
+
+Where actors run, and that they run again when their process or their node is gone, is Ray's work. A sphere that ends by
+itself is started again here, as a local one. Bytes of the training go over the spheres' own gRPC, never through Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from control.config import RunConfig
+from control.lives import Lives, Outcome, RunFacts, Started
+from spheres.errors import ArmillaryError, ConfigError, GradientError, TaskLoadError, UnreachableError
+from spheres.task import IN_SPHERE
+
+__all__ = ["RaySpheres", "ray_launcher"]
+
+log = logging.getLogger(__name__)
+
+#: of the actors' processes, before they import anything: bits differ between one BLAS thread and two
+_VARIABLES = {
+    **dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"),
+    "GRPC_VERBOSITY": "NONE",
+    IN_SPHERE: "1",
+}
+#: seconds within which the head of a cluster must answer: Ray itself would try for two minutes
+_CONNECT_SECONDS = 5.0
+#: seconds after which an actor without a place is spoken of
+_PLACE_SECONDS = 10.0
+#: every address of a machine
+_ANY = ("0.0.0.0", "[::]")
+
+
+def ray_launcher(config: RunConfig) -> Callable[[RunFacts], RaySpheres]:
+    """Connect to the cluster and return what makes the launcher. A connection that this process has is used.
+
+    Raises ConfigError without the extra, or where spheres could not reach control; UnreachableError without a cluster.
+    """
+    # the cluster's owner may want them; a run has nothing to tell anybody
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("the launcher ray needs the extra ray: pip install 'armillary[ray]'") from None
+    connected = not ray.is_initialized()
+    if connected:
+        _connect(ray, config.ray_address)
+    try:
+        _refuse_loopback(config.listen, ray.nodes())
+    except ConfigError:
+        if connected:
+            ray.shutdown()
+        raise
+    return lambda facts: RaySpheres(ray, facts, connected=connected)
+
+
+def _connect(ray: Any, address: str) -> None:
+    where = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+    host, _, port = where.rpartition(":")
+    try:
+        if port.isdecimal():
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+        with _silence(logging.getLogger("ray")):  # that it takes no signals in this thread is as it should be
+            ray.init(address=where, log_to_driver=False, configure_logging=False)
+    except (OSError, RuntimeError, ValueError) as error:  # ValueError: its own words for an address in RAY_ADDRESS
+        if where == "auto":
+            reason = (
+                "there is no Ray cluster on this machine: start one with `ray start --head`, or join one with "
+                "`ray start --address HOST:PORT`, or name its head with --ray-address HOST:PORT"
+            )
+        else:
+            reason = f"no Ray cluster answers at {where} (--ray-address): {_sentence(error)}"
+        raise UnreachableError(reason) from error
+
+
+@contextlib.contextmanager
+def _silence(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _refuse_loopback(listen: str, nodes: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ConfigError where control listens for this machine alone, and the cluster has others."""
+    others = sorted({n["NodeManagerHostname"] for n in nodes if n["Alive"]} - {socket.gethostname()})
+    if others and _is_loopback(listen):
+        raise ConfigError(
+            f"control listens on {listen}, which spheres on {', '.join(others[:3])} cannot reach: "
+            "give --listen 0.0.0.0:7070 (or this node's address) and --insecure"
+        )
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith(("127.", "localhost:", "[::1]:"))
+
+
+class SphereActor:
+    """One sphere in an actor's process. Ray calls each method in a thread of its own."""
+
+    def __init__(self, control: str, orphan_timeout: float, *, loopback: bool, verbose: bool) -> None:
+        self._control, self._orphan_timeout, self._loopback = control, orphan_timeout, loopback
+        self._verbose = verbose
+        self._leave: Callable[[], object] = lambda: None
+
+    def where(self) -> tuple[str, int]:
+        """Return what the sphere tells control of itself."""
+        return socket.gethostname(), os.getpid()
+
+    def leave(self) -> None:
+        """Let the sphere finish its step, and end."""
+        self._leave()
+
+    def run(self) -> tuple[int, str]:
+        """Be a sphere until it ends. Returns the exit code of the command, and the error. Again in a later process."""
+        import ray
+
+        from spheres.cli import _LogTail
+
+        tail = _LogTail()
+        level = logging.DEBUG if self._verbose else logging.INFO
+        logging.basicConfig(
+            level=level,
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+            handlers=[logging.StreamHandler(), tail],
+            force=True,  # Ray has set up its own
+        )
+        try:
+            self._run("127.0.0.1" if self._loopback else ray.util.get_node_ip_address(), tail.last)
+        except ArmillaryError as error:
+            if self._verbose or isinstance(error, GradientError | TaskLoadError):
+                log.error("%s", error, exc_info=error)
+            return error.exit_code, _sentence(error)
+        except Exception as error:
+            log.exception("not expected")
+            return 1, f"{type(error).__name__}: {_sentence(error)} (not expected)"
+        return 0, ""
+
+    def _run(self, host: str, lines: Callable[[int], list[str]]) -> None:
+        import uvloop
+
+        from spheres.environment import allow_many_files, tune_malloc
+        from spheres.grpc_link import GrpcTransport
+        from spheres.sphere import Sphere, SphereOptions
+        from spheres.worker import limit_threads
+
+        tune_malloc()
+        allow_many_files()
+        limit_threads()
+        listen = f"[{host}]:0" if ":" in host else f"{host}:0"
+        options = SphereOptions(control=self._control, listen=listen, orphan_timeout=self._orphan_timeout)
+
+        async def main() -> None:
+            sphere = Sphere(options, GrpcTransport(), log_lines=lines)
+            loop = asyncio.get_running_loop()
+            self._leave = partial(loop.call_soon_threadsafe, sphere.drain, "told to leave by the launcher")
+            log.info("looking for control at %s, for up to %g s", options.control, options.orphan_timeout)
+            await sphere.run()
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(main())
+
+
+class _Life:
+    """One actor, over all the processes that Ray gives it."""
+
+    def __init__(self, ray: Any, actor: Any) -> None:
+        self._ray, self.actor = ray, actor
+        self.since = time.monotonic()
+        self.where: tuple[str, int] | None = None
+        self.over = False
+        self._end = actor.run.remote()
+
+    async def look(self) -> None:
+        """Ask where it is; waits until Ray has placed it."""
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            self.where = tuple(await self.actor.where.remote())
+
+    async def wait(self) -> Outcome:
+        try:
+            return Outcome(*(await self._end))
+        except self._ray.exceptions.RuntimeEnvSetupError as error:
+            return Outcome(1, _sentence(error))
+        except self._ray.exceptions.RayActorError as error:
+            # an actor that could not even be made fails by itself; else somebody has killed it for good
+            made = self.where is not None
+            return Outcome(None if made else 1, _sentence(error))
+        except self._ray.exceptions.RayError as error:
+            return Outcome(1, _sentence(error))
+        finally:
+            self.over = True
+            self.end(at_once=True)
+
+    def end(self, *, at_once: bool) -> None:
+        if at_once:
+            self._ray.kill(self.actor, no_restart=True)
+        else:
+            self.actor.leave.options(max_task_retries=0).remote()
+
+
+class RaySpheres:
+    """Mutable state: the lives of the actors, and the questions where they are.
+
+    Actors belong to this process's connection: where control is killed, Ray ends them.
+    """
+
+    def __init__(self, ray: Any, facts: RunFacts, *, connected: bool) -> None:
+        """``connected``: the connection to Ray was made for this run, and ends with it."""
+        self._ray, self._facts, self._connected = ray, facts, connected
+        self._lives = Lives("ray", self._launch, log_of=self._log_of, ended=facts.ended)
+        self._latest: dict[int, _Life] = {}
+        self._asking: set[asyncio.Task[None]] = set()
+        self.dismiss, self.expect_end, self.kill = self._lives.dismiss, self._lives.expect_end, self._lives.kill
+
+    @property
+    def living(self) -> int:
+        return self._lives.living
+
+    @property
+    def all_aside(self) -> bool:
+        return self._lives.all_aside
+
+    def aside(self) -> list[tuple[str, str]]:
+        """Return also those that Ray has no place for."""
+        now = time.monotonic()
+        waiting = [
+            (
+                f"ray-{number}",
+                f"waits since {now - life.since:.3g} s for Ray to place it: it needs 1 CPU; see `ray status`",
+            )
+            for number, life in self._latest.items()
+            if life.where is None and not life.over and now - life.since > _PLACE_SECONDS
+        ]
+        return [*self._lives.aside(), *waiting]
+
+    async def begin(self, count: int, *, came_back: bool) -> None:
+        """Start spheres; those of a control before have ended with it."""
+        await self.start(count)
+
+    async def start(self, count: int) -> list[Started]:
+        """Ask Ray for ``count`` more. Raises ConfigError where they could not reach control."""
+        _refuse_loopback(self._facts.address, await asyncio.to_thread(self._ray.nodes))
+        return await self._lives.start(count)
+
+    def joined(self, host: str, pid: int) -> None:
+        """Somebody has joined: where it is none that is known, an actor may be in another process by now."""
+        if not self._lives.joined(host, pid):
+            self._ask(self._find(host, pid))
+
+    async def _find(self, host: str, pid: int) -> None:
+        await asyncio.gather(*(life.look() for life in self._latest.values() if not life.over))
+        self._lives.joined(host, pid)
+
+    def _ask(self, question: Any) -> None:
+        task = asyncio.create_task(question)
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _launch(self, number: int) -> _Life:
+        life = self._latest[number] = await asyncio.to_thread(self._made)
+        self._ask(life.look())
+        return life
+
+    def _made(self) -> _Life:
+        facts = self._facts
+        host, _, port = facts.address.rpartition(":")
+        if host in _ANY:
+            ip = self._ray.util.get_node_ip_address()
+            host = f"[{ip}]" if ":" in ip else ip
+        variables = dict(_VARIABLES)
+        if facts.path:
+            variables["PYTHONPATH"] = os.pathsep.join([*facts.path, "${PYTHONPATH}"])
+        actor = (
+            self._ray.remote(SphereActor)
+            .options(
+                num_cpus=1,
+                max_restarts=-1,
+                max_task_retries=-1,
+                max_concurrency=3,
+                runtime_env={"env_vars": variables},
+            )
+            .remote(
+                f"{host}:{port}",
+                facts.orphan_timeout,
+                loopback=_is_loopback(facts.address),
+                verbose=facts.verbose,
+            )
+        )
+        return _Life(self._ray, actor)
+
+    def _log_of(self, number: int) -> str:
+        return f"with Ray: ray logs actor --id {self._latest[number].actor._actor_id.hex()}"
+
+    async def aclose(self) -> None:
+        """End what still lives, and the connection to Ray where it was made for this run."""
+        await self._lives.aclose()
+        for task in self._asking:
+            task.cancel()
+        await asyncio.gather(*self._asking, return_exceptions=True)
+        if self._connected:
+            await asyncio.to_thread(self._ray.shutdown)
+
+
+def _sentence(error: BaseException) -> str:
+    """Return what an error says in one line; of a traceback as text its last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,110 @@
+"""Which numeric environment each microbatch of a step is meant for (N22). Pure.
+
+Gradients have equal bits among equal environments only. So in a tree of several, who computes a microbatch is free, in
+which environment it is computed is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import NamedTuple, Self
+
+from spheres.blocks import Block, BlockSet
+from spheres.cut import cut
+from spheres.errors import ProtocolError
+
+__all__ = ["ANY", "Environments", "Range"]
+
+
+class Range(NamedTuple):
+    """The microbatches ``lo`` to ``hi - 1``, and the fingerprint of the environment that they are meant for."""
+
+    lo: int
+    hi: int
+    environment: str
+
+
+class Environments(tuple[Range, ...]):
+    """Ranges in ascending order, without overlap. Microbatches in none of them are for any environment."""
+
+    __slots__ = ()
+
+    @classmethod
+    def shared_out(cls, total: int, capacities: Mapping[str, float]) -> Self:
+        """Share ``total`` microbatches out by what the tree computes at once in each environment.
+
+        It depends on nothing else: not on the shape of the tree, nor on who came first.
+        """
+        if capacities.keys() <= {""}:
+            return cls()  # nobody has said what it computes with
+        shares = cut([Block(0, total)], sorted(capacities.items()))
+        return cls(sorted(Range(blocks[0].lo, blocks[-1].hi, name) for name, blocks in shares))
+
+    @classmethod
+    def checked(cls, ranges: Iterable[Range], total: int) -> Self:
+        """Return what a parent named. Raises ProtocolError where ranges are out of order, or of no microbatch."""
+        found = cls(ranges)
+        end = 0
+        for lo, hi, _ in found:
+            if not end <= lo < hi <= total:
+                raise ProtocolError(f"environments of microbatches [{lo},{hi}) of {total}, after those below {end}")
+            end = hi
+        return found
+
+    def split(self, blocks: Sequence[Block]) -> list[tuple[str | None, list[Block]]]:
+        """Cut ``blocks`` where the environment changes; None stands for any."""
+        if not blocks:
+            return []
+        if not self:
+            return [(None, list(blocks))]
+        first = self[0]  # nearly always the only one
+        if first.lo <= min(block.lo for block in blocks) and max(block.hi for block in blocks) <= first.hi:
+            return [(first.environment, list(blocks))]
+        parts: list[tuple[str | None, list[Block]]] = []
+        left = BlockSet(max(block.hi for block in blocks), blocks)
+        for lo, hi, environment in self:
+            inside = BlockSet(hi, (part for block in blocks if (part := _both(block, lo, hi)).width > 0))
+            pieces = inside.within(blocks)
+            for piece in pieces:
+                left.discard(piece)
+            if pieces:
+                parts.append((environment, pieces))
+        if len(left):
+            parts.append((None, left.within(blocks)))
+        return parts
+
+    def of(self, blocks: Iterable[Block]) -> Environments:
+        """The ranges that ``blocks`` reach into."""
+        return Environments(r for r in self if any(_both(block, r.lo, r.hi).width > 0 for block in blocks))
+
+    def within(self, block: Block, environments: Set[str]) -> bool:
+        """Whether these, of which there is one at least, are enough to compute a block."""
+        if not environments:
+            return False
+        return all(name in environments for lo, hi, name in self if _both(block, lo, hi).width > 0)
+
+    def changed(self, blocks: Iterable[Block], environment: str) -> Environments:
+        """The same, but for ``blocks``, which are meant for another one now."""
+        names = {k: name for lo, hi, name in self for k in range(lo, hi)}
+        names |= {k: environment for block in blocks for k in range(*block)}
+        ranges: list[Range] = []
+        for k, name in sorted(names.items()):
+            if ranges and ranges[-1].hi == k and ranges[-1].environment == name:
+                ranges[-1] = Range(ranges[-1].lo, k + 1, name)
+            else:
+                ranges.append(Range(k, k + 1, name))
+        return Environments(ranges)
+
+    def unlike(self, other: Iterable[Range]) -> int:
+        """How many microbatches are meant for another environment by ``other``."""
+        here = {k: name for lo, hi, name in self for k in range(lo, hi)}
+        there = {k: name for lo, hi, name in other for k in range(lo, hi)}
+        return sum(here.get(k) != there.get(k) for k in here.keys() | there.keys())
+
+
+def _both(block: Block, lo: int, hi: int) -> Block:
+    return Block(max(block.lo, lo), min(block.hi, hi))
+
+
+#: all microbatches are for any environment
+ANY = Environments()
