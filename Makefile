@@ -82,6 +82,10 @@ bench: $(VENV)/.dev $(BENCH_VENV)/.made ## Run a short form of the benchmarks, w
 	$(BIN)/python benchmarks/memory.py --megabytes 100 --steps 3 --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.network --megabytes 4 --rounds 1 --repetitions 1 --out $(BENCH_OUT)
 
+.PHONY: test-clients
+test-clients: $(VENV)/.dev clients-node clients-cpp clients-go ## Test workers in other languages: conformance, mixed runs, kills
+	$(BIN)/python -m pytest -m clients $(ARGS)
+
 clean: ## Remove environments, caches and build output; runs/ stays
 	@echo 'clean: removing environments, caches and build output'
 	@rm -rf $(VENV) $(STUBS_VENV) $(BENCH_VENV) $(BENCH_OUT) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
