@@ -27,6 +27,8 @@ from spheres.worker import Computer, limit_threads
 
 DIGITS = load_task("digits")
 PARENTS = ["control", "sphere"]
+#: what control answers, test_refusals.py sees too
+MOSTLY_SPHERE = [pytest.param("control", marks=pytest.mark.slow), "sphere"]
 STEPS = 6
 
 
@@ -321,7 +323,7 @@ HELLOS = {
 
 
 @pytest.mark.parametrize("name", HELLOS)
-@pytest.mark.parametrize("parent", PARENTS)
+@pytest.mark.parametrize("parent", MOSTLY_SPHERE)
 def test_a_hello_that_does_not_fit_is_refused(run, tmp_path, parent, name):
     changes, code, reasons = HELLOS[name]
 
@@ -466,7 +468,7 @@ async def is_refused(made, misdeed, code, reasons):
 
 
 @pytest.mark.parametrize("name", MISDEEDS)
-@pytest.mark.parametrize("parent", PARENTS)
+@pytest.mark.parametrize("parent", MOSTLY_SPHERE)
 def test_a_frame_that_does_not_fit_ends_its_link_and_the_run_goes_on(run, tmp_path, parent, name):
     async def main():
         async with stage(tmp_path, parent) as made:
@@ -497,7 +499,7 @@ STALE = {
 
 
 @pytest.mark.parametrize("name", STALE)
-@pytest.mark.parametrize("parent", PARENTS)
+@pytest.mark.parametrize("parent", MOSTLY_SPHERE)
 def test_what_is_late_is_dropped_and_counted_and_the_link_lives(run, tmp_path, parent, name):
     async def main():
         async with stage(tmp_path, parent) as made:
