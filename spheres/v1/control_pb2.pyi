@@ -280,8 +280,8 @@ class EnrollSphereRequest(_message.Message):
     request_id: _builtins.str
     """Chosen by the sphere; the same for retries, another one where it enrolls again."""
     sphere_id: _builtins.str
-    """Empty: control chooses an id. An id begins a new life of that sphere, and the link of the life before is refused from
-    then on; no sphere of this project sends one.
+    """Empty: control chooses an id. An id begins a new life of that sphere, and the life before is refused when it dials
+    again; no sphere of this project sends one.
     """
     host: _builtins.str
     """Host name, for placement."""
