@@ -133,6 +133,10 @@ $(RAY_VENV)/.made: pyproject.toml
 		$$(sed -nE 's/^ +"((pytest|pytest-timeout|hypothesis)==[^"]+)",$$/\1/p' pyproject.toml)
 	@touch $@
 
+.PHONY: test-clients
+test-clients: $(VENV)/.dev clients-node clients-cpp clients-go ## Test workers in other languages: conformance, mixed runs, kills
+	$(BIN)/python -m pytest -m clients $(ARGS)
+
 clean: ## Remove environments, caches and build output; runs/ stays
 	@echo 'clean: removing environments, caches and build output'
 	@rm -rf $(VENV) $(STUBS_VENV) $(BENCH_VENV) $(RAY_VENV) $(BENCH_OUT) $(TOOLS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -22,6 +22,7 @@ from typing import Any
 from control.config import RunConfig
 from control.lives import RunFacts, Started
 from spheres.errors import ArmillaryError, ConfigError, UnreachableError
+from spheres.exposure import is_loopback
 
 __all__ = ["ApiServer", "KubernetesSpheres", "kubernetes_launcher"]
 
@@ -40,7 +41,7 @@ _COST = "controller.kubernetes.io/pod-deletion-cost"
 def kubernetes_launcher(config: RunConfig) -> Callable[[RunFacts], KubernetesSpheres]:
     """Return what makes the launcher. Raises ConfigError outside of a Pod, or where Pods could not reach control."""
     assert config.kubernetes_deployment is not None
-    if config.listen.startswith(("127.", "localhost:", "[::1]:")):
+    if is_loopback(config.listen.rpartition(":")[0]):
         raise ConfigError(
             f"control listens on {config.listen}, which no other Pod can reach: "
             "give --listen 0.0.0.0:7070 and --insecure"

@@ -19,6 +19,7 @@ from typing import Any
 from control.config import RunConfig
 from control.lives import Lives, Outcome, RunFacts, Started
 from spheres.errors import ArmillaryError, ConfigError, GradientError, TaskLoadError, UnreachableError
+from spheres.exposure import insecure_warning, is_loopback
 from spheres.task import IN_SPHERE
 
 __all__ = ["RaySpheres", "ray_launcher"]
@@ -94,15 +95,11 @@ def _silence(logger: logging.Logger) -> Iterator[None]:
 def _refuse_loopback(listen: str, nodes: Iterable[Mapping[str, Any]]) -> None:
     """Raise ConfigError where control listens for this machine alone, and the cluster has others."""
     others = sorted({n["NodeManagerHostname"] for n in nodes if n["Alive"]} - {socket.gethostname()})
-    if others and _is_loopback(listen):
+    if others and is_loopback(listen.rpartition(":")[0]):
         raise ConfigError(
             f"control listens on {listen}, which spheres on {', '.join(others[:3])} cannot reach: "
             "give --listen 0.0.0.0:7070 (or this node's address) and --insecure"
         )
-
-
-def _is_loopback(address: str) -> bool:
-    return address.startswith(("127.", "localhost:", "[::1]:"))
 
 
 class SphereActor:
@@ -125,9 +122,9 @@ class SphereActor:
         """Be a sphere until it ends. Returns the exit code of the command, and the error. Again in a later process."""
         import ray
 
-        from spheres.cli import _LogTail
+        from spheres.cli import LogTail
 
-        tail = _LogTail()
+        tail = LogTail()
         level = logging.DEBUG if self._verbose else logging.INFO
         logging.basicConfig(
             level=level,
@@ -151,6 +148,7 @@ class SphereActor:
 
         from spheres.environment import allow_many_files, tune_malloc
         from spheres.grpc_link import GrpcTransport
+        from spheres.server import Health, add_services
         from spheres.sphere import Sphere, SphereOptions
         from spheres.worker import limit_threads
 
@@ -158,10 +156,14 @@ class SphereActor:
         allow_many_files()
         limit_threads()
         listen = f"[{host}]:0" if ":" in host else f"{host}:0"
+        if not self._loopback:
+            log.warning("%s", insecure_warning(listen))
         options = SphereOptions(control=self._control, listen=listen, orphan_timeout=self._orphan_timeout)
 
         async def main() -> None:
-            sphere = Sphere(options, GrpcTransport(), log_lines=lines)
+            health = Health()
+            transport = GrpcTransport(lambda server: add_services(server, health))
+            sphere = Sphere(options, transport, log_lines=lines, link_changed=health.set_ready)
             loop = asyncio.get_running_loop()
             self._leave = partial(loop.call_soon_threadsafe, sphere.drain, "told to leave by the launcher")
             log.info("looking for control at %s, for up to %g s", options.control, options.orphan_timeout)
@@ -292,7 +294,7 @@ class RaySpheres:
             .remote(
                 f"{host}:{port}",
                 facts.orphan_timeout,
-                loopback=_is_loopback(facts.address),
+                loopback=is_loopback(facts.address.rpartition(":")[0]),
                 verbose=facts.verbose,
             )
         )

@@ -250,6 +250,10 @@ class Children:
         if not 0 < len(child) <= _LONGEST_NAME or len(hello.address) > _LONGEST_NAME:
             raise ProtocolError(f"a hello with {len(child)} characters of name and {len(hello.address)} of address")
         _check_capacity(child, hello)
+        if not 0 <= hello.weights_chunks_held <= config.chunk_count:
+            raise ProtocolError(
+                f"{child} says weights_chunks_held {hello.weights_chunks_held}; expected 0 to {config.chunk_count}"
+            )
         if hello.protocol_version != PROTOCOL_VERSION:
             raise VersionMismatchError(
                 f"{child} speaks protocol {hello.protocol_version}, {hub.id} speaks {PROTOCOL_VERSION}; "

@@ -16,7 +16,7 @@ from spheres.errors import ArmillaryError, ConfigError, GradientError, TaskLoadE
 from spheres.exposure import insecure_warning, is_loopback
 from spheres.logs import VARIABLE, formatter, is_json
 
-__all__ = ["main", "make_parser"]
+__all__ = ["LogTail", "main", "make_parser"]
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ it. See docs/cli.md."""
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
-class _LogTail(logging.Handler):
+class LogTail(logging.Handler):
     """Keeps the last lines of the log, for ``control-cli logs``."""
 
     def __init__(self) -> None:
@@ -161,7 +161,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def _started(options: argparse.Namespace) -> int:
     """Run a sphere and return its exit code; what it ends with is the last line of its log."""
-    json, tail = False, _LogTail()
+    json, tail = False, LogTail()
     try:
         json, names = is_json(options.log_format), dict[str, str]()
         handlers = [logging.StreamHandler(sys.stdout), tail]
@@ -210,7 +210,7 @@ def _health(options: argparse.Namespace) -> int:
     return int(answer.status != health_pb2.HealthCheckResponse.SERVING)
 
 
-def _start(options: argparse.Namespace, tail: _LogTail, names: dict[str, str]) -> int:
+def _start(options: argparse.Namespace, tail: LogTail, names: dict[str, str]) -> int:
     for name in _THREADS:  # bits differ between one BLAS thread and two
         os.environ[name] = "1"
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it logs by itself, its errors say too

@@ -89,7 +89,7 @@ class Gradients:
         self._contributions: dict[Block, list[Contribution]] = {}
         #: block of a child -> its last chunk that came in this attempt
         self._last: dict[Block, int] = {}
-        self._train = False
+        self._train, self._step = False, -1
         self._started = 0.0
         #: the root's: where the sum of the gradients goes, and what came with it
         self._out: Array | None = None
@@ -101,9 +101,9 @@ class Gradients:
         #: how payload goes up
         self.carrier: Carrier = Inline(config)
 
-    def start(self, *, train: bool, out: Array | None) -> None:
+    def start(self, *, step: int, train: bool, out: Array | None) -> None:
         """A new step; ``out`` takes the root's sum of a training step."""
-        self._train, self._out, self.sums, self.skipped = train, out, None, ()
+        self._step, self._train, self._out, self.sums, self.skipped = step, train, out, None, ()
         self._started = perf_counter()
         self.phases.clear()
 
@@ -152,10 +152,10 @@ class Gradients:
             )
         sums = None
         if not header.absent:
-            # a sum of finite losses may overflow, and that is control's to judge
-            wrong = math.isnan(header.loss_sum) or (block.width == 1 and math.isinf(header.loss_sum))
-            if header.samples_count < 1 or wrong:
-                raise ProtocolError(f"{child}: {block} has {header.samples_count} samples and loss {header.loss_sum}")
+            # a sum of finite values may overflow, and that is control's to judge
+            for what, value in (("loss", header.loss_sum), *((f"metric {m.name!r}", m.value) for m in header.metrics)):
+                if math.isnan(value) or (block.width == 1 and math.isinf(value)):
+                    raise ProtocolError(f"{child}: {block} has {what} {value}; give finite sums over its samples")
             sums = Sums(header.loss_sum, header.samples_count, {m.name: m.value for m in header.metrics})
         skipped: tuple[NonFinite, ...] = ()
         if header.skipped:
@@ -163,7 +163,19 @@ class Gradients:
                 NonFinite(v.microbatch, tuple(v.tensors), tuple(v.sample_ids), v.sphere_id) for v in header.skipped
             )
             self._check_skipped(child, block, [verdict.microbatch for verdict in skipped])
+        self._check_count(child, block, header, [verdict.microbatch for verdict in skipped])
         self.reducer.header(block, sums, absent=header.absent, skipped=skipped)
+
+    def _check_count(self, child: str, block: Block, header: pb.GradientHeader, skipped: list[int]) -> None:
+        """Which samples a block has follows from the run and the step alone: a wrong count is of other samples."""
+        config = self._config
+        size, parts = config.test_size, config.evaluation_microbatches
+        if self._train:
+            size, parts = config.sampler.batch_count(self._step), config.microbatches
+        expected = _samples(size, parts, block) - sum(_samples(size, parts, Block(i, i + 1)) for i in skipped)
+        if header.absent != (expected == 0) or header.samples_count != expected:
+            came = "is absent" if header.absent else f"has {header.samples_count} samples"
+            raise ProtocolError(f"{child}: {block} {came}; expected {expected} samples in step {self._step}")
 
     def _check_skipped(self, child: str, block: Block, indices: list[int]) -> None:
         if indices and not (self._config.skips_nonfinite and self._train):
@@ -178,10 +190,16 @@ class Gradients:
         size = self._config.elements(index, index) if self._train else 0
         length = size * wire_itemsize(self._config.gradient_dtype)
         if index < 0 or chunk.offset_bytes != start * 4 or len(data) != length:
-            raise ProtocolError(f"{child}: chunk {index} of {block} at byte {chunk.offset_bytes}, {len(data)} bytes")
+            raise ProtocolError(
+                f"{child}: chunk {index} of {block} at byte {chunk.offset_bytes}, {len(data)} bytes; "
+                f"expected byte {start * 4}, {length} bytes ({self._config.gradient_dtype})"
+            )
         self._check_header(child, block, index)
-        if crc32c(data) != chunk.crc32c:
-            raise ChecksumError(f"{child}: chunk {index} of {block} does not fit its checksum")
+        if (checksum := crc32c(data)) != chunk.crc32c:
+            raise ChecksumError(
+                f"{child}: chunk {index} of {block} does not fit its checksum {chunk.crc32c:08x}; "
+                f"the CRC-32C of its data is {checksum:08x}"
+            )
         self._check_order(child, block, index)
         self._last[block] = index
         self.received_bytes += len(data)
@@ -340,6 +358,11 @@ class Gradients:
             else:
                 parts += self._contributions.get(slot, [])
         return sorted(parts)
+
+
+def _samples(size: int, parts: int, block: Block) -> int:
+    """Return how many of ``size`` samples, cut into so many parts, lie in the parts of a block."""
+    return block.hi * size // parts - block.lo * size // parts
 
 
 def _leaves(expression: Expression) -> int:

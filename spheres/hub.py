@@ -35,6 +35,8 @@ __all__ = ["EVALUATE", "TRAIN", "Array", "Child", "Hub", "Outgoing", "Work"]
 
 #: seconds that an attempt waits for the children of a lost child: about the round trips that they need (N13)
 _SETTLE_SECONDS = 0.25
+#: patiences that a child has to answer begin, at the least: the answer needs no computing, only the way there and back
+_ANSWER_PATIENCES = 3
 #: seconds for which a sphere whose task has failed computes nothing, doubled each time up to the longest
 _ASIDE_SECONDS, _LONGEST_ASIDE = 2.0, 64.0
 #: changes below that are told again on a new link: the last ones may have been lost with the old one
@@ -96,6 +98,8 @@ class Hub:
         # sphere further down -> the child that leads there
         self._ways: dict[str, str] = {}
         self.watchdog = Watchdog(config.patience_seconds)
+        # child -> when it was last sent begin
+        self._asked: dict[str, float] = {}
         self._capacities = self.ledger.capacities
         self._down_bytes = 0
         # when the present version of the weights began to come
@@ -343,7 +347,7 @@ class Hub:
                 self._worker.release(held)
         cache.clear()
         self._up = [m for m in self._up if not m.HasField("ready")]
-        self.gradients.start(train=work.kind == TRAIN, out=out)
+        self.gradients.start(step=work.step, train=work.kind == TRAIN, out=out)
         for child in self.children.values():
             child.outbox.header(self.tag)
         chunks = self.config.chunk_count if work.kind == TRAIN else 0
@@ -406,6 +410,7 @@ class Hub:
         if self.children.get(child.id) is not child:
             return
         del self.children[child.id]
+        self._asked.pop(child.id, None)
         self._down_bytes += child.outbox.sent_bytes
         computing = self.gradients.in_compute(child.id)
         self._do(self.ledger.child_lost(child.id))
@@ -448,7 +453,8 @@ class Hub:
             return
         tag = message.tag
         if tag.run_id != self.config.run_id:
-            raise WrongRunError(f"a message of run {tag.run_id!r}; this is run {self.config.run_id!r}")
+            hint = "" if tag.run_id else "; every message has a tag"
+            raise WrongRunError(f"a message of run {tag.run_id!r}; this is run {self.config.run_id!r}{hint}")
         if message.session != child.session or Work(tag.term, tag.step, tag.kind) != self.work:
             self.counts.refused["stale"] += 1
             return
@@ -516,12 +522,26 @@ class Hub:
 
     def watch(self, now: float) -> None:
         """Look for a late step: where somebody is idle, it may compute what late ones have in compute (N12)."""
+        self._give_up(now)
         if not self.ledger.active or not self.watchdog.due(now):
             return
         late = self.ledger.laggards(self.gradients.reducer.has)
         if late:
             self.watchdog.fire(now)
             self._do(self.ledger.hurry(late))
+
+    def _give_up(self, now: float) -> None:
+        """End the links of children that live and do not answer begin: all others wait for them.
+
+        Those further down are given up before those above, which wait for them.
+        """
+        limit = _ANSWER_PATIENCES * self.config.patience_seconds * (1 + 1 / max(1, len(self.path)))
+        for name in sorted(self.ledger.waiting or ()):
+            child, asked = self.children.get(name), self._asked.get(name, now)
+            if child is not None and now - asked > limit:
+                error = LinkClosedError(f"{name} did not answer begin in {now - asked:.1f} s; answer each with ready")
+                child.close(error)
+                self.dismiss(child, str(error))
 
     def _send_up(self, message: pb.WorkRequest, *, replaces: Literal["", "ready", "capacity"] = "") -> None:
         message.tag.CopyFrom(self.tag)
@@ -570,6 +590,7 @@ class Hub:
             match action:
                 case SendBegin(child, attempt, from_chunk):
                     self.children[child].outbox.carrier.let_go()
+                    self._asked[child] = self.hooks.clock()
                     begin = pb.Begin(attempt=attempt, from_chunk=from_chunk)
                     self.children[child].outbox.step(pb.WorkResponse(tag=self.tag, begin=begin))
                 case SendAssign(child, attempt, from_chunk, blocks, environments):

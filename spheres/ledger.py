@@ -367,7 +367,8 @@ class Ledger:
         if attempt != edge.attempt or self.waiting is not None:
             raise StaleError(f"a chunk of attempt {attempt}; attempt {edge.attempt} is running")
         if block not in edge.assigned:
-            raise ProtocolError(f"{child} sent block {block}, which it does not owe")
+            owed = " ".join(map(str, edge.assigned)) or "nothing"
+            raise ProtocolError(f"{child} sent block {block}, which it does not owe; it owes {owed}")
         if index > edge.credit or index >= self.chunks:
             raise CreditError(f"{child} sent chunk {index} of {block} beyond its credit {edge.credit}")
         return index < 0 or index >= self.obligations[self.cover(block)]

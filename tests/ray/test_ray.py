@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +143,18 @@ def test_a_node_that_is_removed_takes_its_spheres_along_and_they_come_back_elsew
                 for node in cluster.others
                 if (gone := {p for p in second if parent(p) == node.all_processes["raylet"][0].process.pid})
             ]
+            place = next(s.member.address for s in tree.spheres.values() if s.active)
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "spheres",
+                "health",
+                place,
+                "--service",
+                "ready",
+                stdout=asyncio.subprocess.DEVNULL,
+            )
+            assert await process.wait() == 0
             step = training.controller.step
             training.resume()  # in mid-run: steps turn while the node goes
             await eventually(lambda: training.controller.step > step)

@@ -166,7 +166,7 @@ def test_a_bad_assignment_leaves_the_weights_as_they_were() -> None:
 def test_many_chunks_that_become_complete_at_once_are_summed_without_recursion() -> None:
     """A wide window, and a last block that turns out to be absent."""
     chunks = 3000
-    hub = Hub(config(chunks, window=chunks), "control")
+    hub = Hub(replace(config(chunks, window=chunks), skips_nonfinite=True), "control")
     hub.weights.publish(term=1, version=0)
     sealed: list[bool] = []
     hub.hooks.sealed = lambda: sealed.append(True)
@@ -176,7 +176,7 @@ def test_many_chunks_that_become_complete_at_once_are_summed_without_recursion()
     hub.start(Work(1, 0, TRAIN), total)
     digest = hub.weights.digest
     given, other = (pb.Block(lo=lo, hi=lo + 2) for lo in (0, 2))
-    header = pb.GradientHeader(block=given, weights_digest=digest, samples_count=2)
+    header = pb.GradientHeader(block=given, weights_digest=digest, samples_count=32)
     hub.on_request(giver, pb.WorkRequest(tag=hub.tag, session=1, gradient_header=header))
     values = np.arange(hub.config.manifest.size, dtype=np.float32)
     for index in range(chunks):
@@ -184,11 +184,12 @@ def test_many_chunks_that_become_complete_at_once_are_summed_without_recursion()
         chunk = pb.Chunk(block=given, index=index, offset_bytes=64 * index, crc32c=crc32c(data), data=data)
         hub.on_request(giver, pb.WorkRequest(tag=hub.tag, session=1, gradient_chunk=chunk))
     assert not sealed
-    absent = pb.GradientHeader(block=other, weights_digest=digest, absent=True)
+    left_out = [pb.NonFinite(microbatch=index) for index in (2, 3)]
+    absent = pb.GradientHeader(block=other, weights_digest=digest, absent=True, skipped=left_out)
     hub.on_request(silent, pb.WorkRequest(tag=hub.tag, session=1, gradient_header=absent))
     assert sealed == [True]
     assert total.tobytes() == values.tobytes()
-    assert hub.sums == Sums(0.0, 2, {})
+    assert hub.sums == Sums(0.0, 32, {})
 
 
 @pytest.mark.parametrize(
@@ -278,8 +279,9 @@ def test_4096_microbatches_left_out_fit_into_a_message_and_each_is_told(
     manifest = Manifest.of({"w": np.zeros(chunk // 4, np.float32)})
     total = 4096
     node = NodeConfig(
-        run_id="run", manifest=manifest, microbatches=total, chunk_bytes=chunk, train_size=99, skips_nonfinite=True
-    )
+        run_id="run", manifest=manifest, microbatches=total, batch_size=total, chunk_bytes=chunk, train_size=2 * total,
+        skips_nonfinite=True,
+    )  # fmt: skip
     control, leaf, child, worker = root_and_leaf(node)
     indices = list(range(total)) if absent else [index for index in range(total) if index != 77]
     skipped = nonfinite(node, indices, long=long)
@@ -309,11 +311,54 @@ def test_a_few_verdicts_are_told_in_full() -> None:
     node = replace(config(), skips_nonfinite=True)
     control, leaf, child, worker = root_and_leaf(node)
     skipped = nonfinite(node, [1, 2], long=False)
-    worker.done(worker.unit, Held(np.ones(48, np.float32), Sums(1.0, 2), skipped, 99))
+    worker.done(worker.unit, Held(np.ones(48, np.float32), Sums(1.0, 32), skipped, 99))
     for message in waiting(leaf):
         control.on_request(child, message)
     assert control.gradients.skipped == tuple(replace(verdict, sphere="s-1") for verdict in skipped)
     assert control.gradients.contributions(Block(0, 4)) == [(Block(0, 4), "s-1", 99)]
+
+
+@pytest.mark.parametrize("count", [0, 31, 33, 64, -32])
+def test_a_count_of_samples_is_that_of_the_block_without_what_was_left_out(count: int) -> None:
+    """Which samples a block has is known to everyone: 16 in each of four microbatches here."""
+    node = replace(config(), skips_nonfinite=True)
+    control, leaf, child, worker = root_and_leaf(node)
+    worker.done(worker.unit, Held(np.ones(48, np.float32), Sums(1.0, count), nonfinite(node, [0, 3], long=False)))
+    (first, *_) = [message for message in waiting(leaf) if message.HasField("gradient_header")]
+    with pytest.raises(ProtocolError, match=rf"\[0,4\) has {count} samples; expected 32 samples in step 0"):
+        control.on_request(child, first)
+
+
+def test_a_child_that_does_not_answer_begin_is_given_up_those_further_down_first() -> None:
+    """Its heartbeats may come on; everyone else would wait for it. Control waits longer than those below it."""
+    now = 0.0
+    control, inner = Hub(config(), "control"), Hub(config(), "inner")
+    control.renewed([])
+    inner.relinked(1, CONTROL)
+    ends = []
+    for hub in (control, inner):
+        hub.hooks.clock = lambda: now
+        hub.weights.publish(term=1, version=0)
+        child, ended = join(hub, "mute")
+        if hub is control:
+            hub.start(Work(1, 0, TRAIN), np.zeros(hub.config.manifest.size, np.float32))
+        else:
+            hub.on_response(step(hub, 0, Block(0, 4)))
+        hub._do(hub.ledger.hurry([]))
+        assert hub.ledger.waiting == {"mute"}
+        hub.watch(now)
+        assert not ended
+        ends.append((hub, child, ended))
+    patience = control.config.patience_seconds
+    now = 4.6 * patience
+    for hub, _, _ in ends:
+        hub.watch(now)
+    assert [len(ended) for _, _, ended in ends] == [0, 1]
+    assert "mute did not answer begin in" in str(ends[1][2][0])
+    assert not inner.children
+    now = 6.1 * patience
+    control.watch(now)
+    assert len(ends[0][2]) == 1
 
 
 @pytest.mark.parametrize(
@@ -339,7 +384,7 @@ def test_a_child_that_leaves_out_what_it_may_not_is_refused(skips: bool, indices
 def test_a_loss_that_overflows_in_a_sum_is_passed_on_and_one_of_a_microbatch_is_refused() -> None:
     for block, refused in ((Block(0, 4), False), (Block(0, 1), True)):
         control, leaf, child, worker = root_and_leaf(replace(config(), microbatches=block.width))
-        worker.done(worker.unit, Held(np.ones(48, np.float32), Sums(float("inf"), 4)))
+        worker.done(worker.unit, Held(np.ones(48, np.float32), Sums(float("inf"), 64)))
         try:
             for message in waiting(leaf):
                 control.on_request(child, message)
@@ -347,7 +392,7 @@ def test_a_loss_that_overflows_in_a_sum_is_passed_on_and_one_of_a_microbatch_is_
             assert refused
         else:
             assert not refused
-            assert control.sums == Sums(float("inf"), 4)
+            assert control.sums == Sums(float("inf"), 64)
 
 
 def test_a_message_of_a_step_that_has_not_begun_here_ends_the_link() -> None:
