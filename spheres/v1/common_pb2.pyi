@@ -144,7 +144,7 @@ class PhaseTime(_message.Message):
     MAX_SECONDS_FIELD_NUMBER: _builtins.int
     SLOWEST_SPHERE_ID_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
-    """compute, wait, sum, send_up, send_down or optimizer."""
+    """compute, wait, sum, send_up, send_down or optimizer (docs/protocol.md, Phases)."""
     sum_seconds: _builtins.float
     """Sum over the spheres below."""
     max_seconds: _builtins.float

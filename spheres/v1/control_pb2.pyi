@@ -191,7 +191,7 @@ class SphereConfiguration(_message.Message):
     test_size: _builtins.int
     """Samples of the test split."""
     chunk_bytes: _builtins.int
-    """Bytes per chunk (N2)."""
+    """Most bytes of a chunk on the wire (N2; docs/protocol.md, Types on the wire, has how many elements that are)."""
     window_chunks: _builtins.int
     """Window W in chunks (N6)."""
     task_fingerprint: _builtins.str
@@ -224,7 +224,7 @@ class SphereConfiguration(_message.Message):
 
     @_builtins.property
     def patience(self) -> _duration_pb2.Duration:
-        """How long to wait for the first progress before a peer counts as stuck."""
+        """After how long without a sign of life a neighbour counts as dead (N10)."""
 
     def __init__(
         self,
@@ -278,9 +278,11 @@ class EnrollSphereRequest(_message.Message):
     protocol_version: _builtins.int
     """Protocol version that it speaks."""
     request_id: _builtins.str
-    """Chosen by the sphere; the same for retries."""
+    """Chosen by the sphere; the same for retries, another one where it enrolls again."""
     sphere_id: _builtins.str
-    """Its id where it had one in this run; else empty."""
+    """Empty: control chooses an id. An id begins a new life of that sphere, and the life before is refused when it dials
+    again; no sphere of this project sends one.
+    """
     host: _builtins.str
     """Host name, for placement."""
     zone: _builtins.str

@@ -125,6 +125,7 @@ class ControlServiceServicer(object):
         """Gives a sphere an id, an incarnation, the run's configuration and a place in the tree. Idempotent by request_id.
 
         FAILED_PRECONDITION: another protocol version, or the run is over. Do not retry.
+        INVALID_ARGUMENT: bytes that are no request. Do not retry.
         UNAVAILABLE: control is starting or stopping. Retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -229,8 +230,8 @@ class ControlServiceServicer(object):
     def CreateCheckpoint(self, request, context):
         """Checkpoint after the step in hand, and answer when it is on disk. Idempotent by request_id.
 
-        FAILED_PRECONDITION: the run is over.
-        RESOURCE_EXHAUSTED, INTERNAL: it could not be written; the run goes on and the checkpoint before stands.
+        FAILED_PRECONDITION: the run is over, or ended while the call waited.
+        DATA_LOSS: it could not be written; the run goes on and the checkpoint before stands.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -246,9 +247,9 @@ class ControlServiceServicer(object):
     def RestoreCheckpoint(self, request, context):
         """Go back (or forward) to a checkpoint of this run, between two steps; raises the term. Idempotent by request_id.
 
-        NOT_FOUND: no such checkpoint.
-        DATA_LOSS: it does not verify; the run goes on as it was.
-        FAILED_PRECONDITION: it is another run's, or the run is over.
+        DATA_LOSS: there is no such checkpoint, it does not verify, or it is of another run or model; the run goes on as it
+        was.
+        FAILED_PRECONDITION: the run is over, or ended while the call waited.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

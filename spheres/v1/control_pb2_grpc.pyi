@@ -20,6 +20,7 @@ class ControlServiceStub:
     """Gives a sphere an id, an incarnation, the run's configuration and a place in the tree. Idempotent by request_id.
 
     FAILED_PRECONDITION: another protocol version, or the run is over. Do not retry.
+    INVALID_ARGUMENT: bytes that are no request. Do not retry.
     UNAVAILABLE: control is starting or stopping. Retry.
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_control_pb2.GetRunRequest, _control_pb2.GetRunResponse]
@@ -73,17 +74,17 @@ class ControlServiceStub:
     CreateCheckpoint: _aio.UnaryUnaryMultiCallable[_control_pb2.CreateCheckpointRequest, _control_pb2.CreateCheckpointResponse]
     """Checkpoint after the step in hand, and answer when it is on disk. Idempotent by request_id.
 
-    FAILED_PRECONDITION: the run is over.
-    RESOURCE_EXHAUSTED, INTERNAL: it could not be written; the run goes on and the checkpoint before stands.
+    FAILED_PRECONDITION: the run is over, or ended while the call waited.
+    DATA_LOSS: it could not be written; the run goes on and the checkpoint before stands.
     """
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_control_pb2.ListCheckpointsRequest, _control_pb2.ListCheckpointsResponse]
     """The checkpoints of the run directory. Idempotent."""
     RestoreCheckpoint: _aio.UnaryUnaryMultiCallable[_control_pb2.RestoreCheckpointRequest, _control_pb2.RestoreCheckpointResponse]
     """Go back (or forward) to a checkpoint of this run, between two steps; raises the term. Idempotent by request_id.
 
-    NOT_FOUND: no such checkpoint.
-    DATA_LOSS: it does not verify; the run goes on as it was.
-    FAILED_PRECONDITION: it is another run's, or the run is over.
+    DATA_LOSS: there is no such checkpoint, it does not verify, or it is of another run or model; the run goes on as it
+      was.
+    FAILED_PRECONDITION: the run is over, or ended while the call waited.
     """
     DownloadWeights: _aio.UnaryStreamMultiCallable[_control_pb2.DownloadWeightsRequest, _control_pb2.DownloadWeightsResponse]
     """The weights between two steps, as header, chunks, footer, from a copy. What is cut off is discarded. Idempotent.
@@ -103,6 +104,7 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         """Gives a sphere an id, an incarnation, the run's configuration and a place in the tree. Idempotent by request_id.
 
         FAILED_PRECONDITION: another protocol version, or the run is over. Do not retry.
+        INVALID_ARGUMENT: bytes that are no request. Do not retry.
         UNAVAILABLE: control is starting or stopping. Retry.
         """
 
@@ -228,8 +230,8 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_control_pb2.CreateCheckpointResponse]:
         """Checkpoint after the step in hand, and answer when it is on disk. Idempotent by request_id.
 
-        FAILED_PRECONDITION: the run is over.
-        RESOURCE_EXHAUSTED, INTERNAL: it could not be written; the run goes on and the checkpoint before stands.
+        FAILED_PRECONDITION: the run is over, or ended while the call waited.
+        DATA_LOSS: it could not be written; the run goes on and the checkpoint before stands.
         """
 
     @_abc_1.abstractmethod
@@ -248,9 +250,9 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_control_pb2.RestoreCheckpointResponse]:
         """Go back (or forward) to a checkpoint of this run, between two steps; raises the term. Idempotent by request_id.
 
-        NOT_FOUND: no such checkpoint.
-        DATA_LOSS: it does not verify; the run goes on as it was.
-        FAILED_PRECONDITION: it is another run's, or the run is over.
+        DATA_LOSS: there is no such checkpoint, it does not verify, or it is of another run or model; the run goes on as it
+          was.
+        FAILED_PRECONDITION: the run is over, or ended while the call waited.
         """
 
     @_abc_1.abstractmethod

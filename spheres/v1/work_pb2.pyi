@@ -3,7 +3,7 @@
 isort:skip_file
 The streams of the tree: weights down, gradients up, between a child and its parent.
 
-The rules N1 to N21 cited here are those of docs/protocol.md.
+The rules N1 to N22 cited here are those of docs/protocol.md.
 """
 
 from collections import abc as _abc
@@ -125,7 +125,9 @@ Global___Block: _TypeAlias = Block  # noqa: Y015
 
 @_typing.final
 class Chunk(_message.Message):
-    """A slice of a flat buffer. Chunk i starts at byte i * chunk_bytes, whatever the wire did before (N2)."""
+    """A slice of a flat buffer. Chunk i starts at element i * E, where E is chunk_bytes / 2 if gradient_dtype and
+    weights_dtype are both bfloat16, else chunk_bytes / 4 (N2).
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -137,7 +139,7 @@ class Chunk(_message.Message):
     index: _builtins.int
     """Index of the chunk, from 0."""
     offset_bytes: _builtins.int
-    """First byte in the flat buffer: index * chunk_bytes."""
+    """First byte in the flat buffer of float32, whatever the wire's type is: index * E * 4."""
     crc32c: _builtins.int
     """CRC-32C of data (N17)."""
     data: _builtins.bytes
@@ -307,7 +309,7 @@ class WorkRequest(_message.Message):
     session: _builtins.int
     """Counts this child's Work streams within its incarnation (N1)."""
     attempt: _builtins.int
-    """The attempt, as the parent numbered it on this edge (N5b)."""
+    """The attempt, as the parent numbered it on this edge (N5b): of ready, and of what is sent of gradients."""
     @_builtins.property
     def tag(self) -> Global___Tag:
         """What the frame belongs to."""
@@ -411,7 +413,7 @@ class WorkResponse(_message.Message):
 
     @_builtins.property
     def welcome(self) -> Global___Welcome:
-        """Answer to hello."""
+        """Answer to hello; later, that the path has changed. The tag is then the parent's present work, for information."""
 
     @_builtins.property
     def weights_header(self) -> Global___WeightsHeader:
@@ -528,7 +530,7 @@ class Hello(_message.Message):
     data_fingerprint: _builtins.str
     """Fingerprint of its data."""
     environment_fingerprint: _builtins.str
-    """Fingerprint of the numeric environment (DESIGN section 4)."""
+    """Fingerprint of the numeric environment (N22)."""
     holds_weights: _builtins.bool
     """Whether a whole version of the weights is held."""
     weights_version: _builtins.int
@@ -549,7 +551,7 @@ class Hello(_message.Message):
     """The child is leaving: it takes no more work."""
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___Block]:
-        """Computed blocks of tag.step that are held or being computed."""
+        """Blocks of tag.step that are held or being computed, by the child or below it."""
 
     @_builtins.property
     def member(self) -> _common_pb2.Member:
@@ -670,11 +672,11 @@ class WeightsHeader(_message.Message):
     manifest_digest: _builtins.bytes
     """16 bytes; must be the child's manifest digest."""
     previous_digest: _builtins.bytes
-    """Digest of the version before; empty for the first."""
+    """Digest of the version before; empty for the first. A child does nothing with it but pass it on."""
     from_chunk: _builtins.int
     """First chunk that follows: 0, or where an interrupted transfer of this very version goes on (N17)."""
     held_digest: _builtins.bytes
-    """Set where the child holds the version already, and no chunk follows: its digest."""
+    """Set where the child holds the version already, and no chunk follows: its digest. Its term is that of the tag now."""
     def __init__(
         self,
         *,
@@ -715,7 +717,9 @@ Global___WeightsFooter: _TypeAlias = WeightsFooter  # noqa: Y015
 
 @_typing.final
 class Begin(_message.Message):
-    """A new attempt (N4): drop pending chunks, keep caches and running computations, answer Ready."""
+    """A new attempt (N4): drop pending chunks, keep caches and running computations, answer Ready. One that is not above the
+    present attempt is late, and ignored.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -741,7 +745,7 @@ Global___Begin: _TypeAlias = Begin  # noqa: Y015
 
 @_typing.final
 class Ready(_message.Message):
-    """What a child can offer in an attempt (N5). Blocks are merged to maximal canonical ones."""
+    """What a child can offer in an attempt (N5): that of WorkRequest.attempt. Blocks are merged to maximal canonical ones."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -982,7 +986,7 @@ class GradientFooter(_message.Message):
 
     @_builtins.property
     def phases(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.PhaseTime]:
-        """Time per phase in the child's subtree since the work began."""
+        """Time per phase in the child's subtree since the work began; only with the last block. May be left out."""
 
     @_builtins.property
     def contributions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Contribution]:

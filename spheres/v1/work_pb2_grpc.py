@@ -56,15 +56,19 @@ class SphereServiceServicer(object):
         Both then send as long as both live. The end of the stream ends the link, not the child's incarnation: the child
         dials again (the same parent, then its fallbacks) with the next session number. Not idempotent.
 
-        FAILED_PRECONDITION: another protocol version, task, data or weights layout, or the child is in the parent's own
-        path; the message says which. Do not retry unchanged.
-        ABORTED: an older incarnation or session of this sphere. Where control says so: enroll again.
-        NOT_FOUND: another run. Enroll again.
+        What a child does with these where they answer its hello is in docs/protocol.md, Status codes. After a welcome all
+        of them only end the link.
+
+        FAILED_PRECONDITION: another protocol version, task or data, which no other attempt cures; or this is not the parent
+        that was meant, the child is in its own path, or the run is over. The details name the error.
+        ABORTED: an older incarnation or session of this sphere. Where control says so: enroll again, as a new sphere.
+        NOT_FOUND: another run lives here. Where that is at control's address: end.
         INVALID_ARGUMENT: a malformed message, a wrong length, an unknown block. A fault of the sender.
         OUT_OF_RANGE: a chunk beyond credit. A fault of the sender.
         DATA_LOSS: a chunk that does not fit its checksum. Dial again.
-        RESOURCE_EXHAUSTED: a message over the size limit, or the parent has no place. Ask control for a placement.
+        RESOURCE_EXHAUSTED: a message over the size limit. A fault of the sender.
         UNAVAILABLE: the parent is going away. Dial a fallback.
+        INTERNAL: the parent failed. Dial again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -73,7 +77,7 @@ class SphereServiceServicer(object):
     def Heartbeat(self, request_iterator, context):
         """Signs of life and reports, on a stream of their own so that no chunk can hold them up. Idempotent.
 
-        The same codes as Work.
+        The same codes as Work. The end of this stream alone does not end the edge: open it again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -6,13 +6,18 @@ The bytes of docs/protocol.md and the golden vectors are held to the code by tes
 from __future__ import annotations
 
 import ast
+import gzip
 import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from spheres.sampling import Sampler
+from spheres.task import data_fingerprint, load_task
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -194,7 +199,7 @@ def test_status_codes_are_those_of_the_table() -> None:
 
 def test_limits_are_those_of_the_code() -> None:
     from control.config import RunConfig
-    from spheres import children, config, parent, status
+    from spheres import children, config, grpc_link, hub, parent, status
 
     text = text_of("docs/protocol.md")
     limits = {row[0].partition(",")[0].replace("`", ""): row[1] for row in rows_of(text, "## Limits")}
@@ -205,11 +210,64 @@ def test_limits_are_those_of_the_code() -> None:
     assert limits["details of a status"] == f"{status._MOST_DETAILS:,} bytes"
     assert f"give it {parent.WELCOME_SECONDS:g} seconds" in text
     assert f"within\n{children.HELLO_SECONDS:g} seconds" in text or f"within {children.HELLO_SECONDS:g} seconds" in text
+    assert f"takes more than {grpc_link.DIAL_SECONDS:g} s has failed" in text
+    assert f"compute nothing for {hub._ASIDE_SECONDS:g} s," in text
+    assert f"at most for {hub._LONGEST_ASIDE:g} s" in text
     sizes = RunConfig.model_json_schema()["properties"]
     assert limits["chunk_bytes"].startswith(
         f"{sizes['chunk_bytes']['minimum']:,} to {sizes['chunk_bytes']['maximum']:,},"
     )
     assert limits["microbatches_count"] == f"{sizes['microbatches']['maximum']:,}"
+
+
+def test_phases_are_those_of_the_code() -> None:
+    from spheres.phases import PHASES
+
+    text = text_of("docs/protocol.md")
+    documented = {name for row in rows_of(text, "### Phases") for name in re.findall(r"`(\w+)`", row[0])}
+    assert documented == set(PHASES) - {"optimizer"}
+    assert "`optimizer` is control's alone" in text
+
+
+def test_digits_for_other_languages_is_the_task() -> None:
+    """The section's recipe, done here in float64, against what spheres compute."""
+    section = text_of("docs/clients.md").split("## The task digits, for other languages\n", 1)[1].split("\n## ", 1)[0]
+    task = load_task("digits", {"hidden": "(7, 5)"})
+    assert f"digits: `{data_fingerprint(task)}`" in section
+    lines = gzip.decompress((ROOT / "spheres/tasks/data/digits.csv.gz").read_bytes()).decode().split()
+    rows = np.array([[int(number) for number in line.split(",")] for line in lines])
+    order = Sampler(seed=0, size=1797, batch_size=1797, microbatches=1).microbatch(0, 0)
+    for row, places in zip(re.findall(r"^\| \w+ 0 to 4 \|.*$", section, re.MULTILINE), (0, 1437), strict=True):
+        shown = [[int(number) for number in cell.split()] for cell in row.split("|")[2:4]]
+        at = order[places : places + 5]
+        assert shown == [at.tolist(), rows[at, 64].tolist()]
+
+    generator = np.random.default_rng(3)
+    weights = {name: array + np.float32(0.1) for name, array in task.init_weights(generator).items()}
+    assert [(name, array.shape) for name, array in weights.items()] == [
+        ("layer0.weight", (64, 7)), ("layer0.bias", (7,)), ("layer1.weight", (7, 5)), ("layer1.bias", (5,)),
+        ("layer2.weight", (5, 10)), ("layer2.bias", (10,)),
+    ]  # fmt: skip
+    samples = np.array([0, 1, 5, 900, 1436])
+    out = {name: np.zeros_like(array) for name, array in weights.items()}
+    sums = task.gradient(weights, samples, generator, out)
+    digits, x = rows[order[samples], 64], [rows[order[samples], :64] / 16]
+    for n in range(3):
+        z = x[n] @ weights[f"layer{n}.weight"].astype(float) + weights[f"layer{n}.bias"]
+        x.append(np.maximum(z, 0))
+    z -= z.max(axis=1, keepdims=True)
+    losses = np.log(np.exp(z).sum(axis=1)) - z[range(5), digits]
+    assert sums.loss == pytest.approx(losses.sum(), rel=1e-5)
+    assert (sums.count, sums.metrics) == (5, {"accuracy": float((z.argmax(axis=1) == digits).sum())})
+    delta = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True) - (np.arange(10) == digits[:, None])
+    for n in (2, 1, 0):
+        np.testing.assert_allclose(out[f"layer{n}.weight"], x[n].T @ delta, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(out[f"layer{n}.bias"], delta.sum(axis=0), rtol=1e-4, atol=1e-5)
+        delta = np.where(x[n] > 0, delta @ weights[f"layer{n}.weight"].T, 0)
+
+    zeros = {name: np.zeros_like(array) for name, array in weights.items()}
+    assert task.gradient(zeros, np.array([0, 1]), generator, out).loss == pytest.approx(4.60517, abs=1e-5)
+    assert out["layer2.bias"] == pytest.approx([-0.8 if n in (6, 8) else 0.2 for n in range(10)])
 
 
 # ---- examples in Python

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 from spheres.blocks import Block, decompose, halves
+from spheres.carrier import Inline, Piece
 from spheres.config import NodeConfig
 from spheres.frames import blocks_to, decode
 from spheres.hub import TRAIN, Child, Hub, Work
-from spheres.narrow import add_rounded, from_wire, round_in_place, to_wire
+from spheres.narrow import add_rounded, from_wire, round_in_place, to_wire, wire_itemsize
 from spheres.numerics import crc32c, mean, version_digest
 from spheres.outbox import Outbox
 from spheres.reducer import Held
@@ -282,6 +283,7 @@ def rounding() -> dict[str, Any]:
     holes: list[float | None] = [None if k in (1, 4, 5) else value for k, value in enumerate(mixed)]
     cases: list[list[float | None]] = [[*mixed], [*mixed[:7]], holes]
     pairs = [(bits(value), str(bits(plain_bfloat16(value)))) for value in values]
+    dtypes = ("float32", "bfloat16")
     return {
         "about": "docs/protocol.md, Types on the wire; float32, little-endian, as hexadecimal; null: absent",
         "bfloat16": [{"value": value, "rounded": found, "wire": found[4:]} for value, found in pairs],
@@ -293,7 +295,104 @@ def rounding() -> dict[str, Any]:
             }
             for leaves in cases
         ],
+        "chunks": [plain_chunks(gradient, weights) for weights in dtypes for gradient in dtypes],
     }
+
+
+def plain_chunks(gradient_dtype: str, weights_dtype: str) -> dict[str, Any]:
+    """How a buffer is cut where these types travel, and the digest of the version that it is; 64 bytes to a chunk."""
+    itemsizes = {"float32": 4, "bfloat16": 2}
+    shapes = {"w": (70,)}
+    manifest = plain_manifest(shapes)
+    values = [f32(1 / (i + 3)) if i < 70 else 0.0 for i in range(manifest["elements"])]
+    sent = [value if weights_dtype == "float32" else plain_bfloat16(value) for value in values]
+    wire = b"".join(struct.pack("<f", value)[4 - itemsizes[weights_dtype] :] for value in sent)
+    size, elements = itemsizes[weights_dtype], 64 // max(itemsizes[gradient_dtype], itemsizes[weights_dtype])
+    chunks = []
+    for first in range(0, manifest["elements"], elements):
+        count = min(elements, manifest["elements"] - first)
+        data = wire[first * size : (first + count) * size]
+        chunks.append(
+            {
+                "first_element": first,
+                "offset_bytes": first * 4,
+                "gradient_bytes": count * itemsizes[gradient_dtype],
+                "weights": data.hex(),
+                "crc32c": f"{plain_crc32c(data):08x}",
+            }
+        )
+    checksums = b"".join(struct.pack("<I", int(chunk["crc32c"], 16)) for chunk in chunks)
+    return {
+        "gradient_dtype": gradient_dtype,
+        "weights_dtype": weights_dtype,
+        "chunk_bytes": 64,
+        "manifest": manifest,
+        "flat": b"".join(struct.pack("<f", value) for value in values).hex(),
+        "chunks": chunks,
+        "digest": hashlib.sha256(bytes.fromhex(manifest["digest"]) + checksums).digest()[:16].hex(),
+    }
+
+
+def narrow_config(case: Mapping[str, Any]) -> NodeConfig:
+    shapes = {tensor["name"]: np.zeros(tensor["shape"], np.float32) for tensor in case["manifest"]["tensors"]}
+    return NodeConfig(
+        run_id="r",
+        manifest=Manifest.of(shapes),
+        microbatches=1,
+        batch_size=1,
+        train_size=1,
+        chunk_bytes=case["chunk_bytes"],
+        gradient_dtype=case["gradient_dtype"],
+        weights_dtype=case["weights_dtype"],
+    )
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_chunks_of_each_pair_of_types(number: int) -> None:
+    """As control sends weights, and takes them back as a gradient."""
+    case = golden("rounding")["chunks"][number]
+    config, expected = narrow_config(case), case["chunks"]
+    root = Hub(config, "control")
+    root.weights.flat[:] = np.frombuffer(bytes.fromhex(case["flat"]), "<f4")
+    root.weights.publish(term=1, version=0)
+    assert root.weights.digest.hex() == case["digest"]
+    received, carrier, gradient = Weights(config), Inline(config), np.zeros(config.manifest.size, np.float32)
+    received.begin(term=1, version=0, previous_digest=b"", from_chunk=0)
+    assert config.chunk_count == len(expected)
+    for index, chunk in enumerate(expected):
+        head, data = root.weights.chunk(index)
+        assert (head.offset_bytes, bytes(data).hex()) == (chunk["offset_bytes"], chunk["weights"])
+        assert head.crc32c == int(chunk["crc32c"], 16)
+        received.put(head, data)
+        part = gradient[chunk["first_element"] :][: config.elements(index, index)]
+        message, size = carrier.encode(Piece(pb.WorkRequest(), Block(0, 1), index, [part], None))
+        sent = decode(pb.WorkRequest, message).gradient_chunk
+        assert (sent.offset_bytes, len(sent.data), size) == (
+            chunk["offset_bytes"],
+            chunk["gradient_bytes"],
+            chunk["gradient_bytes"],
+        )
+    received.finish(bytes.fromhex(case["digest"]))
+
+
+def test_the_page_has_how_many_elements_a_chunk_holds() -> None:
+    page = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", page, re.MULTILINE)
+    assert [row[:2] for row in rows] == [
+        (case["gradient_dtype"], case["weights_dtype"]) for case in golden("rounding")["chunks"]
+    ]
+    for gradient, weights, *numbers in rows:
+        config = NodeConfig(
+            run_id="r",
+            manifest=Manifest.of({"w": np.zeros(1 << 14, np.float32)}),
+            chunk_bytes=4096,
+            gradient_dtype=gradient,
+            weights_dtype=weights,
+        )
+        held = config.chunk_elements
+        sizes = held * wire_itemsize(gradient), held * wire_itemsize(weights)
+        offset = Weights(config, root=True).chunk(3)[0].offset_bytes
+        assert [int(number.replace(",", "")) for number in numbers] == [held, offset, *sizes]
 
 
 def test_rounding_of_the_code() -> None:
