@@ -470,7 +470,16 @@ class Controller:
                 "back to a checkpoint before them, and lower the learning rate or look at those samples"
             )
 
-    def _redone_elsewhere(self, record: dict[str, Any]) -> bool:
+    def _warn_of_mixed(self, step: int, moved: int) -> None:
+        if moved:
+            log.warning(
+                "step %d: %d microbatches were computed in another numeric environment than the one that they were "
+                "meant for, of which no sphere was left, or went on: bits may differ from those of an undisturbed run",
+                step,
+                moved,
+            )
+
+    async def _redone_elsewhere(self, record: dict[str, Any]) -> bool:
         """Whether a step done again has other bits since others computed it: counted, and what follows is new too."""
         before = self._journal.made_in(record["step"])
         if before is None:
@@ -480,7 +489,7 @@ class Controller:
         if not (others or moved or record["mixed_recompute"]):
             return False
         record["mixed_recompute"] = max(others, record["mixed_recompute"], 1)
-        self._journal.forget(record["step"])
+        await asyncio.to_thread(self._journal.forget, record["step"])
         return True
 
     async def _record(self, record: dict[str, Any]) -> None:
@@ -488,19 +497,13 @@ class Controller:
         recorded = self._journal.recorded_digest(record["step"])
         if recorded is not None:
             record["replayed"] = True
-            if recorded != weights_of(record) and not self._redone_elsewhere(record):
+            if recorded != weights_of(record) and not await self._redone_elsewhere(record):
                 raise CheckpointError(
                     f"step {record['step']} done again gave weights {weights_of(record)}, the journal has "
                     f"{recorded}: the task is not deterministic, or this machine computes other bits; see control-cli "
                     "doctor and control-cli replay"
                 )
-        if record["mixed_recompute"]:
-            log.warning(
-                "step %d: %d microbatches were computed in another numeric environment than the one that they were "
-                "meant for, of which no sphere was left: bits may differ from those of an undisturbed run",
-                record["step"],
-                record["mixed_recompute"],
-            )
+        self._warn_of_mixed(record["step"], record["mixed_recompute"])
         if self._journal.term != record["term"]:
             # what a replay needs to know of this process, once
             record["origin"] = await asyncio.to_thread(origin, self.config, self.node)
@@ -547,14 +550,17 @@ class Controller:
         self._evaluated = self.step
         if not await self._while_waiting(self.tree.compute(self.step, EVALUATE, None)):
             return
-        sums = self._hub.sums
+        sums, moved = self._hub.sums, len(self._hub.ledger.moved)
         assert sums is not None  # the test split is not empty
+        self._position.mixed_recomputes += moved
+        self._warn_of_mixed(self.step, moved)
         metrics = {name: value / sums.count for name, value in sums.metrics.items()}
         loss = sums.loss / sums.count
         self.metrics.update({**metrics, "test_loss": loss})
         best = self._position.note_best({**metrics, "loss": loss}, self.config)
         record: dict[str, Any] = {"step": self.step, "epoch": self.node.sampler.epoch_of(self.step - 1), "loss": loss}
         record |= {"metrics": metrics, "samples": sums.count, "seconds": perf_counter() - began, "best": best}
+        record["mixed_recompute"] = moved
         self._span("evaluation", record["seconds"], self.step)
         self._tell("evaluation", record)
 

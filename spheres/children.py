@@ -47,6 +47,7 @@ _MOST_KNOWN = 20_000
 _LONGEST_NAME = 255
 #: spheres in one subtree: far more than there can be, and still a number to calculate with
 _MOST_CAPACITY = 1e6
+_LEAST_CAPACITY = 1e-6
 #: numeric environments in one subtree
 _MOST_ENVIRONMENTS = 64
 
@@ -184,6 +185,7 @@ class Children:
             message, payload = decode_with_chunk(pb.WorkRequest, data)
             if message.HasField("capacity"):
                 _check_capacity(child.id, message.capacity)
+                self._check_room(child.id, message.capacity, child.environment)
             self._hub.on_request(child, message, payload)
             if self.recorder is not None:
                 self.recorder.received(child.id, message, came)
@@ -249,11 +251,17 @@ class Children:
         hub, config, child = self._hub, self._hub.config, hello.sphere_id
         if not 0 < len(child) <= _LONGEST_NAME or len(hello.address) > _LONGEST_NAME:
             raise ProtocolError(f"a hello with {len(child)} characters of name and {len(hello.address)} of address")
+        if not 0 < len(hello.environment_fingerprint) <= _LONGEST_NAME:
+            raise ProtocolError(
+                f"{child} has an environment_fingerprint of {len(hello.environment_fingerprint)} characters; give it 1 to "
+                f"{_LONGEST_NAME}: a hash of all that the bits of its gradients depend on"
+            )
         _check_capacity(child, hello)
         if not 0 <= hello.weights_chunks_held <= config.chunk_count:
             raise ProtocolError(
                 f"{child} says weights_chunks_held {hello.weights_chunks_held}; expected 0 to {config.chunk_count}"
             )
+        self._check_room(child, hello, hello.environment_fingerprint)
         if hello.protocol_version != PROTOCOL_VERSION:
             raise VersionMismatchError(
                 f"{child} speaks protocol {hello.protocol_version}, {hub.id} speaks {PROTOCOL_VERSION}; "
@@ -277,13 +285,27 @@ class Children:
                     f"give it the same {'code' if what == 'task' else 'data set'}"
                 )
         if hello.environment_fingerprint != self._environment and hello.environment_fingerprint not in self._unlike:
-            self._unlike.add(hello.environment_fingerprint)
+            if len(self._unlike) < _MOST_ENVIRONMENTS:  # else it is told again each time
+                self._unlike.add(hello.environment_fingerprint)
             log.warning(
                 "%s (%s) computes with another CPU, library or language than %s: bits are equal among equal "
                 "environments only, so each keeps its own share of the microbatches",
                 child,
                 hello.member.agent or "?",
                 hub.id,
+            )
+
+    def _check_room(self, child: str, said: pb.Hello | pb.Capacity, environment: str) -> None:
+        """Refuse what this node could not say of itself: else its own parent would refuse it."""
+        if self._hub.root:
+            return
+        edges = self._hub.ledger.edges
+        names = {self._hub.ledger.environment, *(said.capacities or (environment,))}
+        names.update(name for id, edge in edges.items() if id != child for name in edge.capacities)
+        if len(names) > _MOST_ENVIRONMENTS:
+            raise RefusedError(
+                f"with {child} there would be {len(names)} numeric environments below {self._hub.id}; the limit is "
+                f"{_MOST_ENVIRONMENTS}: it has to join elsewhere"
             )
 
     def oldest(self, most: int) -> list[common_pb2.SphereReport]:
@@ -331,10 +353,11 @@ class Children:
 
 def _check_capacity(child: str, said: pb.Hello | pb.Capacity) -> None:
     parts = said.capacities
-    if not all(0 <= capacity <= _MOST_CAPACITY for capacity in (said.capacity, *parts.values())):
+    given = (said.capacity, *parts.values())
+    if not all(capacity == 0 or _LEAST_CAPACITY <= capacity <= _MOST_CAPACITY for capacity in given):
         raise ProtocolError(
             f"{child} says that its capacity is {said.capacity}{f' ({dict(parts)})' if parts else ''}; it must be "
-            f"from 0 to {_MOST_CAPACITY:g}: 1 for a worker without children"
+            f"0, or from {_LEAST_CAPACITY:g} to {_MOST_CAPACITY:g}: 1 for a worker without children"
         )
     if not parts:
         return

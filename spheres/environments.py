@@ -36,7 +36,7 @@ class Environments(tuple[Range, ...]):
         It depends on nothing else: not on the shape of the tree, nor on who came first.
         """
         if capacities.keys() <= {""}:
-            return cls()  # nobody has said what it computes with
+            return cls()  # nobody has a name for what it computes with; a hello without one is refused
         shares = cut([Block(0, total)], sorted(capacities.items()))
         return cls(sorted(Range(blocks[0].lo, blocks[-1].hi, name) for name, blocks in shares))
 
@@ -77,11 +77,18 @@ class Environments(tuple[Range, ...]):
         """The ranges that ``blocks`` reach into."""
         return Environments(r for r in self if any(_both(block, r.lo, r.hi).width > 0 for block in blocks))
 
-    def within(self, block: Block, environments: Set[str]) -> bool:
-        """Whether these, of which there is one at least, are enough to compute a block."""
-        if not environments:
-            return False
-        return all(name in environments for lo, hi, name in self if _both(block, lo, hi).width > 0)
+    def open_to(self, block: Block, environments: Set[str]) -> bool:
+        """Whether some of a block may be computed in these."""
+        return any(environments if name is None else name in environments for name, _ in self.split([block]))
+
+    def without(self, block: Block, environments: Set[str]) -> list[Block]:
+        """The parts of a block that may be computed in none of these."""
+        return [
+            piece
+            for name, part in self.split([block])
+            if not (environments if name is None else name in environments)
+            for piece in part
+        ]
 
     def changed(self, blocks: Iterable[Block], environment: str) -> Environments:
         """The same, but for ``blocks``, which are meant for another one now."""

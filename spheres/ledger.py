@@ -194,6 +194,10 @@ class Ledger:
     environments: Environments = ANY
     #: at the root: what the tree computed at once in each environment when it was last decided how they share a step
     shares: Mapping[str, float] = field(default_factory=dict)
+    #: at the root: environments of these that had no sphere when a step was given out last
+    gone: frozenset[str] = frozenset()
+    #: at the root: environments of which nobody has gone on with this step for so long that others may compute it
+    abandoned: set[str] = field(default_factory=set)
     #: at the root: microbatches of this step that were given to another environment, since the tree had none of theirs
     moved: set[int] = field(default_factory=set)
     #: whose blocks in compute are open to others in this attempt (N12)
@@ -225,6 +229,7 @@ class Ledger:
             edge.reset(0, ready=True)
         self._void()
         self.moved.clear()
+        self.abandoned.clear()
         return [] if blocks is None else self._take(blocks, environments)
 
     def resume(self, blocks: Sequence[Block], environments: Environments = ANY) -> list[Action]:
@@ -397,19 +402,32 @@ class Ledger:
 
     def laggards(self, available: Callable[[Block, int], bool]) -> frozenset[str]:
         """Return who has not given its part of the frontier's chunk, where somebody else has nothing to do (N12)."""
+        behind, idle = self._behind(available)
+        # others may compute only what is meant for their own environment (N22)
+        return frozenset(owner for slot, owner in behind if self.environments.open_to(slot, idle))
+
+    def barred(self, available: Callable[[Block, int], bool]) -> frozenset[str]:
+        """Return who is late where somebody has nothing to do, but in other environments only."""
+        behind, idle = self._behind(available)
+        return frozenset(owner for _, owner in behind) if idle else frozenset()
+
+    def abandon(self, late: Iterable[str]) -> None:
+        """At the root: for the rest of this step any environment may compute what these were to compute (N22)."""
+        slots = [slot for slot, owner in self.slots.items() if owner in late and self._open(slot)]
+        self.abandoned.update(name for name, _ in self.environments.split(slots) if name is not None)
+
+    def _behind(self, available: Callable[[Block, int], bool]) -> tuple[list[tuple[Block, str]], set[str]]:
+        """Return slots and owners that lack the frontier's chunk, and in which environments others have nothing to do."""
         if not self.assigned or self.waiting is not None or self.stuck or self.finished:
-            return frozenset()
+            return [], set()
         chunk = self.frontier
-        behind = [
-            (slot, owner) for slot, owner in self.slots.items() if self._open(slot) and not available(slot, chunk)
-        ]
+        behind = [(s, owner) for s, owner in self.slots.items() if self._open(s) and not available(s, chunk)]
         late = {owner for _, owner in behind}
         idle = {self.environment} if self.computes and self.computing is None and not self.queue else set()
         for child, edge in self.edges.items():
             if edge.able and child not in late:
                 idle.update(edge.capacities)
-        # others may compute only what is meant for their own environment (N22)
-        return frozenset(owner for slot, owner in behind if self.environments.within(slot, idle))
+        return behind, idle
 
     def unable(self) -> list[Action]:
         """This node computes nothing more for now: what it owes is for others."""
@@ -547,7 +565,7 @@ class Ledger:
                 for block in edge.computing:
                     computing.add(block)
                 if edge.idle and edge.able:
-                    idle.update(edge.idle_environments or edge.capacities)
+                    idle.update(name for name in edge.capacities if edge.idle_in(name))
         if self.computing is not None:
             computing.add(self.computing)
         some = () if idle >= self.capacities.keys() else tuple(sorted(idle))
@@ -625,13 +643,17 @@ class Ledger:
             return  # nobody can be given anything
         capacities = self.capacities
         if not self.environments:
-            if self.shares.keys() != capacities.keys():
-                self.shares = capacities
+            gone = self.shares.keys() - capacities.keys()
+            # One that is gone keeps its part for a step: it may come back, and what others compute of it is counted.
+            if not self.shares or capacities.keys() - self.shares.keys() or (gone and gone <= self.gone):
+                self.shares, gone = capacities, set()
+            self.gone = frozenset(gone)
             self.environments = Environments.shared_out(self.total, self.shares)
+        left = {name: capacity for name, capacity in capacities.items() if name not in self.abandoned} or capacities
         # What was meant for an environment that is no more goes to the one that has most.
-        most = max(sorted(capacities), key=lambda environment: capacities[environment])
+        most = max(sorted(left), key=lambda environment: left[environment])
         for environment, lost in self.environments.split(blocks):
-            if environment is not None and environment not in capacities:
+            if environment is not None and environment not in left:
                 self.environments = self.environments.changed(lost, most)
                 self.moved.update(index for block in lost for index in range(*block))
 
@@ -641,17 +663,18 @@ class Ledger:
             return []  # as at the start of a step
         offers = [(block, False, SELF) for block in self.held]
         # What a late node computes is its own only where nobody is idle who may compute it.
-        idle = self._idle() if self.late else set()
+        idle = self._idle() | self.abandoned if self.late else set()
 
-        def taken(block: Block, owner: str) -> bool:
-            return owner in self.late and self.environments.within(block, idle)
+        def kept(block: Block, owner: str) -> list[Block]:
+            return self.environments.without(block, idle) if owner in self.late else [block]
 
-        if self.computing is not None and not taken(self.computing, SELF):
+        # one unit: kept or taken as a whole
+        if self.computing is not None and not (SELF in self.late and self.environments.open_to(self.computing, idle)):
             offers.append((self.computing, True, SELF))
         for child, edge in self.edges.items():
             if edge.ready:
                 offers += [(block, False, child) for block in edge.held]
-                offers += [(block, True, child) for block in edge.computing if not taken(block, child)]
+                offers += [(part, True, child) for block in edge.computing for part in kept(block, child)]
         offers.sort(key=lambda offer: (-offer[0].width, offer[1], offer[2] != SELF, offer))
         return [(block, owner) for block, _, owner in offers]
 
@@ -659,7 +682,9 @@ class Ledger:
         """Who can be given more of an environment (None: of any), idle ones where there are any."""
         able = self._able(environment)
         idle = [(owner, capacity) for owner, capacity, free in able if free]
-        return idle or [(owner, capacity) for owner, capacity, _ in able]
+        # A late one may have somebody idle below, and would give it what is late already to its own late one again.
+        in_time = [(owner, capacity) for owner, capacity in idle if owner not in self.late]
+        return in_time or idle or [(owner, capacity) for owner, capacity, _ in able]
 
     def _able(self, environment: str | None) -> list[tuple[str, float, bool]]:
         """Who can be given something of an environment: owner, capacity, whether it is idle."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import socket
 import tempfile
@@ -149,6 +148,8 @@ def _play(
     json: bool,
     verbose: int,
 ) -> None:
+    import asyncio
+
     import uvloop
 
     from control.conformance import play_case

@@ -460,7 +460,7 @@ def test_health_of_nobody(ask: Ask) -> None:
 
 COMMANDS = (
     "", "start", "doctor", "replay", "status", "watch", "spheres", "pause", "resume", "stop", "config", "config show",
-    "spawn", "drain", "terminate", "rebalance", "logs", "chaos",
+    "spawn", "drain", "terminate", "rebalance", "logs", "chaos", "conformance",
     "checkpoint", "checkpoint create", "checkpoint list", "checkpoint restore", "checkpoint inspect",
     "checkpoint verify", "checkpoint diff", "checkpoint export", "sphere", "sphere start",
 )  # fmt: skip

@@ -133,7 +133,28 @@ def test_control_waits_a_moment_for_the_last_of_an_environment_then_takes_anothe
     assert meant(made) == "aaaaaaaa"
     assert made.moved == {6, 7}
     made.start(8, CHUNKS, [ALL])
-    assert not made.moved
+    assert (meant(made), made.moved) == ("aaaaaaaa", {6, 7}), "it may come back, and keeps its part for this step"
+    made.start(8, CHUNKS, [ALL])
+    assert (meant(made), made.moved) == ("aaaaaaaa", set())
+    assert dict(made.shares) == {"a": 2.0}
+
+
+def test_one_that_flaps_between_two_steps_keeps_its_part() -> None:
+    made = tree(x="a", y="a", p="b")
+    made.active = False
+    made.child_lost("p")
+    made.start(8, CHUNKS, [ALL])
+    assert made.moved == {6, 7}
+    made.child_joined("p", {"b": 3.0}, holds=False)
+    made.start(8, CHUNKS, [ALL])
+    assert (meant(made), made.moved) == ("aaaaaabb", set())
+
+
+def test_a_capacity_that_fell_to_next_to_nothing_ends_nothing() -> None:
+    made = tree(x="a", p="b")
+    made.child_changed("p", capacity={"b": 1e-6})
+    made.start(8, CHUNKS, [ALL])
+    assert meant(made) == "aaaabbbb"
 
 
 def test_one_that_comes_back_in_that_moment_has_its_own_again() -> None:
