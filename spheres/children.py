@@ -253,8 +253,8 @@ class Children:
             raise ProtocolError(f"a hello with {len(child)} characters of name and {len(hello.address)} of address")
         if not 0 < len(hello.environment_fingerprint) <= _LONGEST_NAME:
             raise ProtocolError(
-                f"{child} has an environment_fingerprint of {len(hello.environment_fingerprint)} characters; give it 1 to "
-                f"{_LONGEST_NAME}: a hash of all that the bits of its gradients depend on"
+                f"{child} has an environment_fingerprint of {len(hello.environment_fingerprint)} characters; give it 1 "
+                f"to {_LONGEST_NAME}: a hash of all that the bits of its gradients depend on"
             )
         _check_capacity(child, hello)
         if not 0 <= hello.weights_chunks_held <= config.chunk_count:

@@ -37,8 +37,8 @@ __all__ = ["EVALUATE", "TRAIN", "Array", "Child", "Hub", "Outgoing", "Work"]
 _SETTLE_SECONDS = 0.25
 #: patiences that a child has to answer begin, at the least: the answer needs no computing, only the way there and back
 _ANSWER_PATIENCES = 3
-#: times that a step has to be late before another environment may compute what nobody of its own goes on with
-_HOPELESS = 3
+#: times that a step has to be late, less by one for each level, before children that stand still count no longer
+_HOPELESS = 4
 #: seconds for which a sphere whose task has failed computes nothing, doubled each time up to the longest
 _ASIDE_SECONDS, _LONGEST_ASIDE = 2.0, 64.0
 #: changes below that are told again on a new link: the last ones may have been lost with the old one
@@ -528,15 +528,16 @@ class Hub:
         if not self.ledger.active or not self.watchdog.due(now):
             return
         late = self.ledger.laggards(self.gradients.reducer.has)
-        barred = self.ledger.barred(self.gradients.reducer.has) if self.root and not late else frozenset()
+        barred = self.ledger.barred(self.gradients.reducer.has) if not late else frozenset()
         if late or barred:
             self.watchdog.fire(now)
-        if barred and self.watchdog.firings > _HOPELESS:
-            # All of an environment live, and do not go on. What only they may compute is not waited for for ever.
-            self.ledger.abandon(barred)
-            late = barred
         if late:
             self._do(self.ledger.hurry(late))
+        elif barred and self.watchdog.firings > max(1, _HOPELESS - len(self.path)):
+            # They live, and do not go on: what only they may compute is not waited for for ever. Whoever is closest to
+            # them loses patience first.
+            self._do(self.ledger.set_aside(barred))
+            self._tell_capacity()
 
     def _give_up(self, now: float) -> None:
         """End the links of children that live and do not answer begin: all others wait for them.

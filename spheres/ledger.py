@@ -130,6 +130,8 @@ class Edge:
     #: chunks through this one may come (N6)
     credit: int = -1
     leaving: bool = False
+    #: environments in which it stands still: no longer in ``capacities``, until it joins anew or tells its capacity
+    aside: set[str] = field(default_factory=set)
 
     @property
     def capacity(self) -> float:
@@ -196,8 +198,6 @@ class Ledger:
     shares: Mapping[str, float] = field(default_factory=dict)
     #: at the root: environments of these that had no sphere when a step was given out last
     gone: frozenset[str] = frozenset()
-    #: at the root: environments of which nobody has gone on with this step for so long that others may compute it
-    abandoned: set[str] = field(default_factory=set)
     #: at the root: microbatches of this step that were given to another environment, since the tree had none of theirs
     moved: set[int] = field(default_factory=set)
     #: whose blocks in compute are open to others in this attempt (N12)
@@ -229,7 +229,6 @@ class Ledger:
             edge.reset(0, ready=True)
         self._void()
         self.moved.clear()
-        self.abandoned.clear()
         return [] if blocks is None else self._take(blocks, environments)
 
     def resume(self, blocks: Sequence[Block], environments: Environments = ANY) -> list[Action]:
@@ -357,7 +356,7 @@ class Ledger:
         edge = self.edges[child]
         edge.leaving = edge.leaving or leaving
         if capacity is not None:
-            edge.capacities = self._by_environment(capacity)
+            edge.capacities, edge.aside = self._by_environment(capacity), set()
         if self.active and self.stuck and edge.able:
             return self._gather(self.frontier)
         return []
@@ -411,13 +410,17 @@ class Ledger:
         behind, idle = self._behind(available)
         return frozenset(owner for _, owner in behind) if idle else frozenset()
 
-    def abandon(self, late: Iterable[str]) -> None:
-        """At the root: for the rest of this step any environment may compute what these were to compute (N22)."""
-        slots = [slot for slot, owner in self.slots.items() if owner in late and self._open(slot)]
-        self.abandoned.update(name for name, _ in self.environments.split(slots) if name is not None)
+    def set_aside(self, late: Iterable[str]) -> list[Action]:
+        """Count no longer on these children for what they stand still with: nobody else here may compute that (N22)."""
+        for child in set(late) - {SELF}:
+            slots = [slot for slot, owner in self.slots.items() if owner == child and self._open(slot)]
+            edge = self.edges[child]
+            edge.aside |= {name for name, _ in self.environments.split(slots) if name is not None}
+            edge.capacities = {name: value for name, value in edge.capacities.items() if name not in edge.aside}
+        return self.hurry(late)
 
     def _behind(self, available: Callable[[Block, int], bool]) -> tuple[list[tuple[Block, str]], set[str]]:
-        """Return slots and owners that lack the frontier's chunk, and in which environments others have nothing to do."""
+        """Return slots and owners that lack the frontier's chunk, and in which environments others do nothing."""
         if not self.assigned or self.waiting is not None or self.stuck or self.finished:
             return [], set()
         chunk = self.frontier
@@ -649,11 +652,10 @@ class Ledger:
                 self.shares, gone = capacities, set()
             self.gone = frozenset(gone)
             self.environments = Environments.shared_out(self.total, self.shares)
-        left = {name: capacity for name, capacity in capacities.items() if name not in self.abandoned} or capacities
         # What was meant for an environment that is no more goes to the one that has most.
-        most = max(sorted(left), key=lambda environment: left[environment])
+        most = max(sorted(capacities), key=lambda environment: capacities[environment])
         for environment, lost in self.environments.split(blocks):
-            if environment is not None and environment not in left:
+            if environment is not None and environment not in capacities:
                 self.environments = self.environments.changed(lost, most)
                 self.moved.update(index for block in lost for index in range(*block))
 
@@ -663,10 +665,11 @@ class Ledger:
             return []  # as at the start of a step
         offers = [(block, False, SELF) for block in self.held]
         # What a late node computes is its own only where nobody is idle who may compute it.
-        idle = self._idle() | self.abandoned if self.late else set()
+        idle = self._idle() if self.late else set()
 
-        def kept(block: Block, owner: str) -> list[Block]:
-            return self.environments.without(block, idle) if owner in self.late else [block]
+        def kept(block: Block, child: str) -> list[Block]:
+            taken = self.edges[child].aside | (idle if child in self.late else set())
+            return self.environments.without(block, taken) if taken else [block]
 
         # one unit: kept or taken as a whole
         if self.computing is not None and not (SELF in self.late and self.environments.open_to(self.computing, idle)):

@@ -555,6 +555,7 @@ def test_one_that_is_silent_is_given_up(run, tmp_path, parent, silent, monkeypat
     run(main())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", [True, False], ids=["answers begin", "answers nothing"])
 @pytest.mark.parametrize("parent", PARENTS)
 def test_one_that_lives_and_never_sends_a_gradient_holds_nothing_up(run, tmp_path, parent, answers):

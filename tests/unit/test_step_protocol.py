@@ -517,7 +517,7 @@ class Simulation:
         vars(self.config)["shared_window"] = min(self.window * wires.choice([1, 1, 2]), max(self.window, rows))
         self.step = -1
         #: whether what only some environment may compute is given up at once where that is late
-        self.hopeless = False
+        self.hopeless = extra.random() < 0.2
         self.changes = 0
         self.changes_before = 0
         self.finished = False
@@ -633,19 +633,18 @@ class Simulation:
             self.kill(rng.choice([n for n in below if n not in inner] or below))
 
     def hurry(self) -> None:
-        """Some node's watchdog fires (N12); control's gives up what only one that stands still may compute (N22)."""
+        """Some node's watchdog fires (N12); control's gives up what only those may compute that stand still (N22)."""
         nodes = [n for n in self.nodes.values() if n.alive and n.hub.ledger.active]
         self.extra.shuffle(nodes)
         for node in nodes:
             ledger, has = node.hub.ledger, node.hub.gradients.reducer.has
             late = ledger.laggards(has)
-            if not late and node is self.root and self.hopeless:
-                late = ledger.barred(has)
-                ledger.abandon(late)
-            if late:
+            barred = ledger.barred(has) if self.hopeless and not late else frozenset()
+            if late or barred:
                 self.stats["hurries"] += 1
                 self.changes += 1
-                node.hub._do(ledger.hurry(late))
+                node.hub._do(ledger.hurry(late) if late else ledger.set_aside(barred))
+                node.hub._tell_capacity()
                 self.check(node)
                 return
 
