@@ -294,9 +294,9 @@ class SphereReport(_message.Message):
     weights_digest: _builtins.bytes
     """Digest of those weights."""
     microbatches_count: _builtins.int
-    """Microbatches computed in this incarnation."""
+    """Microbatches trained on in this incarnation; those of evaluations are not counted."""
     samples_count: _builtins.int
-    """Samples computed in this incarnation."""
+    """Samples trained on in this incarnation."""
     sent_up_bytes: _builtins.int
     """Bytes of payload sent to the parent."""
     sent_down_bytes: _builtins.int

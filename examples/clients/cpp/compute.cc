@@ -83,8 +83,10 @@ Held Computer::microbatch(Unit& unit, int index) const {
                            : task_.evaluate(unit.weights->data(), samples);
     round_to(dtype_, gradient->data(), gradient->size());
     check(sums, *gradient, verdict);  // after rounding, which may make infinite what was not (N21)
-    ++unit.microbatches;
-    unit.samples += static_cast<std::int64_t>(samples.size());
+    if (unit.train) {
+        ++unit.microbatches;
+        unit.samples += static_cast<std::int64_t>(samples.size());
+    }
     if (verdict.tensors.empty()) {
         held.sums = std::move(sums);
         if (unit.train) held.gradient = std::move(gradient);

@@ -58,7 +58,7 @@ export class Computer {
             index = block.lo;
             const samples = this.#samples(unit, index);
             const held = this.#microbatch(weights, unit, index, samples);
-            if (samples.length) {
+            if (unit.train && samples.length) {
                 result.microbatches++;
                 result.samples += samples.length;
             }
