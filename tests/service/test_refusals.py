@@ -270,6 +270,27 @@ HELLOS = {
     ),
     "a capacity without end": (lambda raw: raw.hello(capacity=float("inf")), "INVALID_ARGUMENT", "capacity is inf"),
     "a capacity below zero": (lambda raw: raw.hello(capacity=-1.0), "INVALID_ARGUMENT", "capacity is -1.0"),
+    "a capacity next to nothing": (lambda raw: raw.hello(capacity=1e-320), "INVALID_ARGUMENT", "0, or from 1e-06"),
+    "capacities that do not add up": (
+        lambda raw: raw.hello(capacity=1.0, capacities={"a": 1.0, "b": 2.0}),
+        "INVALID_ARGUMENT",
+        "capacity is 1, and of {",
+    ),
+    "environments without end": (
+        lambda raw: raw.hello(capacity=1.0, capacities={f"e{n}": 1 / 128 for n in range(128)}),
+        "INVALID_ARGUMENT",
+        "names 128 environments; the limit is 64",
+    ),
+    "no environment": (
+        lambda raw: raw.hello(environment_fingerprint=""),
+        "INVALID_ARGUMENT",
+        "environment_fingerprint of 0 characters; give it 1 to 255: a hash",
+    ),
+    "an environment that is a list of all flags": (
+        lambda raw: raw.hello(environment_fingerprint="sse4.2 " * 99),
+        "INVALID_ARGUMENT",
+        "environment_fingerprint of 693 characters",
+    ),
 }
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import numpy as np
 import pytest
 
 from spheres.blocks import Block
+from spheres.children import Children
+from spheres.config import PROTOCOL_VERSION, NodeConfig
 from spheres.environments import ANY, Environments, Range
-from spheres.errors import ProtocolError
+from spheres.errors import ProtocolError, RefusedError
+from spheres.hub import Hub
+from spheres.lease import Lease
 from spheres.ledger import SELF, Action, Ledger, SendAssign, SendBegin, SendReady, Stuck
+from spheres.tensors import Manifest
+from spheres.v1 import work_pb2 as pb
 
 CHUNKS = 4
 ALL = Block(0, 8)
@@ -221,3 +230,34 @@ def test_of_a_child_that_is_idle_in_one_environment_only_that_counts() -> None:
     owners = {k: owner for slot, owner in made.slots.items() for k in range(*slot)}
     assert {owners[k] for k in lost} == {"inner"}, "busy, but the only one of its environment"
     assert {owners[k] for k in range(8) if meant(made)[k] == "b"} == {"inner"}, "the one that is idle in it"
+
+
+def test_what_a_child_says_of_environments_that_it_does_not_have_is_not_passed_on() -> None:
+    made = Ledger(2, computes=True, environment="a")
+    made.child_joined("p", {"b": 1.0}, holds=False)
+    made.start(8, CHUNKS, [ALL], Environments([Range(0, 4, "a"), Range(4, 8, "b")]))
+    made.next_unit()
+    made.begin(1, 0)
+    [answer] = made.child_ready("p", 1, (), idle=True, idle_environments=["b", *(f"x{n}" for n in range(9_999))])
+    assert isinstance(answer, SendReady)
+    assert answer.idle_environments == ("b",)
+
+
+def test_an_inner_node_refuses_what_its_own_parent_would_refuse_it_for() -> None:
+    """Else one child with too many names would keep the whole subtree out of the run."""
+    config = NodeConfig(run_id="run", manifest=Manifest.of({"w": np.zeros(16, np.float32)}), chunk_bytes=4096)
+    hub = Hub(config, "p", environment="own")
+    hub.renewed([pb.Ancestor(id="control", incarnation=1)])
+    children = Children(hub, environment="own", lease=Lease(10.0))
+
+    async def join(number: int) -> None:
+        hello = pb.Hello(protocol_version=PROTOCOL_VERSION, sphere_id=f"s-{number}", incarnation=1, parent_id="p")
+        hello.environment_fingerprint, hello.capacity = f"e-{number}", 1.0
+        message = pb.WorkRequest(tag=pb.Tag(run_id="run"), session=1, hello=hello)
+        hub.admit(children._accept(message, lambda _: None), hello, message.tag)
+
+    for number in range(63):
+        asyncio.run(join(number))
+    with pytest.raises(RefusedError, match="65 numeric environments below p; the limit is 64"):
+        asyncio.run(join(63))
+    assert len(hub.mixed_capacities) == 63
