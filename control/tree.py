@@ -95,6 +95,10 @@ class Tree:
         #: told who is told to leave by command, and whether at once; whether it will see to that itself
         self.dismissed: Callable[[str, bool], bool] = lambda _sphere, _at_once: False
         self._open = True
+        # sphere -> when its link ended, while it has no other; and those of them that may come back after the end
+        self._lost_at: dict[str, float] = {}
+        self._absent: dict[str, float] = {}
+        self._farewell = pb.Directive()
         self._done: asyncio.Future[None] | None = None
         self._arrivals = asyncio.Event()
         self._listener: Listener | None = None
@@ -137,13 +141,22 @@ class Tree:
     def stop_spheres(self, reason: str) -> None:
         """Tell every sphere to end."""
         self._open = False
-        self.hub.direct(pb.Directive(kind=pb.DIRECTIVE_KIND_STOP, reason=reason))
+        self._farewell = pb.Directive(kind=pb.DIRECTIVE_KIND_STOP, reason=reason)
+        self._absent = {id: when for id, when in self._lost_at.items() if not self.spheres[id].leaving}
+        self.hub.direct(self._farewell)
 
     async def all_gone(self, timeout: float) -> bool:
-        """Wait until no child is left; False where some still are after ``timeout`` seconds."""
+        """Wait until no child is left, nor one that lost its link just before may come; False after ``timeout``."""
+        now = asyncio.get_running_loop().time
         try:
             async with asyncio.timeout(timeout):
                 await self.until(lambda: not self.hub.children)
+                # Between two parents, by a move or a loss, a sphere has not heard that the run is over: it comes here.
+                while (left := max(self._absent.values(), default=0.0) + _BACK_SECONDS - now()) > 0:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(left):
+                            await self.until(lambda: bool(self.hub.children))
+                    await self.until(lambda: not self.hub.children)
         except TimeoutError:
             return False
         return True
@@ -269,7 +282,14 @@ class Tree:
             self.failures.back(change)
         now = asyncio.get_running_loop().time()
         self._changed_at = (now if self._changed_at is None else self._changed_at[0], now)
+        if change.lost:
+            self._lost_at[change.sphere_id] = now
+        else:
+            self._lost_at.pop(change.sphere_id, None)
         if not self._open:
+            if not change.lost:
+                self._absent.pop(change.sphere_id, None)
+                self.hub.direct(self._farewell)
             self._arrivals.set()
             return
         if not change.lost and self.spheres[change.sphere_id].leaving:
@@ -280,6 +300,7 @@ class Tree:
 
     def _forgotten(self, sphere: str) -> None:
         self.children.reports.pop(sphere, None)
+        self._lost_at.pop(sphere, None)
 
     # ---- by command
 

@@ -13,7 +13,7 @@ import pytest
 from control.config import RunConfig
 from control.reference import reference
 from control.testing import local_tree
-from spheres.errors import GradientError, StaleError
+from spheres.errors import GradientError, LinkClosedError, StaleError
 from spheres.testing.memory import MemoryNetwork, MemoryTransport
 from spheres.testing.synthetic import Synthetic
 from spheres.v1 import control_pb2
@@ -127,6 +127,25 @@ def test_a_sphere_that_is_moved_takes_its_children_along(run, tmp_path, expected
     assert sha256 == expected
     assert shape == {"s-1": "s-5", "s-2": "control", "s-3": "s-1", "s-4": "s-1", "s-5": "s-2", "s-6": "s-2"}
     assert [record["attempts"] for record in journal(tmp_path)] == [0] * 8
+
+
+def test_a_sphere_between_two_parents_hears_that_the_run_is_over(run, tmp_path):
+    """Else it would look for control until its --orphan-timeout."""
+
+    async def main():
+        async with tree_of(tmp_path) as tree:
+            await tree.run()
+            between = tree.spheres["s-3"]
+            assert len(between.parent._ancestors) > 1
+            lost = asyncio.ensure_future(tree.tree.until(lambda: not tree.tree.spheres["s-3"].active))
+            between.parent.cut(LinkClosedError("a test"))
+            await lost
+            tree.tree.stop_spheres("the run is over")
+            assert await tree.tree.all_gone(5)
+            await asyncio.wait_for(asyncio.gather(*tree.tasks.values()), 5)  # by themselves, without an error
+            tree.tasks.clear()
+
+    run(main())
 
 
 def test_a_move_to_where_nobody_is_ends_at_the_old_parent(run, tmp_path, expected):
