@@ -150,8 +150,6 @@ def _play(
 ) -> None:
     import asyncio
 
-    import uvloop
-
     from control.conformance import play_case
     from spheres.task import load_task
     from spheres.worker import limit_threads
@@ -180,8 +178,8 @@ def _play(
             results.append(result)
             put_json(_plain(result)) if json else _print(result, log, verbose=verbose)
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run())
+    # asyncio's own loop: a signal that comes while a process is being started must not be lost
+    asyncio.run(run())
 
 
 def _print(result: Result, log: Path, *, verbose: int) -> None:

@@ -26,14 +26,21 @@ class WorkerProcess:
         environment = {**os.environ, "ARMILLARY_CONTROL": address}
         with self.log.open("ab") as output:
             try:
-                self._process = await asyncio.create_subprocess_exec(
-                    *self.command,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    env=environment,
-                    start_new_session=True,  # so that what it has started itself is ended with it
+                starting = asyncio.ensure_future(
+                    asyncio.create_subprocess_exec(
+                        *self.command,
+                        stdin=asyncio.subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output,
+                        env=environment,
+                        start_new_session=True,  # so that what it has started itself is ended with it
+                    )
                 )
+                try:
+                    self._process = await asyncio.shield(starting)
+                except asyncio.CancelledError:
+                    self._process = await starting  # Ctrl+C at this very moment: it runs, and has to be ended
+                    raise
             except OSError as error:
                 raise ConfigError(f"cannot start {self.command[0]!r}: {error.strerror}") from None
 
