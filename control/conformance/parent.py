@@ -107,7 +107,7 @@ class Edge:
             try:
                 await self._link.send(raw)
             except LinkClosedError:
-                raise BreachError("The two services", "a link that lives", "the worker has ended it") from None
+                raise BreachError("The two services", "a link that lives", "the worker ended it") from None
 
     async def next(self) -> pb.WorkRequest | None:
         """Return the next message, whatever it is; None where the link has ended. A task failure ends the case."""

@@ -76,7 +76,7 @@ class Run:
 
     def _start(self, host: int, name: str, words: list[str], **options: Any) -> subprocess.Popen[str]:
         with (self._directory / f"{name}.log").open("w") as log:
-            return self._lab.start(host, words, cwd=self._directory, stderr=log, **options)
+            return self._lab.start(host, words, cwd=self._directory, stderr=log, **{"stdout": log, **options})
 
     def _read(self) -> None:
         assert self._control.stdout is not None

@@ -339,9 +339,11 @@ def ends_at_what_is_late():
 @fault
 def takes_any_assignment():
     def make(assign):
-        def changed(self, attempt, from_chunk, blocks):
+        def changed(self, attempt, from_chunk, blocks, environments):
             self.assigned = False
-            return assign(self, self.attempt, self.from_chunk, blocks) if self.attempt else self.resume(blocks)
+            if not self.attempt:
+                return self.resume(blocks, environments)
+            return assign(self, self.attempt, self.from_chunk, blocks, environments)
 
         return changed
 
@@ -528,8 +530,8 @@ def all_chunks_again():
 @fault
 def spares_compute():
     def make(start):
-        def changed(self, total, chunks, blocks):
-            return start(self, total, chunks, blocks or [Block(0, total)])
+        def changed(self, total, chunks, blocks, environments):
+            return start(self, total, chunks, blocks or [Block(0, total)], environments)
 
         return changed
 
