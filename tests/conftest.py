@@ -1,6 +1,11 @@
 """What every test stands on: one BLAS thread, a fresh uvloop per coroutine, reproducible properties, the wire."""
 
 import os
+import signal
+
+# Whoever starts commands in the background may have them ignore Ctrl+C, which what tests start would inherit.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The bits of a gradient depend on the number of BLAS threads; it is read once, when numpy is first imported.
 for _name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
