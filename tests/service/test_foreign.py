@@ -120,8 +120,14 @@ class Foreign:
             await self.call.write(message if isinstance(message, bytes) else message.SerializeToString())
 
     async def receive(self):
-        data = await self.call.read()
-        return None if data is grpc.aio.EOF else pb.WorkResponse.FromString(data)
+        while (data := await self.call.read()) is not grpc.aio.EOF:
+            message = pb.WorkResponse.FromString(data)
+            if message.directive.kind != pb.DIRECTIVE_KIND_REPORT_STATE:
+                return message
+            report = common_pb2.SphereReport(sphere_id=self.place.sphere_id, incarnation=self.place.incarnation)
+            state = pb.StateReport(request_id=message.directive.request_id, report=report)
+            await self.send(pb.WorkRequest(tag=message.tag, session=self.session, state_report=state))
+        return None
 
     async def status(self):
         """Read to the end: name of the code, and the details."""
