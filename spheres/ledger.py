@@ -16,6 +16,8 @@ Every method is an event; it returns the actions to carry out, in order. Rules N
 | child_ready     | one answer less to wait for; with the last one:           | Ready, or Assign per child           |
 | child_changed   | capacity; leaving                                         | Begin where work was unassigned      |
 | hurry           | blocks in compute at late nodes are open to others (N12)  | Begin per child                      |
+| set_aside       | children that stand still with what only they may        | Begin per child                      |
+|                 | compute count for it no longer (N22)                      |                                      |
 | unable          | this node computes nothing more for now                   | Begin per child where it owed any    |
 | next_unit       | a block of the queue is being computed                    | -                                    |
 | computed        | that block is held until the seal                         | -                                    |
