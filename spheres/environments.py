@@ -92,7 +92,7 @@ class Environments(tuple[Range, ...]):
 
     def changed(self, blocks: Iterable[Block], environment: str) -> Environments:
         """The same, but for ``blocks``, which are meant for another one now."""
-        names = {k: name for lo, hi, name in self for k in range(lo, hi)}
+        names = _names(self)
         names |= {k: environment for block in blocks for k in range(*block)}
         ranges: list[Range] = []
         for k, name in sorted(names.items()):
@@ -104,9 +104,12 @@ class Environments(tuple[Range, ...]):
 
     def unlike(self, other: Iterable[Range]) -> int:
         """How many microbatches are meant for another environment by ``other``."""
-        here = {k: name for lo, hi, name in self for k in range(lo, hi)}
-        there = {k: name for lo, hi, name in other for k in range(lo, hi)}
+        here, there = _names(self), _names(other)
         return sum(here.get(k) != there.get(k) for k in here.keys() | there.keys())
+
+
+def _names(ranges: Iterable[Range]) -> dict[int, str]:
+    return {k: name for lo, hi, name in ranges for k in range(lo, hi)}
 
 
 def _both(block: Block, lo: int, hi: int) -> Block:
