@@ -95,10 +95,9 @@ class Tree:
         #: told who is told to leave by command, and whether at once; whether it will see to that itself
         self.dismissed: Callable[[str, bool], bool] = lambda _sphere, _at_once: False
         self._open = True
-        # sphere -> when its link ended, while it has no other; and those of them that may come back after the end
+        # sphere -> when its link ended, while it has no other; and those that may come back after the end
         self._lost_at: dict[str, float] = {}
         self._absent: dict[str, float] = {}
-        self._farewell = pb.Directive()
         self._done: asyncio.Future[None] | None = None
         self._arrivals = asyncio.Event()
         self._listener: Listener | None = None
@@ -141,9 +140,20 @@ class Tree:
     def stop_spheres(self, reason: str) -> None:
         """Tell every sphere to end."""
         self._open = False
-        self._farewell = pb.Directive(kind=pb.DIRECTIVE_KIND_STOP, reason=reason)
-        self._absent = {id: when for id, when in self._lost_at.items() if not self.spheres[id].leaving}
-        self.hub.direct(self._farewell)
+        self._absent = self._between_parents()
+        self.hub.direct(pb.Directive(kind=pb.DIRECTIVE_KIND_STOP, reason=reason))
+
+    def _between_parents(self) -> dict[str, float]:
+        """Return sphere -> since when it has had no way to control, by its own loss or that of one above it."""
+        found: dict[str, float] = {}
+        for top, when in self._lost_at.items():
+            below = [top]
+            while below:
+                id = below.pop()
+                if not self.spheres[id].leaving:
+                    found[id] = max(when, found.get(id, 0.0))
+                below += self.members.children_of(id)
+        return found
 
     async def all_gone(self, timeout: float) -> bool:
         """Wait until no child is left, nor one that lost its link just before may come; False after ``timeout``."""
@@ -151,7 +161,8 @@ class Tree:
         try:
             async with asyncio.timeout(timeout):
                 await self.until(lambda: not self.hub.children)
-                # Between two parents, by a move or a loss, a sphere has not heard that the run is over: it comes here.
+                # Between two parents, by a move or a loss, a sphere has not heard that the run is over: it comes back,
+                # and is told then.
                 while (left := max(self._absent.values(), default=0.0) + _BACK_SECONDS - now()) > 0:
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(left):
@@ -289,7 +300,6 @@ class Tree:
         if not self._open:
             if not change.lost:
                 self._absent.pop(change.sphere_id, None)
-                self.hub.direct(self._farewell)
             self._arrivals.set()
             return
         if not change.lost and self.spheres[change.sphere_id].leaving:

@@ -102,6 +102,8 @@ class Hub:
         self.watchdog = Watchdog(config.patience_seconds)
         # child -> when it was last sent begin
         self._asked: dict[str, float] = {}
+        # the run is over: newcomers are told so, too
+        self._farewell: pb.Directive | None = None
         self._capacities = self.ledger.capacities
         self._down_bytes = 0
         # when the present version of the weights began to come
@@ -171,6 +173,8 @@ class Hub:
     def direct(self, directive: pb.Directive) -> None:
         """Send a directive down, hop by hop: to the child that leads to its sphere, to all where that is not known."""
         target = directive.target_sphere_id
+        if directive.kind == pb.DIRECTIVE_KIND_STOP and not target:
+            self._farewell = directive
         child = self.children.get(target) or self.children.get(self._ways.get(target, ""))
         self._notice(pb.WorkResponse(directive=directive), [child] if child is not None else None)
 
@@ -406,6 +410,8 @@ class Hub:
         self._do(joined)
         self._tell_capacity()
         self.change(child.joined(self.id))
+        if self._farewell is not None:  # it was between two parents when everybody was told
+            child.outbox.notice(pb.WorkResponse(directive=self._farewell))
 
     def dismiss(self, child: Child, reason: str) -> None:
         """A child's link has ended."""

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 _FINAL = (VersionMismatchError, FingerprintError, WrongRunError, StaleError)
 #: seconds that a parent has to answer: it may itself be loading its task
 WELCOME_SECONDS = 20.0
+#: seconds after which the next ancestor is dialled, too: nothing at all may come from where a machine is gone
+_NEXT_SECONDS = 1.0
 #: seconds before dialling again, and up to which they are doubled each time
 _PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 #: reports of other spheres that ride on one heartbeat
@@ -119,9 +121,10 @@ class Parent:
         self._alone_since = now()
         pause = _PAUSE
         while True:
-            for ancestor in self._in_order():
+            order = self._in_order()
+            while (found := await self._connect(order)) is not None:
                 began = now()
-                if await self._link(ancestor):
+                if await self._link(*found):
                     # A parent that ends every link at once is not dialled at full speed.
                     if now() - began > _LONGEST_PAUSE:
                         pause = _PAUSE
@@ -137,16 +140,40 @@ class Parent:
             await asyncio.sleep(min(pause, left))
             pause = min(pause * 2, _LONGEST_PAUSE)
 
-    async def _link(self, ancestor: pb.Ancestor) -> bool:
-        """Dial an ancestor and work for it until the link ends. False where there was none. Raises a final refusal."""
+    async def _connect(self, order: list[pb.Ancestor]) -> tuple[pb.Ancestor, Link] | None:
+        """Dial ancestors, nearest first, and return who answers first; the next is dialled where one takes long.
+
+        Who is returned, and who has failed, is taken out of ``order``. None where that is all of them.
+        """
+        left, dialling = list(order), dict[asyncio.Task[Link], pb.Ancestor]()
+        try:
+            while left or dialling:
+                if left:
+                    ancestor = left.pop(0)
+                    dialling[asyncio.ensure_future(self._transport.dial(ancestor.address, Rpc.WORK))] = ancestor
+                wait = _NEXT_SECONDS if left else None
+                await asyncio.wait(dialling, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                for task in [task for task in dialling if task.done()]:
+                    ancestor = dialling.pop(task)
+                    order.remove(ancestor)
+                    try:
+                        return ancestor, task.result()
+                    except UnreachableError as error:
+                        self._last_error = error
+                        log.debug("%s: %s", self._hub.id, error)
+        finally:
+            for task in dialling:
+                task.cancel()
+            for link_or_error in await asyncio.gather(*dialling, return_exceptions=True):
+                if not isinstance(link_or_error, BaseException):  # it answered, too late
+                    await link_or_error.aclose()
+        return None
+
+    async def _link(self, ancestor: pb.Ancestor, link: Link) -> bool:
+        """Work for an ancestor until the link ends. False where it did not take this node. Raises a final refusal."""
         reason: ArmillaryError = LinkClosedError("it ended the link")
         try:
-            link = await self._transport.dial(ancestor.address, Rpc.WORK)
             await self._serve(link, ancestor)
-        except UnreachableError as error:
-            self._last_error = error
-            log.debug("%s: %s", self._hub.id, error)
-            return False
         except ArmillaryError as error:
             if isinstance(error, _FINAL) and not self.linked and ancestor == self._ancestors[0]:
                 raise

@@ -46,8 +46,9 @@ T = TypeVar("T")
 _AGENT = f"python {sys.version_info.major}.{sys.version_info.minor}"
 #: seconds between two looks of a sphere that leaves at whether it is needed still
 _LOOK_SECONDS = 0.05
-#: of a traced run: seconds that a sphere waits for the last spans of its children, and that its own have to go up
-_LAST_SPANS_SECONDS, _FLUSH_SECONDS = 2.0, 1.0
+#: seconds that a sphere waits for its children to end before it ends itself; of a traced run, those that its last
+#: spans have to go up. Control waits longer than both.
+_FAREWELL_SECONDS, _FLUSH_SECONDS = 3.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -234,10 +235,13 @@ class Sphere:
         self._stop.set()
 
     async def _end(self) -> None:
-        """End, where the run is traced: once the children have, and their last spans have come, send up what waits."""
+        """End once the children have: they are told through this node, and without it would look for control.
+
+        Where the run is traced their last spans go up before.
+        """
         assert self._children is not None
         assert self.parent is not None
-        await self._children.gone(_LAST_SPANS_SECONDS)
+        await self._children.gone(_FAREWELL_SECONDS)
         await self.parent.flush(_FLUSH_SECONDS)
         self._stop.set()
 
@@ -329,12 +333,10 @@ class Sphere:
     def _directed(self, directive: pb.Directive) -> None:
         if directive.kind == pb.DIRECTIVE_KIND_STOP:
             log.info("told to stop: %s", directive.reason)
-            loop = asyncio.get_running_loop()
-            if self.hub is not None and self.hub.config.trace and not directive.target_sphere_id:
-                self._ending = self._ending or loop.create_task(self._end())
+            if directive.target_sphere_id:  # only this one: its children go to their fallbacks
+                self._stop.set()
             else:
-                # Children have the directive in their outboxes: give the writers their turn before the links go.
-                loop.call_later(0.05, self._stop.set)
+                self._ending = self._ending or asyncio.get_running_loop().create_task(self._end())
         elif directive.kind == pb.DIRECTIVE_KIND_REPORT_STATE:
             assert self.hub is not None
             state = getattr(self._task, "state_dict", None)

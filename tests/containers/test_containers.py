@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -103,6 +104,15 @@ def test_the_image_has_no_build_tools_and_runs_read_only_as_somebody_without_rig
     assert image["Size"] - base["Size"] < 150e6
 
 
+@contextlib.contextmanager
+def _paused(control: Container) -> Iterator[None]:
+    """The run waits meanwhile, so that it cannot be over before what a test does to it."""
+    control.ask("control-cli", "pause", "--address", "127.0.0.1:7070")
+    yield
+    control.ask("control-cli", "resume", "--address", "127.0.0.1:7070")
+    control.until_step(control.step + 30)
+
+
 def _spheres(control: Container) -> dict[str, dict]:
     listed = json.loads(control.ask("control-cli", "spheres", "--json", "--address", "127.0.0.1:7070"))
     return {sphere["sphere_id"]: sphere for sphere in listed}
@@ -135,16 +145,19 @@ def test_four_containers_lose_one_in_mid_run_get_one_and_drain_one_with_the_same
     control = engine.start("control", *start, volume=volume, **settings)
     control.until_step(30)
 
-    tree = _spheres(control)
-    hosts = {podman("inspect", "--format", "{{.Config.Hostname}}", c.name).stdout.strip(): c for c in spheres.values()}
-    by_id = {name: hosts[sphere["report"]["host"]] for name, sphere in tree.items()}
-    assert len({sphere["report"]["address"].rpartition(":")[0] for sphere in tree.values()}) == 4
-    parents = {name: sphere["parent_id"] for name, sphere in tree.items()}
-    assert sorted(parent == "control" for parent in parents.values()) == [False, False, True, True]  # two levels
-    assert {sphere["report"]["wire"] for sphere in tree.values()} == {"inline"}
-    for container in (control, *spheres.values()):
-        podman("healthcheck", "run", container.name)
-        assert "ready: SERVING" in container.ask("sphere", "health", "--service", "ready")
+    with _paused(control):
+        tree = _spheres(control)
+        hosts = {
+            podman("inspect", "--format", "{{.Config.Hostname}}", c.name).stdout.strip(): c for c in spheres.values()
+        }
+        by_id = {name: hosts[sphere["report"]["host"]] for name, sphere in tree.items()}
+        assert len({sphere["report"]["address"].rpartition(":")[0] for sphere in tree.values()}) == 4
+        parents = {name: sphere["parent_id"] for name, sphere in tree.items()}
+        assert sorted(parent == "control" for parent in parents.values()) == [False, False, True, True]  # two levels
+        assert {sphere["report"]["wire"] for sphere in tree.values()} == {"inline"}
+        for container in (control, *spheres.values()):
+            podman("healthcheck", "run", container.name)
+            assert "ready: SERVING" in container.ask("sphere", "health", "--service", "ready")
 
     inner = next(parent for parent in parents.values() if parent != "control")
     podman("kill", "--signal", "KILL", by_id[inner].name)
@@ -152,12 +165,12 @@ def test_four_containers_lose_one_in_mid_run_get_one_and_drain_one_with_the_same
     control.until(lambda line: line.get("event") == "sphere_lost" and line["sphere"] == inner)
     control.until_step(control.step + 30)  # training goes on with three
 
-    control.ask("control-cli", "pause", "--address", "127.0.0.1:7070")  # so that it cannot be over before that
-    new = engine.start("e", "sphere", "start", **SPHERE)
-    joined = control.until(lambda line: line.get("event") == "sphere_joined" and line["sphere"] not in tree)["sphere"]
-    new.until(lambda line: f"{joined} joins" in line.get("message", ""))
-    control.ask("control-cli", "resume", "--address", "127.0.0.1:7070")
-    control.until_step(control.step + 30)
+    with _paused(control):
+        new = engine.start("e", "sphere", "start", **SPHERE)
+        joined = control.until(lambda line: line.get("event") == "sphere_joined" and line["sphere"] not in tree)[
+            "sphere"
+        ]
+        new.until(lambda line: f"{joined} joins" in line.get("message", ""))
 
     drained = next(name for name in parents if name != inner)
     before = by_id[drained]
@@ -173,8 +186,8 @@ def test_four_containers_lose_one_in_mid_run_get_one_and_drain_one_with_the_same
     assert work[joined] > 0
     for name, container in by_id.items():
         if name not in (inner, drained):
-            assert container.wait() == 0
-    assert new.wait() == 0
+            assert container.wait() == 0, _last(container)
+    assert new.wait() == 0, _last(new)
     _check_logs(control, *spheres.values(), new)
     journal = engine.once("cat", "/runs/latest/journal.jsonl", volume=volume).stdout.splitlines()
     records = [json.loads(line) for line in journal]
@@ -186,6 +199,11 @@ def test_four_containers_lose_one_in_mid_run_get_one_and_drain_one_with_the_same
     assert "every byte verifies" in engine.once(
         "control-cli", "checkpoint", "verify", f"runs/latest/checkpoints/step-{STEPS:09d}", volume=volume
     ).stdout  # fmt: skip
+
+
+def _last(container: Container) -> str:
+    """What a container has said last, a line each."""
+    return "\n".join(json.dumps(line)[:300] for line in container.lines[-12:])
 
 
 def _check_logs(*containers: Container) -> None:

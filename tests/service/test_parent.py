@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
+import socket
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from spheres import grpc_link
 from spheres import parent as parent_module
 from spheres.config import MAX_MESSAGE_BYTES
 from spheres.errors import (
@@ -501,6 +503,46 @@ def test_a_child_whose_parent_goes_turns_to_the_next_with_what_it_holds(small, r
             assert [(block.lo, block.hi) for block in second.hello.held] == [(0, 4)]
             assert below.hub.counts.microbatches == 4  # nothing was computed twice
 
+    run(main())
+
+
+def test_a_fallback_is_dialled_beside_a_parent_from_whom_nothing_comes(small, run, monkeypatch):
+    """N11: where a machine is gone not even a refusal comes."""
+
+    async def main():
+        above = Above(small, train)
+        with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel takes the connection, nobody speaks
+            near = "{}:{}".format(*silent.getsockname())
+            async with serving(above) as up, child_of(small, ("control", up), ("s-9", near)) as (below, _):
+                await above.trained
+                assert below.parent.id == "control"
+                assert len(below.transport.open) == 2  # Work and Heartbeat: the other dial is over
+
+    monkeypatch.setattr(parent_module, "_NEXT_SECONDS", 0.1)
+    monkeypatch.setattr(grpc_link, "DIAL_SECONDS", 60.0)
+    run(main())
+
+
+@pytest.mark.parametrize(("seconds", "taken"), [((0.4, 0.0), "control"), ((0.4, 2.0), "s-9"), ((0.0, 0.0), "s-9")])
+def test_of_two_that_are_dialled_who_answers_first_is_taken(small, run, monkeypatch, seconds, taken):
+    slow = {}
+    dial = Dialling.dial
+
+    async def dial_slowly(self, address, rpc):
+        await asyncio.sleep(slow.pop(address, 0.0))
+        return await dial(self, address, rpc)
+
+    async def main():
+        above, near = Above(small, train), Above(small, train, name="s-9")
+        async with serving(above) as up, serving(near) as address:
+            slow[address], slow[up] = seconds
+            async with child_of(small, ("control", up), ("s-9", address)) as (below, _):
+                await asyncio.wait({above.trained, near.trained}, return_when=asyncio.FIRST_COMPLETED)
+                assert below.parent.id == taken
+                assert len(above.hellos) + len(near.hellos) == 1
+
+    monkeypatch.setattr(parent_module, "_NEXT_SECONDS", 0.1)
+    monkeypatch.setattr(Dialling, "dial", dial_slowly)
     run(main())
 
 

@@ -43,7 +43,7 @@ def contributors(record):
 
 @contextlib.asynccontextmanager
 async def tree_of(directory, task=None, **options):
-    network = MemoryNetwork()
+    network = options.pop("network", None) or MemoryNetwork()
     task = task or Synthetic(parameters=PARAMETERS, samples=SAMPLES)
     settings = options.pop("config", config())
     async with local_tree(
@@ -129,21 +129,63 @@ def test_a_sphere_that_is_moved_takes_its_children_along(run, tmp_path, expected
     assert [record["attempts"] for record in journal(tmp_path)] == [0] * 8
 
 
-def test_a_sphere_between_two_parents_hears_that_the_run_is_over(run, tmp_path):
-    """Else it would look for control until its --orphan-timeout."""
+async def all_end(tree):
+    """Tell all that the run is over: every sphere ends by itself, without an error."""
+    tree.tree.stop_spheres("the run is over")
+    assert await tree.tree.all_gone(5)
+    await tree.tree.aclose()  # as the end of control: nobody answers any more
+    await asyncio.wait_for(asyncio.gather(*tree.tasks.values()), 2)
+    tree.tasks.clear()
+
+
+class SlowDial(MemoryNetwork):
+    """From one sphere every dial takes as long as all the others need to end."""
+
+    async def reach(self, source, address):
+        if source == "s-3":
+            await asyncio.sleep(0.5)
+        return await super().reach(source, address)
+
+
+@pytest.mark.parametrize("who", ["s-3", "s-1"])
+def test_spheres_between_two_parents_hear_that_the_run_is_over(who, run, tmp_path):
+    """Else they would look for control until their --orphan-timeout.
+
+    Who lost its link; and children of one that was about to leave.
+    """
 
     async def main():
-        async with tree_of(tmp_path) as tree:
+        async with tree_of(tmp_path, network=SlowDial()) as tree:
             await tree.run()
-            between = tree.spheres["s-3"]
-            assert len(between.parent._ancestors) > 1
-            lost = asyncio.ensure_future(tree.tree.until(lambda: not tree.tree.spheres["s-3"].active))
-            between.parent.cut(LinkClosedError("a test"))
+            assert tree.tree.shape()["s-3"] == "s-1"
+            lost = asyncio.ensure_future(tree.tree.until(lambda: not tree.tree.spheres[who].active))
+            if who == "s-3":
+                tree.spheres["s-3"].parent.cut(LinkClosedError("a test"))
+            else:
+                tree.tree.drain("s-1", "a test")
+                await tree.kill("s-1")
             await lost
-            tree.tree.stop_spheres("the run is over")
-            assert await tree.tree.all_gone(5)
-            await asyncio.wait_for(asyncio.gather(*tree.tasks.values()), 5)  # by themselves, without an error
-            tree.tasks.clear()
+            await all_end(tree)
+
+    run(main())
+
+
+class SlowWord(MemoryNetwork):
+    """Between a parent and its child the word that all is over takes a second."""
+
+    def carry(self, pipe, message):
+        slow = (pipe.connection.dialler, pipe.up) == ("s-3", False) and b"the run is over" in message
+        asyncio.get_running_loop().call_later(1.0 if slow else 0.0, pipe.arrive, message)
+
+
+def test_a_parent_ends_when_its_children_have_heard(run, tmp_path):
+    """However slow the way down is: its own link is the only one on which they can hear it."""
+
+    async def main():
+        async with tree_of(tmp_path, network=SlowWord()) as tree:
+            await tree.run()
+            assert tree.tree.shape()["s-3"] == "s-1"
+            await all_end(tree)
 
     run(main())
 
