@@ -20,6 +20,7 @@ from common import report
 from control.config_sources import load_config
 from control.initial import initial_weights
 from control.reference import reference
+from control.run_dir import process_of
 from spheres.testing.synthetic import Synthetic
 
 #: seconds that one microbatch takes; twelve of them on twelve spheres make steps of about 50 ms
@@ -114,7 +115,8 @@ def main() -> None:
         command = [*cli, "chaos", *(str(word) for pair in told.items() for word in pair), "--json"]
         storm = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         until = time.monotonic() + 180
-        while not (run / "summary.json").exists() and time.monotonic() < until:
+        # its last life, a child of the storm's, writes its results and goes
+        while (not (run / "summary.json").exists() or process_of(run)) and time.monotonic() < until:
             time.sleep(0.2)
         summary = json.loads((run / "summary.json").read_text())
         records = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]

@@ -93,7 +93,10 @@ class Installed:
         return other
 
     def remove(self, pod: dict[str, Any]) -> None:
-        podman("pod", "rm", "--force", "--ignore", "--time", "0", pod["metadata"]["name"])
+        words = ("pod", "rm", "--force", "--ignore", "--time", "0", pod["metadata"]["name"])
+        # A container that ends meanwhile makes the first attempt fail ("could not be stopped: ... state improper").
+        if podman(*words, check=False).returncode != 0:
+            podman(*words)
 
 
 def container(pod: dict[str, Any]) -> str:
