@@ -71,6 +71,9 @@ class Sphere:
     #: not to be moved before: seconds of control's clock
     rests_until: float = 0.0
     request_id: str = ""
+    #: what it says it is written in, and of its numeric environment; the latter not before its first link
+    agent: str = ""
+    environment: str = ""
     rank: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -211,7 +214,9 @@ class Membership:
 
     # ---- events
 
-    def enroll(self, member: Member, *, pid: int, term: int, now: float, request_id: str = "") -> Sphere:
+    def enroll(
+        self, member: Member, *, pid: int, term: int, now: float, request_id: str = "", agent: str = ""
+    ) -> Sphere:
         """Take a sphere in: give it an id where it has none, an incarnation and a place. Idempotent by request_id."""
         known = self.spheres.get(self._requests.get(request_id, ""))
         if known is not None:
@@ -224,7 +229,7 @@ class Membership:
             self._drop(before)
         self._lives += 1
         member = Member(id, member.host, member.zone, member.capacity, member.relay, member.address)
-        sphere = Sphere(member, term * _LIVES_PER_TERM + self._lives, pid, request_id=request_id)
+        sphere = Sphere(member, term * _LIVES_PER_TERM + self._lives, pid, request_id=request_id, agent=agent)
         if before is not None:
             sphere.link = before.link
         self.spheres[id] = sphere
@@ -289,6 +294,7 @@ class Membership:
         else:
             self._take_off(known)  # what it counts for may be another now
             known.member, known.pid, known.rank = member, said.pid, order(member)
+        known.agent, known.environment = said.agent or known.agent, said.environment_fingerprint
         return known
 
     def _new_id(self, term: int) -> str:

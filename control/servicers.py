@@ -265,19 +265,22 @@ async def _found(work: Callable[[], None], context: Any) -> None:
 
 
 def _sphere(tree: Tree, name: str) -> pb.Sphere:
+    known = tree.spheres[name]
     sphere = pb.Sphere(
         sphere_id=name,
         state=tree.state_of(name),
         parent_id=tree.parent_of(name),
-        zone=tree.spheres[name].member.zone,
+        zone=known.member.zone,
         reason=tree.members.reason_of(name),
+        agent=known.agent,
+        environment_fingerprint=known.environment,
     )
     found = tree.report_of(name)
     if found is not None:
         sphere.report.CopyFrom(found[1])
         sphere.report_age.FromNanoseconds(int(found[0] * 1e9))
     else:  # its first report is under way: what it said when it enrolled
-        sphere.report.CopyFrom(tree.spheres[name].enrolled_report())
+        sphere.report.CopyFrom(known.enrolled_report())
     return sphere
 
 

@@ -199,7 +199,9 @@ class Tree:
             relay=request.relay,
         )
         now = asyncio.get_running_loop().time()
-        sphere = self.members.enroll(member, pid=request.pid, term=self.term, now=now, request_id=request.request_id)
+        sphere = self.members.enroll(
+            member, pid=request.pid, term=self.term, now=now, request_id=request.request_id, agent=request.agent
+        )
         path = [self._ancestor(id) for id in self.members.path_to(sphere.id)]
         return control_pb2.EnrollSphereResponse(
             sphere_id=sphere.id,

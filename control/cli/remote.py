@@ -198,9 +198,11 @@ def _sphere_line(sphere: pb.Sphere) -> str:
     age = sphere.report_age.ToNanoseconds() / 1e9
     texts = [
         f"{sphere.sphere_id} {sphere.state}" + (f" ({sphere.reason})" if sphere.reason else ""),
-        f"{report.role} on {report.host}:{report.pid}{f', {report.wire}' if report.wire else ''}"
+        f"{report.role} on {report.host}:{report.pid}{f', {report.wire}' if report.wire else ''}".lstrip()
         if report.host
         else "",
+        # most are in Python, and a line is long enough
+        "" if sphere.agent.startswith("python ") else sphere.agent,
         f"weights {report.weights_version}",
         f"{report.samples_count:,} samples",
         f"{report.resident_bytes / 2**20:.0f} MiB" if report.resident_bytes else "",

@@ -854,6 +854,8 @@ class Sphere(_message.Message):
     REPORT_AGE_FIELD_NUMBER: _builtins.int
     ZONE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_FINGERPRINT_FIELD_NUMBER: _builtins.int
     sphere_id: _builtins.str
     """Its id."""
     state: _builtins.str
@@ -864,6 +866,10 @@ class Sphere(_message.Message):
     """Zone."""
     reason: _builtins.str
     """Why it is in that state, in words; may be empty."""
+    agent: _builtins.str
+    """What it is written in, such as "python 3.13", as it says; for people."""
+    environment_fingerprint: _builtins.str
+    """Fingerprint of its numeric environment, as Hello has it; empty before its first link."""
     @_builtins.property
     def report(self) -> _common_pb2.SphereReport:
         """Latest report."""
@@ -882,10 +888,12 @@ class Sphere(_message.Message):
         report_age: _duration_pb2.Duration | None = ...,
         zone: _builtins.str = ...,
         reason: _builtins.str = ...,
+        agent: _builtins.str = ...,
+        environment_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report", "report_age", b"report_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent_id", b"parent_id", "reason", b"reason", "report", b"report", "report_age", b"report_age", "sphere_id", b"sphere_id", "state", b"state", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "environment_fingerprint", b"environment_fingerprint", "parent_id", b"parent_id", "reason", b"reason", "report", b"report", "report_age", b"report_age", "sphere_id", b"sphere_id", "state", b"state", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

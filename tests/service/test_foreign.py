@@ -6,6 +6,9 @@ What they send is bytes over a plain gRPC channel, as from another language.
 
 import asyncio
 import contextlib
+import json
+import re
+import sys
 
 import grpc
 import numpy as np
@@ -14,9 +17,11 @@ import pytest
 from control.config import RunConfig
 from control.reference import CanonicalSum, reference
 from control.testing import local_tree
+from control.training import Training
 from spheres import children
 from spheres.blocks import Block
 from spheres.config import MAX_MESSAGE_BYTES, NodeConfig
+from spheres.environment import environment_fingerprint
 from spheres.grpc_link import GrpcTransport
 from spheres.narrow import to_wire
 from spheres.numerics import add_sums, crc32c
@@ -306,6 +311,48 @@ def test_a_foreign_worker_that_does_right_takes_part_to_the_end(run, tmp_path, p
             assert not made.refused
 
     run(main())
+
+
+@pytest.mark.processes
+def test_what_a_foreign_worker_is_written_in_is_shown(run, tmp_path):
+    """It hangs below a sphere, so control hears of its language and environment hop by hop."""
+
+    async def shown(*flags):
+        command = [sys.executable, "-m", "control", "spheres", "--run-dir", str(tmp_path / "run"), *flags]
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        out, _ = await process.communicate()
+        assert process.returncode == 0
+        return out.decode()
+
+    async def both():
+        tree, listed = await asyncio.gather(shown(), shown("--json"))
+        of_each = [(sphere["agent"], sphere["environment_fingerprint"]) for sphere in json.loads(listed)]
+        return of_each, [re.sub(r"^\W+", "", line).split("  ") for line in tree.splitlines()[1:]]
+
+    async def to_the_end(foreign):
+        await foreign.behave()
+        await foreign.aclose()
+
+    async def main():
+        here = (f"python {sys.version_info.major}.{sys.version_info.minor}", environment_fingerprint())
+        async with Training(config(run_dir=tmp_path / "run", fan_out=1)) as training:
+            await training.controller.tree.wait_for(1)
+            foreign = Foreign(training.controller.tree.address)
+            await foreign.enroll()
+            assert foreign.parent == "s-1"
+            of_each, lines = await both()
+            assert of_each == [here, ("raw", "")]
+            assert lines[1][:3] == ["s-2 joining", "on elsewhere:0", "raw"]
+            await foreign.join(member=common_pb2.Member(host="elsewhere", agent="raw 2"))
+            ending = asyncio.create_task(to_the_end(foreign))
+            await training.controller.tree.wait_for(2)
+            of_each, lines = await both()
+            assert of_each == [here, ("raw 2", "of another language")]
+            assert lines[1][:2] == ["s-2 active", "raw 2"]
+            assert not any(text.startswith("python") for text in lines[0])  # as most are
+        await ending
+
+    run(main(), timeout=60)
 
 
 # ---- a hello that does not fit

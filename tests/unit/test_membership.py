@@ -32,8 +32,9 @@ class Tree:
         self.sessions: Counter[str] = Counter()
 
     def enroll(self, host: str = HOME, **changes: Any) -> str:
+        agent = changes.pop("agent", "")
         member = Member(**{"id": "", "host": host, "address": "a:1", **changes})
-        return self.members.enroll(member, pid=7, term=self.term, now=self.now).id
+        return self.members.enroll(member, pid=7, term=self.term, now=self.now, agent=agent).id
 
     def opens(self, id: str, parent: str | None = None, *, incarnation: int = 0, **said: Any) -> bool:
         self.sessions[id] += 1
@@ -45,8 +46,8 @@ class Tree:
             parent_id=parent or self.members.parent_of(id),
         )
         if said:
-            change.member.CopyFrom(common_pb2.Member(host=said["host"], zone=said.get("zone", ""), pid=said["pid"]))
-            change.address = said["address"]
+            change.address = said.pop("address")
+            change.member.CopyFrom(common_pb2.Member(**said))
         return self.members.change(change)
 
     def ends(self, id: str, *, session: int = 0, reason: str = "gone") -> bool:
@@ -177,6 +178,27 @@ def test_strangers_are_taken_up_with_their_old_life() -> None:
     assert (found.incarnation, found.pid, found.member.host, found.member.address) == (44, 300, "host-1", "b:1")
     assert tree.enroll() == "s-2.1"
     assert tree.members.path_to("s-2.1") == [CONTROL]
+
+
+def test_what_a_sphere_is_written_in_is_as_its_newest_link_or_else_its_enrolment_says() -> None:
+    tree = Tree(2)
+
+    def said(id: str) -> tuple[str, str]:
+        sphere = tree.members.spheres[id]
+        return sphere.agent, sphere.environment
+
+    id, place = tree.enroll(agent="node 20"), {"host": HOME, "pid": 7, "address": "a:1"}
+    assert said(id) == ("node 20", "")
+    tree.opens(id, **place, environment_fingerprint="ab")  # it need not say it twice
+    assert said(id) == ("node 20", "ab")
+    tree.ends(id)
+    assert said(id) == ("node 20", "ab")
+    tree.opens(id, **place, environment_fingerprint="ac", agent="node 22")
+    assert said(id) == ("node 22", "ac")
+    tree.opens(
+        "s-9", CONTROL, incarnation=44, **place, environment_fingerprint="ab", agent="c++17"
+    )  # an earlier control's
+    assert said("s-9") == ("c++17", "ab")
 
 
 def test_the_lost_are_forgotten_the_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
