@@ -18,7 +18,8 @@ from typing import Any
 from tests.simulation.plan import KINDS, make_plan
 from tests.simulation.plants import PLANTS, planted
 from tests.simulation.scale import scale, table
-from tests.simulation.world import SeedError, World
+from tests.simulation.story import SeedError
+from tests.simulation.world import World
 
 
 def one(seed: int, kinds: tuple[str, ...], drop: tuple[int, ...] = (), plant: str = "") -> tuple[int, str, Any]:

@@ -11,7 +11,8 @@ from spheres.testing.clock import Process, StalledError, VirtualLoop
 from tests.simulation.plan import make_plan
 from tests.simulation.plants import planted
 from tests.simulation.scale import scale
-from tests.simulation.world import SeedError, World
+from tests.simulation.story import SeedError
+from tests.simulation.world import World
 
 
 @pytest.mark.parametrize("first", range(0, 100, 20))
