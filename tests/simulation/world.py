@@ -462,6 +462,7 @@ def _made_equal(ids: random.Random) -> Iterator[None]:
     _once(limit_threads)
     places: list[tuple[Any, str, Any]] = [
         (uuid, "uuid4", lambda: uuid.UUID(int=ids.getrandbits(128))),
+        (os, "getpid", lambda: 4_711),  # it is in messages, which are the longer the larger it is
         (spheres.sphere, "resident_bytes", lambda: (1, 1)),
         (spheres.sphere, "environment_fingerprint", lambda: fingerprint),
         (control.tree, "environment_fingerprint", lambda: fingerprint),
