@@ -54,6 +54,9 @@ class Checks:
         #: version, block and chunk -> checksum of the present step's frames, and who sent it first
         self._checksums: dict[tuple[int, ...], tuple[int, str]] = {}
         self._checksums_of: tuple[int, ...] = ()
+        #: spheres with a link when control told all that the run is over, and who was above each; and when that was
+        self._to_be_told: dict[str, list[str]] = {}
+        self._told_at = 0.0
 
     # ---- meanwhile
 
@@ -161,6 +164,11 @@ class Checks:
         crashes_cost = crashes * plan.orphan_timeout * 3  # without adoption all spheres have to give up first
         return 20.0 + crashes_cost + plan.steps * (2 * step + 1.0) * (1 + crashes) + FAULT_SECONDS * len(plan.faults)
 
+    def farewell(self) -> None:
+        """Control is about to tell all spheres that the run is over."""
+        self._told_at = self.world.loop.time()
+        self._to_be_told = {node.name: self.world.faults.way_of(node) for node in self.world.living() if node.placed}
+
     # ---- afterwards
 
     def may_halt(self, reason: str) -> bool:
@@ -186,8 +194,18 @@ class Checks:
     def end(self) -> None:
         """The run is over, by its end or because it was to halt."""
         self._check_refusals()
+        self._check_farewell()
         if not self.world.halted:
             self._check_journal(reference(self.world.task, self.world.config))
+
+    def _check_farewell(self) -> None:
+        """Whoever had a link and could be reached has heard that the run is over, and has not looked for control."""
+        for name, way in self._to_be_told.items():
+            if self.world.faults.out_of_reach(way, self._told_at):
+                continue
+            node = self.world.nodes[name]
+            assert "no way to control" not in str(node.error), f"{node.called} was not told of the end: {node.error}"
+            self.world.counts["told"] += 1
 
     def _check_refusals(self) -> None:
         """Where nothing changed bytes, nobody may have broken the protocol; what is stale is another matter."""

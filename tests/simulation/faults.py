@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from spheres.testing.clock import Process
@@ -13,12 +14,18 @@ from tests.simulation.plan import Fault
 if TYPE_CHECKING:
     from tests.simulation.world import Node, World
 
+#: seconds in which everybody is back who was out of reach
+CALM_SECONDS = 6.0
+#: seconds for which a dial may go on, in this network, after the partition in which it began
+DIAL_SECONDS = 10.0
 #: factor on a sphere's compute time
 MOST_SLOW = 60.0
 
 
 class Faults:
-    """Mutable state: when the present step began, and how long the one before took: faults are timed by these."""
+    """Mutable state: when the present step began and how long the one before took, by which faults are timed; and who
+    is out of reach by them.
+    """
 
     def __init__(self, world: World) -> None:
         self.world, self.plan = world, world.plan
@@ -26,6 +33,8 @@ class Faults:
         self._step_began = 0.0
         self._step_seconds = plan.compute * plan.microbatches / max(1, plan.spheres - plan.relays) + 0.02
         self._step_reached = asyncio.Event()
+        #: sphere -> until when it is out of reach
+        self._until: dict[str, float] = {}
 
     def committed(self) -> None:
         """A step is committed, and the next begins."""
@@ -58,6 +67,29 @@ class Faults:
             self.world.network.changes += 2  # once more elsewhere, and here again after a rest
         return trouble
 
+    # ---- who is out of reach
+
+    def out_of_reach(self, names: Iterable[str], since: float) -> bool:
+        """Whether one of these spheres was, at or after a time; or shortly before: its neighbours may not know yet."""
+        return any(self._until.get(name, -CALM_SECONDS) + CALM_SECONDS > since for name in names)
+
+    def control_is_back(self) -> None:
+        """Control starts again: nobody had a way to it until now, and it knows only those who come by themselves."""
+        self._isolate([node.name for node in self.world.living()], 0.0)
+
+    def way_of(self, node: Node) -> list[str]:
+        """Return a sphere and those between it and control, as far as it knows."""
+        parent = getattr(node.sphere, "parent", None)
+        ids = set() if parent is None else {ancestor.id for ancestor in parent._ancestors}
+        return [node.name, *(found.name for found in self.world.nodes.values() if found.id in ids)]
+
+    def _isolate(self, names: Iterable[str], seconds: float) -> None:
+        """So long these are out of reach, by their machine or by their links, and so are all below them."""
+        struck, until = set(names), self.world.loop.time() + seconds
+        for node in self.world.nodes.values():
+            if not struck.isdisjoint(self.way_of(node)):
+                self._until[node.name] = max(until, self._until.get(node.name, 0.0))
+
     # ---- whom it hits
 
     def _strike(self, fault: Fault) -> None:
@@ -81,6 +113,8 @@ class Faults:
             return
         node.again = fault.strength > 0.3
         self.world.say(f"FAULT kill of {node.called}")
+        if silent:
+            self._isolate([node.name], 2 * self.plan.patience)
         self.world.end(node, silent=silent)
         self.world.launch(node, 0.2 + fault.strength * 2)
 
@@ -124,6 +158,7 @@ class Faults:
             seconds = 200.0  # far longer than a run should need without it
         self.world.say(f"FAULT stop of {node.called} for {seconds:.3f} s")
         process.stop()
+        self._isolate([process.name], seconds)
         self.world.network.silence(process.name, seconds)
         before = self.world.network.streams_from(process.name)
         self.world.loop.call_later(seconds, lambda: process.stopped and self._go_on(process, seconds, before))
@@ -158,6 +193,7 @@ class Faults:
             late = fault.strength * 2
             first, second = (0.0, late) if fault.variant * 100 % 2 < 1 else (late, 0.0)
             self.world.say(f"FAULT cut of {stream}: known after {first:.3f} and {second:.3f} s")
+            self._isolate([stream.dialler], late)
             self.world.network.break_off(stream, first, second)
 
     def _half(self, fault: Fault) -> None:
@@ -166,6 +202,7 @@ class Faults:
             known = fault.strength
             ends = (None, known) if fault.variant < 0.5 else (known, None)
             self.world.say(f"FAULT {stream} is half open: known after {ends} s")
+            self._isolate([stream.dialler], known + 2 * self.plan.patience)
             self.world.network.break_off(stream, *ends)
 
     def _delay(self, fault: Fault) -> None:
@@ -173,6 +210,7 @@ class Faults:
         if stream is not None:
             seconds = 3 * fault.strength**2
             self.world.say(f"FAULT delay of {seconds:.3f} s on {stream}")
+            self._isolate([stream.dialler], 2 * seconds + fault.variant * 2)
             ends = (stream.dialler, stream.listener)
             for source, target in (ends, ends[::-1]) if fault.variant < 0.5 else (ends,):
                 self.world.network.slow_down(source, target, seconds, lasting=fault.variant * 2)
@@ -188,6 +226,7 @@ class Faults:
             self.world.say(
                 f"FAULT partition of {' '.join(names)} for {seconds:.3f} s{'' if both else ', outward only'}"
             )
+            self._isolate(names, seconds + DIAL_SECONDS)
             self.world.network.cut_off(names, seconds, both=both)
 
     def _tamper(self, fault: Fault) -> None:

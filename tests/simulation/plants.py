@@ -151,6 +151,17 @@ def buffers_rewritten() -> Patches:
     return [(VirtualWorker, "retire", lambda _: None)]
 
 
+def end_told_once() -> Patches:
+    """Who comes to a parent after the end of the run is not told of it."""
+    direct = Hub.direct
+
+    def forgotten(self: Hub, directive: Any) -> None:
+        direct(self, directive)
+        self._farewell = None
+
+    return [(Hub, "direct", forgotten)]
+
+
 PLANTS: dict[str, Callable[[], Patches]] = {
     "from-chunk-lost": from_chunk_lost,
     "credit-on-complete": credit_on_complete,
@@ -162,6 +173,7 @@ PLANTS: dict[str, Callable[[], Patches]] = {
     "torn-published": torn_published,
     "rings-rewritten": rings_rewritten,
     "buffers-rewritten": buffers_rewritten,
+    "end-told-once": end_told_once,
 }
 
 

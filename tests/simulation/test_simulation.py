@@ -46,6 +46,7 @@ FOUND = {
     "from-chunk-lost": (20013, 22),
     "weights-overwritten": (68, 83),
     "torn-published": (5081, 5088),
+    "end-told-once": (7, 22),
 }
 
 

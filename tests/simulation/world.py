@@ -67,20 +67,32 @@ class Node:
     leaving: bool = False
     #: whether the launcher starts another one when it has ended
     again: bool = True
+    #: what it ended with, where that was not in order
+    error: BaseException | None = None
 
     @property
     def name(self) -> str:
         return self.process.name
 
     @property
-    def called(self) -> str:
-        """Its process, and the id that control has given it."""
+    def id(self) -> str:
+        """What control has given it; "" before that."""
         hub = getattr(self.sphere, "hub", None)
-        return self.name if hub is None else f"{self.name} ({hub.id})"
+        return "" if hub is None else hub.id
+
+    @property
+    def called(self) -> str:
+        return f"{self.name} ({self.id})" if self.id else self.name
 
     @property
     def alive(self) -> bool:
         return not self.process.dead and self.process.main is not None and not self.process.main.done()
+
+    @property
+    def placed(self) -> bool:
+        """Whether it has had a link since it enrolled."""
+        parent = getattr(self.sphere, "parent", None)
+        return parent is not None and parent.placed.is_set()
 
     @property
     def computes(self) -> bool:
@@ -211,6 +223,7 @@ class World:
         await controller.run()
         # what control.training does when its context is left
         await tree.states(2.0)
+        self.checks.farewell()
         tree.stop_spheres("the run is over")
         await tree.all_gone(5.0)
         await tree.aclose()
@@ -262,6 +275,7 @@ class World:
         if self.disk.full:
             self.loop.call_later(1.0, self.control_again)
         else:
+            self.faults.control_is_back()
             self.start_control()
 
     def _published(self, record: Any) -> None:
@@ -328,7 +342,7 @@ class World:
         assert node.process.main is not None
         if node.process.dead:
             return
-        error = node.process.main.exception()
+        error = node.error = node.process.main.exception()
         self.say(f"{node.called} ends: {error or 'in order'}")
         if error is not None and not isinstance(error, ArmillaryError):
             self._fail(error)
