@@ -13,7 +13,7 @@ from spheres.blocks import Block, BlockSet
 from spheres.cut import cut
 from spheres.errors import ProtocolError
 
-__all__ = ["ANY", "Environments", "Range"]
+__all__ = ["ANY", "Environments", "Range", "next_shares"]
 
 
 class Range(NamedTuple):
@@ -102,10 +102,39 @@ class Environments(tuple[Range, ...]):
                 ranges.append(Range(k, k + 1, name))
         return Environments(ranges)
 
+    def handed_on(self, blocks: Sequence[Block], capacities: Mapping[str, float]) -> tuple[Environments, set[int]]:
+        """The same, but for what of ``blocks`` is meant for an environment that is no more; and which microbatches.
+
+        That goes to the one that has most. ``capacities`` (not empty) is what the tree computes at once in each.
+        """
+        most = max(sorted(capacities), key=lambda environment: capacities[environment])
+        found, moved = self, set[int]()
+        for environment, lost in self.split(blocks):
+            if environment is not None and environment not in capacities:
+                found = found.changed(lost, most)
+                moved.update(index for block in lost for index in range(*block))
+        return found, moved
+
     def unlike(self, other: Iterable[Range]) -> int:
         """How many microbatches are meant for another environment by ``other``."""
         here, there = _names(self), _names(other)
         return sum(here.get(k) != there.get(k) for k in here.keys() | there.keys())
+
+
+def next_shares(
+    shares: Mapping[str, float], gone: Set[str], capacities: Mapping[str, float]
+) -> tuple[Mapping[str, float], frozenset[str]]:
+    """Return by what the next step is shared out, and which environments of that are gone.
+
+    ``shares`` and ``gone`` are those of the step before, ``capacities`` what the tree computes at once in each
+    environment now. That counts anew when one appeared or was lost altogether. Who else comes and goes changes nothing:
+    an undisturbed run would have the same.
+    """
+    missing = frozenset(shares.keys() - capacities.keys())
+    # One that is gone keeps its part for a step: it may come back, and what others compute of it is counted.
+    if not shares or capacities.keys() - shares.keys() or (missing and missing <= gone):
+        return capacities, frozenset()
+    return shares, missing
 
 
 def _names(ranges: Iterable[Range]) -> dict[int, str]:

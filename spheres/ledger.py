@@ -1,6 +1,7 @@
 """Who owes which block on one node's edges: the event table of a step. Pure: no I/O, no clock, no payload.
 
 Every method is an event; it returns the actions to carry out, in order. Rules N1 to N14 are those of docs/protocol.md.
+Who gets which block, where work is given out, is the ``partition``'s to say; how that is told and counted is here.
 
 | event           | what changes                                              | actions                              |
 |-----------------|-----------------------------------------------------------|--------------------------------------|
@@ -35,10 +36,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from spheres.actions import Action, SendAssign, SendBegin, SendCredit, SendReady, Stuck
 from spheres.blocks import Block, BlockSet
-from spheres.cut import cut
-from spheres.environments import ANY, Environments
+from spheres.edge import SELF, Edge
+from spheres.environments import ANY, Environments, next_shares
 from spheres.errors import CreditError, ProtocolError, StaleError
+from spheres.partition import Partition
 
 __all__ = [
     "SELF",
@@ -51,114 +54,6 @@ __all__ = [
     "SendReady",
     "Stuck",
 ]
-
-#: owner of the slots that this node computes itself
-SELF = ""
-
-
-@dataclass(frozen=True, slots=True)
-class SendBegin:
-    """To a child: a new attempt from ``from_chunk``."""
-
-    child: str
-    attempt: int
-    from_chunk: int
-
-
-@dataclass(frozen=True, slots=True)
-class SendAssign:
-    """To a child: the blocks that it owes."""
-
-    child: str
-    attempt: int
-    from_chunk: int
-    blocks: tuple[Block, ...]
-    #: which environments they are meant for
-    environments: Environments = ANY
-
-
-@dataclass(frozen=True, slots=True)
-class SendCredit:
-    """To a child: it may send through this chunk."""
-
-    child: str
-    attempt: int
-    through: int
-
-
-@dataclass(frozen=True, slots=True)
-class SendReady:
-    """To the parent: what this subtree holds and computes, and whether any of it is idle."""
-
-    attempt: int
-    held: tuple[Block, ...]
-    computing: tuple[Block, ...]
-    idle: bool
-    #: in which environments it is idle; empty: in all that it has
-    idle_environments: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Stuck:
-    """Blocks are owed and nobody below can compute them: control waits, any other node gives its parent notice."""
-
-    blocks: tuple[Block, ...]
-
-
-Action = SendBegin | SendAssign | SendCredit | SendReady | Stuck
-
-
-@dataclass(slots=True)
-class Edge:
-    """One child. All that is known of it; gone with its link."""
-
-    #: what its subtree computes at once, by environment
-    capacities: Mapping[str, float]
-    #: W, in chunks (N6)
-    window: int = 0
-    #: within this child's session and this step (N5b)
-    attempt: int = 0
-    #: its answer in this attempt: held blocks, those in compute, and whether it is idle
-    held: tuple[Block, ...] = ()
-    computing: tuple[Block, ...] = ()
-    idle: bool = True
-    #: in which environments it is idle; empty: in all that it has
-    idle_environments: tuple[str, ...] = ()
-    #: took part in this attempt from its start, so that it may be given work
-    ready: bool = False
-    assigned: tuple[Block, ...] = ()
-    #: the first chunk of each of them in this attempt
-    first: int = 0
-    #: chunks through this one may come (N6)
-    credit: int = -1
-    leaving: bool = False
-    #: environments in which it stands still: no longer in ``capacities``, until it joins anew or tells its capacity
-    aside: set[str] = field(default_factory=set)
-
-    @property
-    def capacity(self) -> float:
-        return sum(self.capacities.values())
-
-    @property
-    def able(self) -> bool:
-        """Whether it can be given something to compute."""
-        return self.capacity > 0 and not self.leaving
-
-    def capacity_in(self, environment: str | None) -> float:
-        """What it can be given of this environment; None: of any."""
-        if self.leaving:
-            return 0.0
-        return self.capacity if environment is None else self.capacities.get(environment, 0.0)
-
-    def idle_in(self, environment: str | None) -> bool:
-        return self.idle and (
-            environment is None or not self.idle_environments or environment in self.idle_environments
-        )
-
-    def reset(self, attempt: int, *, ready: bool) -> None:
-        self.attempt, self.ready = attempt, ready
-        self.held, self.computing, self.idle, self.assigned, self.credit = (), (), True, (), -1
-        self.idle_environments = ()
 
 
 @dataclass(slots=True)
@@ -587,25 +482,31 @@ class Ledger:
         """Partition what is owed: held blocks to their holders, the rest over idle nodes (N5, N9)."""
         first = self.frontier
         owed = [block for block, index in self.obligations.items() if index < self.chunks]
-        rest = BlockSet(self.total, owed)
-        shares: dict[str, BlockSet] = {child: BlockSet(self.total) for child in self.edges}
-        own: list[Block] = []
-        for block, owner in self._offers():
-            if rest.covers(block) and any(top.contains(block) for top in owed):
-                rest.discard(block)
-                if owner == SELF:
-                    own.append(block)
-                else:
-                    shares[owner].add(block)
-        self.queue = []
-        obstacle = self._share_out(rest.within(owed), shares)
-        if obstacle is not None:
-            return obstacle
+        partition = Partition(
+            self.total,
+            owed,
+            self.edges,
+            computes=self.computes,
+            environment=self.environment,
+            held=self.held,
+            computing=self.computing,
+            late=self.late,
+        )
+        rest = partition.keep(self.environments)
+        if self.root and rest:
+            self._decide(rest)
+        nobody = partition.share_out(self.environments.split(rest))
+        if nobody is not None:
+            environment, part = nobody
+            if any(edge.capacity_in(environment) > 0 and not edge.ready for edge in self.edges.values()):
+                return self._gather(self.frontier)  # somebody joined after the attempt had begun
+            self.slots, self.queue, self.stuck = {}, [], True
+            return [Stuck(tuple(part))]
         self.stuck = False
-        self.slots = dict.fromkeys([*own, *self.queue], SELF)
+        self.queue = partition.queue
+        self.slots = dict.fromkeys([*partition.own, *self.queue], SELF)
         actions: list[Action] = []
-        for child, share in shares.items():
-            blocks = tuple(share.within(owed)) if len(share) else ()
+        for child, blocks in partition.shares():
             edge = self.edges[child]
             edge.assigned = blocks
             if blocks:
@@ -616,92 +517,13 @@ class Ledger:
                 actions.append(SendAssign(child, edge.attempt, first, blocks, meant))
         return actions
 
-    def _share_out(self, blocks: Sequence[Block], shares: Mapping[str, BlockSet]) -> list[Action] | None:
-        """Cut what nobody holds over those who can be given more; return the actions where that cannot be done."""
-        if self.root and blocks:
-            self._decide(blocks)
-        parts = self.environments.split(blocks)
-        # Nothing is given out at all where a part cannot be: a partition with a hole would only be torn down again.
-        for environment, part in parts:
-            if self._workers(environment):
-                continue
-            if any(edge.capacity_in(environment) > 0 and not edge.ready for edge in self.edges.values()):
-                return self._gather(self.frontier)
-            self.slots, self.stuck = {}, True
-            return [Stuck(tuple(part))]
-        for environment, part in parts:
-            for owner, pieces in cut(part, self._workers(environment)):
-                if owner == SELF:
-                    self.queue += pieces
-                else:
-                    for piece in pieces:
-                        shares[owner].add(piece)
-        return None
-
     def _decide(self, blocks: Sequence[Block]) -> None:
-        """At the root: for which environment each of these is meant (N22).
-
-        By what the tree had of each when one of them last appeared or was lost altogether. Who else comes and goes
-        changes nothing: an undisturbed run would have the same.
-        """
+        """At the root: for which environment each of these is meant (N22)."""
         if not any(edge.able and edge.ready for edge in self.edges.values()):
             return  # nobody can be given anything
         capacities = self.capacities
         if not self.environments:
-            gone = self.shares.keys() - capacities.keys()
-            # One that is gone keeps its part for a step: it may come back, and what others compute of it is counted.
-            if not self.shares or capacities.keys() - self.shares.keys() or (gone and gone <= self.gone):
-                self.shares, gone = capacities, set()
-            self.gone = frozenset(gone)
+            self.shares, self.gone = next_shares(self.shares, self.gone, capacities)
             self.environments = Environments.shared_out(self.total, self.shares)
-        # What was meant for an environment that is no more goes to the one that has most.
-        most = max(sorted(capacities), key=lambda environment: capacities[environment])
-        for environment, lost in self.environments.split(blocks):
-            if environment is not None and environment not in capacities:
-                self.environments = self.environments.changed(lost, most)
-                self.moved.update(index for block in lost for index in range(*block))
-
-    def _offers(self) -> list[tuple[Block, str]]:
-        """Blocks that are held or in compute: the largest first, then held ones, own before those of children (N9)."""
-        if not self.held and self.computing is None and not any(e.held or e.computing for e in self.edges.values()):
-            return []  # as at the start of a step
-        offers = [(block, False, SELF) for block in self.held]
-        # What a late node computes is its own only where nobody is idle who may compute it.
-        idle = self._idle() if self.late else set()
-
-        def kept(block: Block, child: str) -> list[Block]:
-            taken = self.edges[child].aside | (idle if child in self.late else set())
-            return self.environments.without(block, taken) if taken else [block]
-
-        # one unit: kept or taken as a whole
-        if self.computing is not None and not (SELF in self.late and self.environments.open_to(self.computing, idle)):
-            offers.append((self.computing, True, SELF))
-        for child, edge in self.edges.items():
-            if edge.ready:
-                offers += [(block, False, child) for block in edge.held]
-                offers += [(part, True, child) for block in edge.computing for part in kept(block, child)]
-        offers.sort(key=lambda offer: (-offer[0].width, offer[1], offer[2] != SELF, offer))
-        return [(block, owner) for block, _, owner in offers]
-
-    def _workers(self, environment: str | None) -> list[tuple[str, float]]:
-        """Who can be given more of an environment (None: of any), idle ones where there are any."""
-        able = self._able(environment)
-        idle = [(owner, capacity) for owner, capacity, free in able if free]
-        # A late one may have somebody idle below, and would give it what is late already to its own late one again.
-        in_time = [(owner, capacity) for owner, capacity in idle if owner not in self.late]
-        return in_time or idle or [(owner, capacity) for owner, capacity, _ in able]
-
-    def _able(self, environment: str | None) -> list[tuple[str, float, bool]]:
-        """Who can be given something of an environment: owner, capacity, whether it is idle."""
-        able = []
-        if self.computes and environment in (None, self.environment):
-            able.append((SELF, 1.0, self.computing is None))
-        for child, edge in self.edges.items():
-            capacity = edge.capacity_in(environment)
-            if edge.ready and capacity > 0:
-                able.append((child, capacity, edge.idle_in(environment)))
-        return able
-
-    def _idle(self) -> set[str]:
-        """The environments in which somebody could compute more at once."""
-        return {name for name in self.capacities if any(free for _, _, free in self._able(name))}
+        self.environments, moved = self.environments.handed_on(blocks, capacities)
+        self.moved |= moved

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import spheres.ledger
+import spheres.partition
 from spheres.blocks import Block, checked
 from spheres.config import MAX_MESSAGE_BYTES, NodeConfig
 from spheres.errors import ProtocolError
@@ -274,7 +274,7 @@ def test_4096_microbatches_left_out_fit_into_a_message_and_each_is_told(
     absent: bool, long: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the cut of so many takes minutes, and with one child there is but one
-    monkeypatch.setattr(spheres.ledger, "cut", lambda blocks, workers: [(workers[0][0], list(blocks))])
+    monkeypatch.setattr(spheres.partition, "cut", lambda blocks, workers: [(workers[0][0], list(blocks))])
     chunk = 1 << 20
     manifest = Manifest.of({"w": np.zeros(chunk // 4, np.float32)})
     total = 4096
