@@ -107,6 +107,8 @@ def test_the_plan_is_made_anew_when_an_environment_appears_and_a_step_after_one_
     shares = {"a": 2.0, "b": 1.0}
     assert next_shares({}, set(), shares) == (shares, set())
     assert next_shares(shares, set(), {"a": 9.0, "b": 1.0}) == (shares, set()), "who else comes changes nothing"
+    more = {**shares, "c": 1.0}
+    assert next_shares(shares, set(), more) == (more, set())
     assert next_shares(shares, set(), {"a": 2.0}) == (shares, {"b"}), "it keeps its part for a step"
     assert next_shares(shares, {"b"}, {"a": 2.0}) == ({"a": 2.0}, set())
     assert next_shares(shares, {"b"}, {"b": 1.0}) == (shares, {"a"}), "another one"
@@ -117,7 +119,7 @@ def test_what_is_meant_for_an_environment_that_is_no_more_goes_to_the_one_that_h
     plan = Environments([Range(0, 4, "a"), Range(4, 8, "b")])
     assert plan.handed_on([ALL], {"a": 1.0, "b": 2.0}) == (plan, set())
     assert plan.handed_on([Block(4, 6)], {"a": 1.0}) == (Environments([Range(0, 6, "a"), Range(6, 8, "b")]), {4, 5})
-    assert plan.handed_on([ALL], {"d": 2.0, "c": 2.0}) == (Environments([Range(0, 8, "c")]), set(range(8)))
+    assert plan.handed_on([ALL], {"d": 2.0, "c": 2.0, "e": 1.0}) == (Environments([Range(0, 8, "c")]), set(range(8)))
 
 
 # ---- losses

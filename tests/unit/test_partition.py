@@ -90,6 +90,13 @@ def test_what_a_child_holds_and_what_it_is_given_besides_are_named_as_one_block(
 def test_of_a_held_block_that_is_owed_in_part_nothing_is_used() -> None:
     """N9."""
     assert parted(partition(Block(0, 2), computes=False, x=child(ALL, idle=False), y=child())) == "yy------"
+    apart = partition(Block(0, 4), Block(4, 8), computes=False, x=child(ALL, idle=False), y=child())
+    assert parted(apart) == "yyyyyyyy", "all of it is owed, but as two"
+
+
+def test_of_held_blocks_that_overlap_the_largest_is_used() -> None:
+    """N9."""
+    assert parted(partition(held=(Block(0, 2),), x=child(Block(0, 4), idle=False))) == "xxxx...."
 
 
 def test_held_goes_before_in_compute_and_own_before_that_of_children() -> None:
@@ -118,15 +125,15 @@ def test_what_a_late_one_computes_is_for_the_idle_of_its_environment_and_else_it
     """N12, N22."""
     late = child(computing=(ALL,), idle=False)
     assert parted(partition(computes=False, late=("x",), x=late, y=child())) == "yyyyyyyy"
-    assert parted(partition(computes=False, x=late, y=child())) == "xxxxxxxx", "not late"
+    assert parted(partition(computes=False, late=("y",), x=late, y=child())) == "xxxxxxxx", "it is not late"
     plan = Environments([Range(0, 8, "a")])
     assert parted(partition(computes=False, late=("x",), x=late, y=child(b=1.0)), plan) == "xxxxxxxx"
     assert parted(partition(computing=ALL, late=(SELF,), y=child())) == "yyyyyyyy", "this node itself"
 
 
-def test_a_late_one_that_is_idle_elsewhere_gets_less_than_nobody_in_time() -> None:
-    made = partition(computes=False, late=("x",), x=child(a=8.0), y=child())
-    assert parted(made) == "yyyyyyyy"
+def test_a_late_one_with_somebody_idle_below_is_given_more_only_where_nobody_in_time_is_idle() -> None:
+    assert parted(partition(computes=False, late=("x",), x=child(a=8.0), y=child())) == "yyyyyyyy"
+    assert parted(partition(computes=False, late=("x",), x=child(), y=child(idle=False))) == "xxxxxxxx"
     assert parted(partition(computes=False, late=("x",), x=child())) == "xxxxxxxx", "there is nobody else"
 
 
