@@ -25,8 +25,8 @@ def from_chunk_lost() -> Patches:
     def lost_begin(self: Ledger, attempt: int, from_chunk: int) -> Any:
         return begin(self, attempt, 0)
 
-    def lost_assign(self: Ledger, attempt: int, from_chunk: int, blocks: Any) -> Any:
-        return assign(self, attempt, 0, blocks)
+    def lost_assign(self: Ledger, attempt: int, from_chunk: int, blocks: Any, environments: Any) -> Any:
+        return assign(self, attempt, 0, blocks, environments)
 
     return [(Ledger, "begin", lost_begin), (Ledger, "assign", lost_assign)]
 
@@ -65,8 +65,8 @@ def siblings_merged_at_the_sender() -> Patches:
         found = within(self, tops)
         return [part for block in found for part in (halves(block) if block.width > 1 else (block,))]
 
-    def merged(self: Ledger, blocks: Any) -> Any:
-        return take(self, list(BlockSet(self.total, blocks)))
+    def merged(self: Ledger, blocks: Any, environments: Any) -> Any:
+        return take(self, list(BlockSet(self.total, blocks)), environments)
 
     return [(BlockSet, "within", in_halves), (Ledger, "_take", merged)]
 
