@@ -35,8 +35,8 @@ def credit_on_complete() -> Patches:
     """N6: credit follows the lowest chunk that is not complete, whether or not it was sent up."""
     on_step = Hub._on_step
 
-    def generous(self: Hub, child: Any, message: Any) -> None:
-        on_step(self, child, message)
+    def generous(self: Hub, child: Any, message: Any, payload: Any) -> None:
+        on_step(self, child, message, payload)
         ledger = self.ledger
         if not ledger.assigned or ledger.waiting is not None or ledger.finished:
             return

@@ -104,15 +104,15 @@ def test_blocks_are_cut_where_the_environment_changes() -> None:
 
 
 def test_the_plan_is_made_anew_when_an_environment_appears_and_a_step_after_one_was_lost() -> None:
-    shares = {"a": 2.0, "b": 1.0}
-    assert next_shares({}, set(), shares) == (shares, set())
-    assert next_shares(shares, set(), {"a": 9.0, "b": 1.0}) == (shares, set()), "who else comes changes nothing"
+    shares, none = {"a": 2.0, "b": 1.0}, frozenset[str]()
+    assert next_shares({}, none, shares) == (shares, none)
+    assert next_shares(shares, none, {"a": 9.0, "b": 1.0}) == (shares, none), "who else comes changes nothing"
     more = {**shares, "c": 1.0}
-    assert next_shares(shares, set(), more) == (more, set())
-    assert next_shares(shares, set(), {"a": 2.0}) == (shares, {"b"}), "it keeps its part for a step"
-    assert next_shares(shares, {"b"}, {"a": 2.0}) == ({"a": 2.0}, set())
-    assert next_shares(shares, {"b"}, {"b": 1.0}) == (shares, {"a"}), "another one"
-    assert next_shares(shares, {"b"}, {"a": 2.0, "c": 1.0}) == ({"a": 2.0, "c": 1.0}, set())
+    assert next_shares(shares, none, more) == (more, none)
+    assert next_shares(shares, none, {"a": 2.0}) == (shares, frozenset("b")), "it keeps its part for a step"
+    assert next_shares(shares, {"b"}, {"a": 2.0}) == ({"a": 2.0}, none)
+    assert next_shares(shares, {"b"}, {"b": 1.0}) == (shares, frozenset("a")), "another one"
+    assert next_shares(shares, {"b"}, {"a": 2.0, "c": 1.0}) == ({"a": 2.0, "c": 1.0}, none)
 
 
 def test_what_is_meant_for_an_environment_that_is_no_more_goes_to_the_one_that_has_most() -> None:

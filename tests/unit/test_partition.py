@@ -153,12 +153,15 @@ def test_any_partition_is_exact_and_leaves_what_it_was_given_as_it_was(seed: int
         return tuple(chance.sample(canonical, chance.randint(0, most)))
 
     edges = {
-        name: child(
-            *some(3), computing=some(1), idle=chance.random() < 0.5, ready=chance.random() < 0.8,
-            **{chance.choice("ab"): float(chance.randint(1, 3))},
+        name: Edge(
+            {chance.choice("ab"): float(chance.randint(1, 3))},
+            held=some(3),
+            computing=some(1),
+            idle=chance.random() < 0.5,
+            ready=chance.random() < 0.8,
         )
         for name in "xyz"
-    }  # fmt: skip
+    }
     edges["x"].ready = True
     edges["x"].capacities = {"a": 1.0, "b": 1.0}  # so that there is somebody for each
     owed = chance.choice([(ALL,), (Block(0, 4),), (Block(0, 2), Block(6, 8))])
@@ -166,7 +169,16 @@ def test_any_partition_is_exact_and_leaves_what_it_was_given_as_it_was(seed: int
     before = copy.deepcopy(edges)
     held = some(2)
     late = tuple(chance.sample(["", *"xyz"], 2))
-    made = partition(*owed, held=held, computing=chance.choice([None, ALL]), late=late, **edges)
+    made = Partition(
+        TOTAL,
+        owed,
+        edges,
+        computes=True,
+        environment="a",
+        held=set(held),
+        computing=chance.choice([None, ALL]),
+        late=frozenset(late),
+    )
     found = parted(made, plan)
     assert [i for i, name in enumerate(found) if name != "-"] == [i for block in owed for i in range(*block)]
     assert edges == before
