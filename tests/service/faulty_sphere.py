@@ -118,19 +118,18 @@ def ends_at_any_refusal():
 
 @fault
 def takes_every_refusal_for_final():
-    async def link(self, ancestor):
-        link_ = await self._transport.dial(ancestor.address, parent.Rpc.WORK)
-        await self._serve(link_, ancestor)
+    async def serve(self, ancestor, link):
+        await self._serve(link, ancestor)
         return True
 
-    Parent._link = link
+    Parent._link = serve
 
 
 @fault
 def enrolls_again_for_a_parent():
     def make(link):
-        async def changed(self, ancestor):
-            found = await link(self, ancestor)
+        async def changed(self, *args):
+            found = await link(self, *args)
             if isinstance(self._last_error, StaleError):
                 raise self._last_error
             return found
