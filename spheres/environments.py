@@ -107,13 +107,13 @@ class Environments(tuple[Range, ...]):
 
         That goes to the one that has most. ``capacities`` (not empty) is what the tree computes at once in each.
         """
-        most = max(sorted(capacities), key=lambda environment: capacities[environment])
-        found, moved = self, set[int]()
-        for environment, lost in self.split(blocks):
-            if environment is not None and environment not in capacities:
-                found = found.changed(lost, most)
-                moved.update(index for block in lost for index in range(*block))
-        return found, moved
+        lost = [
+            block for name, part in self.split(blocks) if name is not None and name not in capacities for block in part
+        ]
+        if not lost:
+            return self, set()
+        most = max(sorted(capacities), key=lambda name: capacities[name])
+        return self.changed(lost, most), {k for block in lost for k in range(*block)}
 
     def unlike(self, other: Iterable[Range]) -> int:
         """How many microbatches are meant for another environment by ``other``."""
