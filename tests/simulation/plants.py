@@ -90,7 +90,7 @@ def attempt_not_raised() -> Patches:
 
     def relinked(self: Ledger) -> None:
         self._void()
-        self.attempt, self.ready_sent, self.waiting = 0, True, None
+        self.attempt, self.ready_sent, self.waiting, self.missing = 0, True, None, 0.0
 
     return [(Ledger, "relinked", relinked)]
 
