@@ -414,7 +414,7 @@ def test_a_step_that_could_not_be_journalled_is_in_no_checkpoint(run, tmp_path):
 
     async def train() -> None:
         async with tree_of(config(checkpoint_every="2steps"), tmp_path, checkpoints) as tree:
-            journal = tree.controller._journal
+            journal = tree.controller._journalling.journal
             append = journal.append
 
             def full(record: Any) -> None:
