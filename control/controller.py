@@ -23,19 +23,18 @@ from control.journal import EventLog, Journal
 from control.journalling import Journalling
 from control.metrics import StepTimes, Totals, nonfinite_reason, step_record
 from control.position import Standing
+from control.renewal import Renewal
 from control.requests import Requests
 from control.run_state import RunState, move
 from control.saver import Saver
 from control.snapshot import Snapshot
 from control.telling import Teller
 from control.tree import Tree
-from control.update import Update, Updater
+from control.update import Updater
 from spheres.blocks import Block
 from spheres.config import NodeConfig
 from spheres.errors import ArmillaryError, GradientError, RunStateError
-from spheres.hub import EVALUATE, TRAIN, Array, Work
-from spheres.numerics import Run, in_turn
-from spheres.tensors import aligned_zeros
+from spheres.hub import EVALUATE, TRAIN, Array
 from spheres.v1 import checkpoint_pb2
 
 __all__ = ["Controller"]
@@ -44,18 +43,15 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: models up to this many elements are updated on the loop: a thread would cost more than the update
-_INLINE_ELEMENTS = 1 << 18
 #: seconds between two looks at the clock (max_time) while a step is in hand
 _LOOK_SECONDS = 1.0
 
 
-def _nothing() -> None:
-    """Nobody is to hear of it."""
-
-
 class Controller:
-    """A run. It is the RunHandle that callbacks see. Mutable state: everything that a checkpoint holds."""
+    """A run. It is the RunHandle that callbacks see.
+
+    Mutable state: the state of the run and why it is in it, and through its parts all that a checkpoint holds.
+    """
 
     def __init__(
         self,
@@ -79,21 +75,21 @@ class Controller:
         self.totals = Totals()
         self.start_time = time.time()
         self.callbacks = callbacks
-        self._updater = Updater(config, node.manifest, self.total_steps)
+        self._renewal = Renewal(tree, Updater(config, node.manifest, self.total_steps))
         # raises the run's term, durably (N1): the run directory's
         self._raise_term = raise_term
-        self._gradient = aligned_zeros(node.manifest.size)
         self._hub = tree.hub
         self._requests = Requests()
         # set when the state has changed, for those who wait for it
         self._changed = asyncio.Event()
-        self._standing = Standing(config, node, tree, self._updater.optimizer, callbacks)
+        optimizer = self._renewal.updater.optimizer
+        self._standing = Standing(config, node, tree, optimizer, callbacks)
         self._evaluations = Evaluations(config, node, self.total_steps)
         self._teller = Teller(self, node.sampler, events=events, callbacks=callbacks, recorder=tree.recorder)
         self._journalling = Journalling(journal, self._teller, config, node)
         self._saver = Saver(checkpoints, self._told_of_save)
         if config.checkpoint_every is not None:
-            self._saver.copies.reserve(self._hub.weights.flat, self._updater.optimizer)
+            self._saver.copies.reserve(self._hub.weights.flat, optimizer)
 
     def __repr__(self) -> str:
         return f"Controller({self.run_id}, {self.state}, step {self.step}/{self.total_steps})"
@@ -316,7 +312,7 @@ class Controller:
             self._teller.emit("epoch_start", {"epoch": self.epoch})
         self._teller.emit("batch_start", {"step": step})
         began, up, down = perf_counter(), hub.received_bytes, hub.sent_down_bytes
-        if not await self._while_waiting(self.tree.compute(step, TRAIN, self._gradient)):
+        if not await self._while_waiting(self.tree.compute(step, TRAIN, self._renewal.gradient)):
             return
         sealed = perf_counter()
         attempts = hub.ledger.attempts
@@ -324,7 +320,7 @@ class Controller:
         contributions = hub.gradients.contributions(Block(0, self.node.microbatches))
         environments, moved = hub.ledger.environments, len(hub.ledger.moved)
         phases = hub.phases.copy()
-        update = await self._update(step)
+        update = await self._renewal.make(step, early=self._trains_next)
         times = StepTimes(began, sealed, perf_counter())
         self._teller.span("optimizer", times.updated - times.sealed, step)
         norm = None if update.decision is None else update.decision.norm
@@ -349,42 +345,6 @@ class Controller:
         )
         await self._commit(record)
         self._teller.span("step", perf_counter() - began, step)
-
-    async def _update(self, step: int) -> Update:
-        sums, skipped = self._hub.sums, len(self._hub.gradients.skipped)
-        hub, term = self._hub, self.tree.term
-        hub.seal()
-
-        def apply(run: Run, announce: Callable[[], None] = _nothing, progress: Callable[[], None] = _nothing) -> Update:
-            return self._updater.apply(
-                hub.weights,
-                self._gradient,
-                sums,
-                step=step,
-                term=term,
-                skipped=skipped,
-                announce=announce,
-                progress=progress,
-                run=run,
-            )
-
-        if self.node.manifest.size <= _INLINE_ELEMENTS:
-            return apply(in_turn)
-        side_by_side = self.tree.side_by_side
-        if not self._trains_next():
-            return await asyncio.to_thread(apply, side_by_side)
-        # Children get the new version while it is being made; what they owe, which makes the step visible, after its
-        # record is on disk (N18).
-        loop = asyncio.get_running_loop()
-        coming = Work(term, step + 1, EVALUATE)
-
-        def announce() -> None:
-            loop.call_soon_threadsafe(hub.announce, coming)
-
-        def progress() -> None:
-            loop.call_soon_threadsafe(hub.stream)
-
-        return await asyncio.to_thread(apply, side_by_side, announce, progress)
 
     def _trains_next(self) -> bool:
         """Whether the step in hand is followed by another at once, as far as is known now, and weights then travel."""
