@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -14,15 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from control.config import RunConfig
+from control.events import CallbackRegistry
 from control.optimizers import Optimizer
 from control.snapshot import Snapshot
+from control.tree import Tree
 from spheres.config import NodeConfig, manifest_to_proto
 from spheres.errors import CheckpointError
 from spheres.tensors import aligned_zeros
 from spheres.v1 import checkpoint_pb2
 from spheres.weights import Weights
 
-__all__ = ["Copies", "Position", "put_back", "take_snapshot"]
+__all__ = ["Copies", "Position", "Standing", "put_back"]
 
 Array = npt.NDArray[np.float32]
 
@@ -56,49 +59,84 @@ class Position:
         return True
 
 
-def take_snapshot(
-    position: Position,
-    *,
-    config: RunConfig,
-    node: NodeConfig,
-    term: int,
-    weights: Weights,
-    optimizer: Optimizer,
-    seconds: float,
-    tree: Mapping[str, str],
-    environment_shares: Mapping[str, float],
-    callback_states: Mapping[str, object],
-) -> Snapshot:
-    """Return the snapshot, without what takes time: the SHA-256, spheres' records. Its buffers are references."""
-    sampler = node.sampler
-    run = checkpoint_pb2.RunRecord(
-        run_id=node.run_id,
-        term=term,
-        step=position.step,
-        weights_version=weights.version,
-        weights_digest=weights.digest,
-        manifest=manifest_to_proto(node.manifest),
-        config_json=config.to_json(),
-        optimizer_count=optimizer.count,
-        epoch=sampler.epoch_of(position.step),
-        samples_count=sampler.samples_before(position.step),
-        seed=config.seed,
-        metrics={k: v for k, v in position.metrics.items() if math.isfinite(v)},
-        best_value=position.best_value,
-        best_step=position.best_step,
-        task_fingerprint=node.task_fingerprint,
-        data_fingerprint=node.data_fingerprint,
-        wall_seconds=seconds,
-        mixed_recomputes_count=position.mixed_recomputes,
-        environment_shares=environment_shares,
-        callback_states={name: json.dumps(state) for name, state in callback_states.items()},
-    )
-    return Snapshot(
-        run=run,
-        buffers=_buffers(weights.flat, optimizer),
-        tree=tree,
-        best=position.best_value is not None and position.best_step == position.step,
-    )
+class Standing:
+    """Where a run stands: all that its checkpoints hold, taken and put back between two steps. Belongs to one loop.
+
+    Mutable state: the position, and since when it trains. Weights, optimizer, the shares of environments and the states
+    of callbacks have owners of their own; here they are read, and written when a snapshot is put back.
+    """
+
+    def __init__(
+        self, config: RunConfig, node: NodeConfig, tree: Tree, optimizer: Optimizer, callbacks: CallbackRegistry
+    ) -> None:
+        self.position = Position()
+        self._config, self._node, self._tree = config, node, tree
+        self._optimizer, self._callbacks = optimizer, callbacks
+        self._began = time.monotonic()
+
+    def __repr__(self) -> str:
+        return f"<Standing {self.position}>"
+
+    def begin(self) -> None:
+        """Training begins, or goes on from what was put back, now."""
+        self._began = time.monotonic()
+
+    @property
+    def latest_seconds(self) -> float:
+        """Seconds since it began in this process, or went on after a restore."""
+        return time.monotonic() - self._began
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds since training began, those of earlier terms included."""
+        return self.position.earlier_seconds + self.latest_seconds
+
+    def start_from(self, flat: Array) -> None:
+        """Take these first weights, float32[manifest.size]."""
+        np.copyto(self._tree.hub.weights.flat, flat)
+
+    def take(self) -> Snapshot:
+        """Return the snapshot, without what takes time: the SHA-256, spheres' records. Its buffers are references."""
+        position, node, hub, sampler = self.position, self._node, self._tree.hub, self._node.sampler
+        run = checkpoint_pb2.RunRecord(
+            run_id=node.run_id,
+            term=self._tree.term,
+            step=position.step,
+            weights_version=hub.weights.version,
+            weights_digest=hub.weights.digest,
+            manifest=manifest_to_proto(node.manifest),
+            config_json=self._config.to_json(),
+            optimizer_count=self._optimizer.count,
+            epoch=sampler.epoch_of(position.step),
+            samples_count=sampler.samples_before(position.step),
+            seed=self._config.seed,
+            metrics={k: v for k, v in position.metrics.items() if math.isfinite(v)},
+            best_value=position.best_value,
+            best_step=position.best_step,
+            task_fingerprint=node.task_fingerprint,
+            data_fingerprint=node.data_fingerprint,
+            wall_seconds=self.train_seconds,
+            mixed_recomputes_count=position.mixed_recomputes,
+            environment_shares=hub.ledger.shares,
+            callback_states={name: json.dumps(state) for name, state in self._callbacks.states().items()},
+        )
+        return Snapshot(
+            run=run,
+            buffers=_buffers(hub.weights.flat, self._optimizer),
+            tree=self._tree.shape(),
+            best=position.best_value is not None and position.best_step == position.step,
+        )
+
+    def put_back(self, snapshot: Snapshot) -> None:
+        """Take over a snapshot's state; the weights are not yet published.
+
+        Raises CheckpointError, with nothing changed, where it is of another model or optimizer.
+        """
+        hub = self._tree.hub
+        hub.seal()
+        self.position = put_back(snapshot, node=self._node, weights=hub.weights, optimizer=self._optimizer)
+        hub.ledger.shares = dict(snapshot.run.environment_shares)
+        self._callbacks.restore({name: json.loads(text) for name, text in snapshot.run.callback_states.items()})
 
 
 def _buffers(weights: Array, optimizer: Optimizer) -> dict[str, Array]:

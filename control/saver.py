@@ -1,12 +1,14 @@
 """Saving in the background: from a copy, one checkpoint at a time, in a thread beside the steps that follow.
 
-When one is due is the controller's decision; how files become durable is in ``control.checkpoint`` and below.
+When one is due is known here too; the controller begins it, between two steps. How files become durable is in
+``control.checkpoint`` and below.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
@@ -15,6 +17,7 @@ from typing import Any
 from control.checkpoint import CheckpointInfo, Checkpoints
 from control.position import Copies
 from control.snapshot import Snapshot
+from control.units import Every
 from spheres.errors import CheckpointError, RunStateError
 from spheres.numerics import is_finite
 from spheres.v1.checkpoint_pb2 import SphereRecord
@@ -27,10 +30,10 @@ log = logging.getLogger(__name__)
 class Saver:
     """Saves snapshots of one run. Belongs to one loop.
 
-    Mutable state: the buffers of the copy, the save under way, who waits for the next one, how the latest ended, and
-    for how long steps have waited. ``told`` is called with the step and what becomes of each save: ``ok`` with ``path``
-    and ``size_bytes``, or ``error``; ``seconds`` from its beginning to the disk, and ``stall_seconds`` of these for
-    which no step could run.
+    Mutable state: the buffers of the copy, the save under way, who waits for the next one, when the latest began and
+    how it ended, and for how long steps have waited. ``told`` is called with the step and what becomes of each save:
+    ``ok`` with ``path`` and ``size_bytes``, or ``error``; ``seconds`` from its beginning to the disk, and
+    ``stall_seconds`` of these for which no step could run.
     """
 
     def __init__(self, checkpoints: Checkpoints, told: Callable[[int, dict[str, Any]], None]) -> None:
@@ -46,6 +49,8 @@ class Saver:
         self._waiting: list[asyncio.Future[CheckpointInfo]] = []
         self._task: asyncio.Task[None] | None = None
         self._stall = 0.0
+        # step and time of the last save begun
+        self._saved_at = (-1, time.monotonic())
 
     def __repr__(self) -> str:
         return f"<Saver busy={self.busy} wanted={self.wanted} failed={self.failed} latest={self.latest}>"
@@ -54,6 +59,25 @@ class Saver:
     def busy(self) -> bool:
         """Whether a save is under way; ``begin`` may not be called then."""
         return self._task is not None
+
+    def mark(self, step: int) -> None:
+        """The state of so many steps is being saved, or was put back from a checkpoint: what is due counts from it."""
+        self._saved_at = (step, time.monotonic())
+
+    def due(self, step: int, every: Every | None, steps_per_epoch: int) -> bool:
+        """Whether a save is to begin now, with so many steps committed: one is wanted, or ``every`` says so.
+
+        One that is due while another is still being saved is left out.
+        """
+        due = self.wanted
+        if every is not None and step and self._saved_at[0] != step:
+            seconds = time.monotonic() - self._saved_at[1]
+            due |= every.due(step=step, steps_per_epoch=steps_per_epoch, seconds=seconds)
+        return due and not self.busy
+
+    def unsaved(self, step: int) -> bool:
+        """Whether a run that ends with so many steps still has something to save, once no save is under way."""
+        return bool(step) and (self._saved_at[0] != step or self.wanted or self.failed)
 
     def ask(self) -> asyncio.Future[CheckpointInfo]:
         """Want a checkpoint; the future is done when it is on disk, and raises CheckpointError where it failed."""

@@ -8,39 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
-from control.bottleneck import bottleneck
+from control.beginning import Beginning
 from control.callbacks import configured
-from control.checkpoint import CheckpointInfo, Checkpoints, read_snapshot
-from control.config import RunConfig, compare_identity, identity
+from control.checkpoint import CheckpointInfo
+from control.config import RunConfig
 from control.controller import Controller
 from control.events import Callback, CallbackRegistry
 from control.initial import initial_weights, node_config
 from control.journal import EventLog, Journal
 from control.launcher import launcher_for
 from control.lives import Ended, RunFacts, Started
-from control.report import write_report
-from control.run_dir import RunDirectory
-from control.run_state import RunState
-from control.schedules import follows_total
+from control.script import script_folder, task_spec
 from control.server import add_services
 from control.servicers import ControlServicer
-from control.snapshot import Snapshot
-from control.store_fsspec import is_url, store_at
+from control.summary import Summary, completed_at, summarize, write_results
 from control.trace import traced
 from control.tree import Tree
-from control.weights_file import write_safetensors
 from spheres.environment import allow_many_files, tune_malloc
 from spheres.errors import ArmillaryError, ConfigError, RefusedError, RunStateError, TaskError, TaskLoadError
 from spheres.exposure import insecure_warning, is_loopback
@@ -58,45 +50,6 @@ _LAST_REPORTS_SECONDS = 2.0
 _FAREWELL_SECONDS = 5.0
 #: processes started by one request
 _MOST_SPAWNED = 1_000
-
-
-@dataclass
-class Summary:
-    """How a run ended; ``summary.json`` is the same."""
-
-    state: str
-    steps: int = 0
-    epochs: int = 0
-    samples: int = 0
-    loss: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    weights_sha256: str = ""
-    wall_seconds: float = 0.0
-    #: seconds of training, those of earlier terms included
-    train_seconds: float = 0.0
-    samples_per_second: float = 0.0
-    steps_per_second: float = 0.0
-    sync_fraction: float = 0.0
-    phase_seconds: dict[str, float] = field(default_factory=dict)
-    #: what took most of the latest steps
-    bottleneck: str = ""
-    #: microbatches computed in another numeric environment than they were meant for: 0 where all bits are reproducible
-    mixed_recompute: int = 0
-    spheres: list[dict[str, Any]] = field(default_factory=list)
-    tree: dict[str, str] = field(default_factory=dict)
-    run_id: str = ""
-    run_dir: str = ""
-    reason: str = ""
-    report: str = ""
-    error: ArmillaryError | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "error": None if self.error is None else str(self.error)}
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Self:
-        """Return the summary of a run that ended without an error."""
-        return cls(**{f.name: value[f.name] for f in fields(cls) if f.name in value and f.name != "error"})
 
 
 class Training:
@@ -162,7 +115,7 @@ class Training:
         await self._tree.all_gone(_FAREWELL_SECONDS)
         # while the directory is still ours: the next start must find the results of this one, not race them
         if self._completed is None:
-            await asyncio.to_thread(self._write_results)
+            await asyncio.to_thread(write_results, self._directory, self.controller, self._summary)
 
     # ---- what a user does with it
 
@@ -257,8 +210,10 @@ class Training:
         for callback in [*configured(config), *self._given]:
             self.callbacks.register(callback)
         make_launcher = await asyncio.to_thread(launcher_for, config)
-        passed_over: list[str] = []
-        directory, snapshot, before = await self._open_directory(passed_over)
+        beginning = await Beginning.open(config, self._resume)
+        directory = self._directory = beginning.directory
+        self._stack.callback(directory.close)
+        await beginning.find()
         node = replace(node, run_id=directory.run_id)
         settings = config.model_dump(mode="json")
         servicer = ControlServicer()
@@ -287,19 +242,18 @@ class Training:
             run_dir=directory.path,
             journal=journal,
             events=events,
-            checkpoints=self._checkpoints,
+            checkpoints=beginning.checkpoints,
             callbacks=self.callbacks,
             raise_term=lambda: directory.raise_term(settings),
         )
         self.controller.start_from(flat)
-        if snapshot is not None:
-            self.controller.tell_passed_over(passed_over)
-            ended = _completed_at(directory, snapshot.run.step)
-            self.controller.load(snapshot, evaluated=ended is not None)
+        if beginning.snapshot is not None:
+            self.controller.tell_passed_over(beginning.passed_over)
+            ended = completed_at(directory.path, beginning.snapshot.run.step)
+            self.controller.load(beginning.snapshot, evaluated=ended is not None)
             self._completed = ended if self.controller.complete else None
         self._first_step = self.controller.step
-        if before is not None:
-            self._allow_another_total(before, node.sampler.steps_per_epoch, journal)
+        beginning.allow_another_total(journal, node.sampler.steps_per_epoch, self._first_step)
         self._tree.changed = self._sphere_changed
         self._tree.dismissed = self._sphere_dismissed
         directory.write_address(self._tree.address)
@@ -311,7 +265,7 @@ class Training:
                 linked=self._linked,
                 until=self._tree.until,
                 orphan_timeout=config.orphan_timeout,
-                path=_script_folder(),
+                path=script_folder(),
                 verbose=self._verbose,
             )
         )
@@ -350,63 +304,6 @@ class Training:
         port = self._tree.address.rpartition(":")[2]
         self._came_back = bool(last_address) and last_address.rpartition(":")[2] == port
 
-    async def _open_directory(self, passed_over: list[str]) -> tuple[RunDirectory, Snapshot | None, RunConfig | None]:
-        """Return the run's directory; of a run that goes on, the checkpoint, if any, and its configuration so far."""
-        config, resume = self.config, self._resume
-        snapshot: Snapshot | None = None
-        if resume is None:
-            directory = RunDirectory.create(config.run_dir, config.task)
-        elif is_url(resume) and not (config.run_dir and (config.run_dir / "run.json").exists()):
-            # The machine that had the run's directory may be gone: the checkpoint is enough to go on in a new one.
-            snapshot = await asyncio.to_thread(read_snapshot, resume)
-            directory = RunDirectory.create(config.run_dir, config.task)
-            directory.info |= {"run_id": snapshot.run.run_id, "term": snapshot.run.term}
-        else:
-            directory = RunDirectory.open(config.run_dir or _run_of(resume))
-        self._directory = directory
-        self._stack.callback(directory.close)
-        # a run's own place below the URL: retention of one must not remove what is another's
-        url = config.checkpoint_url and f"{config.checkpoint_url.rstrip('/')}/{directory.run_id}"
-        store = store_at(url or directory.path / "checkpoints")
-        self._checkpoints = Checkpoints(store, keep=config.keep, keep_every=config.keep_every)
-        if resume is None:
-            if url:
-                await asyncio.to_thread(self._checkpoints.list)  # a URL that cannot be reached is found now
-            return directory, None, None
-        if resume == "" and await asyncio.to_thread(self._checkpoints.none_saved):
-            # killed before its first checkpoint: the initial weights are the one of step 0
-            log.warning("%s has no checkpoint yet: the run begins again from its initial weights", directory.path)
-            before = RunConfig.from_json(json.dumps(directory.info["config"]))
-            compare_identity(identity(before), identity(config))
-            return directory, None, before
-        if snapshot is None:
-            where = resume if is_url(resume) else Path(resume) if resume else None
-            snapshot = await asyncio.to_thread(self._checkpoints.load, where, passed_over.append)
-        elif url:  # terms that were counted after the one that it was saved in (N1)
-            found = await asyncio.to_thread(self._checkpoints.list)
-            directory.info["term"] = max([snapshot.run.term, *(info.term for info in found)])
-        before = RunConfig.from_json(snapshot.run.config_json)
-        compare_identity(identity(before), identity(config))
-        if snapshot.run.run_id != directory.run_id:
-            raise ConfigError(
-                f"checkpoint {resume or 'found'} is of run {snapshot.run.run_id}, {directory.path} holds run "
-                f"{directory.run_id}; name the run's own directory with --run-dir, or start a new run with --init-from"
-            )
-        return directory, snapshot, before
-
-    def _allow_another_total(self, before: RunConfig, steps_per_epoch: int, journal: Journal) -> None:
-        """A schedule that ends with the run has other rates where the total is another: its replay differs, rightly."""
-        totals = [c.total_steps(steps_per_epoch) for c in (before, self.config)]
-        if follows_total(self.config.schedule) and totals[0] != totals[1]:
-            log.warning(
-                "the total was %d steps and is %d: the %s schedule goes on on the curve of the new one; "
-                "give --decay-steps for one that does not move",
-                totals[0],
-                totals[1],
-                self.config.schedule.kind,
-            )
-            journal.forget(self._first_step)
-
     def _sphere_ended(self, ended: Ended) -> None:
         """A sphere of the launcher is gone before its time. It is started again, unless that is hopeless."""
         controller = self.controller
@@ -437,49 +334,10 @@ class Training:
         self._loop.cancel()
         await asyncio.gather(self._loop, return_exceptions=True)
 
-    def _write_results(self) -> None:
-        directory, controller, summary = self._directory, self.controller, self._summary
-        if controller.step and self._tree.hub.weights.complete:
-            write_safetensors(
-                directory.path / "weights.safetensors",
-                controller.node.manifest,
-                self._tree.hub.weights.flat,
-                {"step": str(controller.step), "weights_sha256": summary.weights_sha256, "run_id": controller.run_id},
-            )
-        summary.report = str(directory.path / "report.html")
-        directory.write_json("summary.json", summary.to_dict())
-        write_report(directory.path)
-
     def _summarize(self) -> Summary:
-        controller = self.controller
-        if self._completed is not None and controller.error is None:
+        if self._completed is not None and self.controller.error is None:
             return replace(self._completed, run_dir=str(self._directory.path))
-        totals, rates, weights = controller.totals, controller.totals.rates(), self._tree.hub.weights
-        spheres = [_sphere_summary(self._tree, name) for name in self._tree.names()]
-        return Summary(
-            state=str(controller.state),
-            steps=controller.step,
-            epochs=controller.step // controller.node.sampler.steps_per_epoch,
-            samples=controller.samples,
-            loss=controller.metrics.get("loss"),
-            metrics=dict(controller.metrics),
-            # not complete: an update that was not committed, which are the weights of no step
-            weights_sha256=controller.node.manifest.sha256(weights.flat) if weights.complete else "",
-            wall_seconds=time.monotonic() - self._began,
-            train_seconds=controller.train_seconds,
-            samples_per_second=rates.get("samples_per_second", 0.0),
-            steps_per_second=rates.get("steps_per_second", 0.0),
-            sync_fraction=totals.sync_fraction,
-            phase_seconds=dict(totals.phase_seconds),
-            bottleneck=bottleneck(totals.recent, self._tree.shape()),
-            mixed_recompute=controller.mixed_recomputes,
-            spheres=spheres,
-            tree={s["id"]: s["parent"] for s in spheres},
-            run_id=controller.run_id,
-            run_dir=str(self._directory.path),
-            reason=controller.reason,
-            error=controller.error,
-        )
+        return summarize(self.controller, wall_seconds=time.monotonic() - self._began)
 
 
 def train(
@@ -504,7 +362,7 @@ def train(
             "train() was called while a sphere imported this file for its task: "
             'put the call under if __name__ == "__main__":'
         )
-    name = task if isinstance(task, str) else _spec(task)
+    name = task if isinstance(task, str) else task_spec(task)
     chosen = config or load_config({"task": name, **settings}, {})[0]
     made = None if isinstance(task, str) else task(**chosen.task_options) if isinstance(task, type) else task
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -540,35 +398,6 @@ async def run(
     return training.summary  # made on leaving, with what spheres say last
 
 
-def _sphere_summary(tree: Tree, name: str) -> dict[str, Any]:
-    sphere: dict[str, Any] = {"id": name, "parent": tree.parent_of(name), "state": tree.state_of(name)}
-    found = tree.report_of(name)
-    if found is not None:
-        report = found[1]
-        sphere |= {
-            "host": report.host,
-            "pid": report.pid,
-            "role": report.role,
-            "microbatches": report.microbatches_count,
-            "samples": report.samples_count,
-            "phase_seconds": dict(report.phase_seconds),
-            "sent_up_bytes": report.sent_up_bytes,
-            "sent_down_bytes": report.sent_down_bytes,
-            "peak_resident_bytes": report.peak_resident_bytes,
-        }
-    return sphere
-
-
-def _completed_at(directory: RunDirectory, step: int) -> Summary | None:
-    """Return how the run was completed at this step; None where it was not."""
-    try:
-        saved = json.loads((directory.path / "summary.json").read_text(encoding="utf-8"))
-        found = (saved["state"], saved["steps"]) == (RunState.COMPLETED, step)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return Summary.from_dict(saved) if found else None
-
-
 @contextlib.contextmanager
 def _signals(training: Training) -> Iterator[asyncio.Event]:
     """First signal: finish the step, checkpoint, end. Second: end at once, and every sphere of the launcher.
@@ -601,27 +430,3 @@ def _signals(training: Training) -> Iterator[asyncio.Event]:
     finally:
         for sign in signs:
             loop.remove_signal_handler(sign)
-
-
-def _run_of(checkpoint: str) -> Path | None:
-    """Return the run directory that holds a checkpoint; None for the latest run."""
-    return Path(checkpoint).absolute().parent.parent if checkpoint else None
-
-
-def _spec(task: object) -> str:
-    """Return ``module:attribute`` of a task's class, as spheres can import it."""
-    made = task if isinstance(task, type) else type(task)
-    module = made.__module__
-    if module == "__main__":
-        file = getattr(sys.modules["__main__"], "__file__", None)
-        if file is None:
-            raise TaskLoadError("spheres cannot import a task that was typed in; put it into a module")
-        module = Path(file).stem
-    return f"{module}:{made.__qualname__}"
-
-
-def _script_folder() -> list[str]:
-    """Return where this program's own modules are, so that spheres find a task that stands beside the script."""
-    file = getattr(sys.modules["__main__"], "__file__", None)
-    folder = str(Path(file).resolve().parent) if file else ""
-    return [folder] if folder and folder in sys.path and folder != os.getcwd() else []

@@ -414,7 +414,7 @@ def test_a_step_that_could_not_be_journalled_is_in_no_checkpoint(run, tmp_path):
 
     async def train() -> None:
         async with tree_of(config(checkpoint_every="2steps"), tmp_path, checkpoints) as tree:
-            journal = tree.controller._journal
+            journal = tree.controller._journalling.journal
             append = journal.append
 
             def full(record: Any) -> None:
@@ -579,6 +579,7 @@ def test_control_killed_in_a_save_beside_its_steps_goes_on_to_the_same_bits(tmp_
 
 
 def _train_and_be_killed(directory: Path, point: str) -> None:
+    import control.beginning
     import control.training
 
     saves = 0
@@ -589,9 +590,9 @@ def _train_and_be_killed(directory: Path, point: str) -> None:
         if saves == 2 and passing == point:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    control.training.Checkpoints = functools.partial(Checkpoints, fault=fault)  # type: ignore[misc]
-    store_at = control.training.store_at
-    control.training.store_at = lambda location: store_at(location, fault)
+    control.beginning.Checkpoints = functools.partial(Checkpoints, fault=fault)  # type: ignore[misc]
+    store_at = control.beginning.store_at
+    control.beginning.store_at = lambda location: store_at(location, fault)
     # the second save is begun for sure, however slow the disk: it is that of the end at the latest
     asyncio.run(control.training.run(config(**KILLED, run_dir=directory)))
 

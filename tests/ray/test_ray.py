@@ -102,7 +102,7 @@ def test_a_sphere_that_ends_by_itself_ends_the_run_with_its_own_words(run, clust
     monkeypatch.setattr(restarts, "_FIRST_PAUSE", 0.001)
     (tmp_path / "stubborn.py").write_text(textwrap.dedent(ONCE))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("control.training._script_folder", lambda: [str(tmp_path)])
+    monkeypatch.setattr("control.training.script_folder", lambda: [str(tmp_path)])
     options = {"control": str(os.getpid())}
     asked = config(cluster, tmp_path, task="stubborn:Stubborn", task_options=options, spheres=1)
     summary = run(run_training(asked), timeout=100)

@@ -159,7 +159,7 @@ def test_a_skipped_step_moves_the_version_and_nothing_else(policy, run, tmp_path
         async with tree_of(chosen, poisoned(), tmp_path) as tree:
             running = asyncio.create_task(tree.run())
             await tree.controller.advance(4)
-            optimizer = tree.controller._updater.optimizer
+            optimizer = tree.controller._renewal.updater.optimizer
             before = optimizer.count, {name: each.tobytes() for name, each in optimizer.state().items()}
             digest, version = tree.tree.hub.weights.digest, tree.tree.hub.weights.version
             await tree.controller.advance(1)
@@ -273,7 +273,7 @@ def test_a_run_that_only_skips_ends_with_a_clear_error(policy, run, tmp_path, ca
     async def train() -> Any:
         async with tree_of(chosen, task, tmp_path) as tree:
             with (
-                caplog.at_level(logging.WARNING, "control.controller"),
+                caplog.at_level(logging.WARNING, "control.telling"),
                 pytest.raises(
                     GradientError,
                     match=r"100 steps in a row were skipped, up to step 102: microbatch 0 of s-\d is",

@@ -167,7 +167,7 @@ def test_a_replay_goes_across_a_larger_total_with_a_schedule_that_follows_it(run
             await running
             snapshot = tree.controller.checkpoints.load("step-000000004")
         async with tree_of(after, tmp_path, snapshot=snapshot, term=2) as tree:
-            tree.controller._journal.forget(4)
+            tree.controller._journalling.journal.forget(4)
             await tree.run()
 
     run(train())

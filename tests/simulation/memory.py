@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-import control.controller
+import control.renewal
 import control.tree
 import spheres.carrier
 import spheres.hub
@@ -154,7 +154,7 @@ class _AbandonedError(BaseException):
 
 
 class Steps:
-    """``asyncio`` for the controller, whose thread of the optimizer rests wherever it tells of its progress.
+    """``asyncio`` for the renewal of weights, whose thread of the optimizer rests wherever it tells of its progress.
 
     It is a thread, one at a time runs, and between two of its steps virtual time passes.
     """
@@ -242,7 +242,7 @@ def machines(found: Machines, *, window: int, sums: float, streams: float, rng: 
     if sums:
         places += [(module, "Summer", lambda: VirtualSummer(rng, sums)) for module in (spheres.sphere, control.tree)]
     if streams:
-        places += [(control.controller, "_INLINE_ELEMENTS", 0), (control.controller, "asyncio", Steps(rng, streams))]
+        places += [(control.renewal, "_INLINE_ELEMENTS", 0), (control.renewal, "asyncio", Steps(rng, streams))]
     with ExitStack() as stack:
         for module, name, fake in places:
             stack.enter_context(patch.object(module, name, fake))
