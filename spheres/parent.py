@@ -105,7 +105,7 @@ class Parent:
         self._cut: asyncio.Future[None] | None = None
         #: told when a link has come up, and when it is gone
         self.link_changed: Callable[[bool], None] = lambda _: None
-        hub.wake_up = self._wake.set
+        hub.up.wake_up = self._wake.set
 
     @property
     def linked(self) -> bool:
@@ -258,7 +258,7 @@ class Parent:
             member=self._member,
             weights_chunks_held=hub.weights.resumable,
             weights_term=hub.weights.term,
-            leaving=bool(hub.leaving),
+            leaving=bool(hub.up.leaving),
         )
         if hub.memory is not None and (ancestor.id, ancestor.incarnation) not in self._hidden:
             hello.segment.CopyFrom(hub.memory.probe)

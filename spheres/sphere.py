@@ -220,7 +220,7 @@ class Sphere:
         hub = self.hub
         if hub is not None and self.parent is not None and self._children is not None:
             log.info("%s leaves: %s", hub.id, reason)
-            hub.leave(reason)
+            hub.up.leave(reason)
             # Between two steps no step turns: then, after a while, it goes, and what it held can be computed again.
             idle_until = asyncio.get_running_loop().time() + hub.config.patience_seconds
             while self.parent.linked and not hub.may_leave:
@@ -341,7 +341,7 @@ class Sphere:
             assert self.hub is not None
             state = getattr(self._task, "state_dict", None)
             text = json.dumps(state()).encode() if callable(state) else b""
-            self.hub.report(pb.StateReport(request_id=directive.request_id, report=self.report(), task_state=text))
+            self.hub.up.report(pb.StateReport(request_id=directive.request_id, report=self.report(), task_state=text))
         elif directive.kind == pb.DIRECTIVE_KIND_DRAIN:
             self.drain(directive.reason or "a directive")
         elif directive.kind == pb.DIRECTIVE_KIND_MOVE:
@@ -350,7 +350,7 @@ class Sphere:
         elif directive.kind == pb.DIRECTIVE_KIND_REPORT_LOG:
             assert self.hub is not None
             lines = self._log_lines(directive.lines)
-            self.hub.log(pb.LogReport(request_id=directive.request_id, sphere_id=self.hub.id, lines=lines))
+            self.hub.up.log(pb.LogReport(request_id=directive.request_id, sphere_id=self.hub.id, lines=lines))
         else:
             log.warning("directive %d is not known here", directive.kind)
 

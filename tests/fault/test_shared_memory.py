@@ -83,9 +83,9 @@ HELD_UP = """
         def __init__(self, folder=""):
             super().__init__(folder)
             import spheres.carrier
-            import spheres.hub
+            import spheres.batches
             add_up = spheres.carrier.add_up
-            spheres.hub._INLINE_ELEMENTS = 0  # beside the loop, as with a large model
+            spheres.batches._INLINE_ELEMENTS = 0  # beside the loop, as with a large model
 
             def held_up(*arguments, **named):
                 if self.folder and self.step == 3:
