@@ -20,7 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-import spheres.hub
+import spheres.batches
 from spheres.blocks import Block
 from spheres.carrier import Carrier, Inline, Shared
 from spheres.config import PROTOCOL_VERSION, NodeConfig
@@ -550,7 +550,7 @@ class Simulation:
         self.at(self.now + self.rng.random() * scale, node, act)
 
     def run(self) -> None:
-        with patch.object(spheres.hub, "_INLINE_ELEMENTS", 0):
+        with patch.object(spheres.batches, "_INLINE_ELEMENTS", 0):
             self.run_all()
         for node in self.nodes.values():
             self.stats["torn"] += node.hub.counts.refused["torn"]
