@@ -68,6 +68,7 @@ class Downward:
             child.outbox.abort()
 
     def begin(self, action: SendBegin, now: float) -> None:
+        """A new attempt of a child begins."""
         child = self.children[action.child]
         child.outbox.carrier.let_go()
         self.asked[child.id] = now

@@ -540,6 +540,7 @@ class Hub:
             child.outbox.wake.set()
 
     def _compute(self) -> None:
+        """Give the compute thread its next block, where it is free and there is one."""
         self.own.go_on(self.work, self._computed)
 
     def _computed(self, unit: Unit, result: Held | Failure | None) -> None:
