@@ -571,8 +571,9 @@ class Hub:
 
     def next_up(self) -> bytes | Outgoing | None:
         """Return the next message for the parent, or None where nothing can be sent now."""
-        if self.up.waiting:
-            return self.up.next()
+        news = self.up.next()
+        if news is not None:
+            return news
         ready = self.batches.ready
         if not ready and self.batches.batch is None:
             batch = self.gradients.claim_up(self.tag, self.up.session)
