@@ -571,9 +571,8 @@ class Hub:
 
     def next_up(self) -> bytes | Outgoing | None:
         """Return the next message for the parent, or None where nothing can be sent now."""
-        news = self.up.next()
-        if news is not None:
-            return news
+        if self.up.waiting:
+            return self.up.next()
         ready = self.batches.ready
         if not ready and self.batches.batch is None:
             batch = self.gradients.claim_up(self.tag, self.up.session)

@@ -36,9 +36,9 @@ class Upward:
         self.waiting: list[pb.WorkRequest] = []
         self._said: deque[pb.SphereChange] = deque(maxlen=_CHANGES)
 
-    def next(self) -> bytes | None:
-        """Return the next message, or None where none waits."""
-        return self.waiting.pop(0).SerializeToString() if self.waiting else None
+    def next(self) -> bytes:
+        """Return the next message; there must be one."""
+        return self.waiting.pop(0).SerializeToString()
 
     def relinked(self, session: int) -> list[pb.SphereChange]:
         """A new parent: return the changes that may have been lost with the link to the one before.
