@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from spheres.actions import SendAssign, SendBegin, SendCredit
 from spheres.errors import LinkClosedError
 from spheres.frames import blocks_to
-from spheres.ledger import SendAssign, SendBegin, SendCredit
 from spheres.v1 import work_pb2 as pb
 from spheres.work import Child
 

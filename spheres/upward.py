@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+from spheres.actions import SendReady
 from spheres.frames import blocks_to
-from spheres.ledger import SendReady
 from spheres.v1 import work_pb2 as pb
 from spheres.work import Hooks
 
