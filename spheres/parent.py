@@ -201,6 +201,8 @@ class Parent:
     def move(self, target: pb.Ancestor) -> None:
         """Leave the parent for another; where that one does not take this sphere, it goes back (N11)."""
         if target.id not in (self._hub.id, self.id):
+            # Control's, for one, may believe that its own address is 0.0.0.0; the one that worked is kept.
+            target.address = self._addresses.get(target.id) or target.address
             self._ancestors.append(target)
             self.cut(LinkClosedError(f"moving to {target.id}"))
 
@@ -301,10 +303,14 @@ class Parent:
         if any(node.id == self._hub.id for node in path):
             raise RefusedError(f"{ancestor.id} is below {self._hub.id}: the link would close a circle (N11)")
         # The address that worked is kept: what a parent believes of its own may not be reachable from here.
-        known = {a.id: a.address for a in self._ancestors}
+        known = self._addresses
         for node in path:
             node.address = known.get(node.id) or node.address
         return path
+
+    @property
+    def _addresses(self) -> dict[str, str]:
+        return {ancestor.id: ancestor.address for ancestor in self._ancestors}
 
     async def _read(self, link: Link, ancestor: pb.Ancestor) -> None:
         while (data := await link.receive()) is not None:
