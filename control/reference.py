@@ -21,7 +21,7 @@ from spheres.blocks import Block, halves
 from spheres.config import NodeConfig
 from spheres.errors import GradientError
 from spheres.narrow import add_rounded, round_in_place
-from spheres.numerics import add_sums, global_norm
+from spheres.numerics import global_norm
 from spheres.reducer import Held
 from spheres.task import Sums, Task
 from spheres.tensors import Manifest, aligned_zeros
@@ -80,7 +80,7 @@ class CanonicalSum:
     def __call__(self, step: int, block: Block, see: Callable[[Block, Held], None] = lambda *_: None) -> Held:
         """Return the sum over a block. ``see`` is shown that of each canonical block in it; not to be kept.
 
-        Raises GradientError where a microbatch is not finite and the run halts for that.
+        Raises GradientError where a microbatch is not finite and the run halts for that, or metrics are too many.
         """
         if block.width == 1:
             held = self._microbatch(step, block.lo)
@@ -108,7 +108,7 @@ class CanonicalSum:
             return Held(one.array, one.sums, skipped)
         add_rounded(left.array, right.array, left.array, self._dtype)  # whether the sum is finite is looked at
         self._buffers.append(right.array)
-        return Held(left.array, add_sums(left.sums, right.sums), skipped)
+        return Held(left.array, self._computer.add(left.sums, right.sums), skipped)
 
 
 def reference(task: Task, config: RunConfig, *, steps: int | None = None) -> ReferenceResult:
@@ -160,5 +160,5 @@ def reference(task: Task, config: RunConfig, *, steps: int | None = None) -> Ref
     evaluation: Sums | None = None
     for index in range(config.eval_microbatches if node.test_size else 0):
         part = computer.evaluate(seen.views, index)
-        evaluation = part if evaluation is None or part is None else add_sums(evaluation, part)
+        evaluation = part if evaluation is None or part is None else computer.add(evaluation, part)
     return ReferenceResult(manifest.sha256(flat), manifest.views(flat, writeable=False), losses, evaluation, outcomes)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from spheres.errors import ArmillaryError, ConfigError, GradientError, TaskLoadError, UnreachableError
 from spheres.exposure import insecure_warning, is_loopback
 from spheres.logs import VARIABLE, formatter, is_json
+from spheres.words import cut
 
 __all__ = ["LogTail", "main", "make_parser"]
 
@@ -26,6 +27,10 @@ EXIT_CODES = """exit codes: 0 the run is over, or told to go; 1 any other error;
 ARMILLARY_ZONE, ARMILLARY_RELAY, ARMILLARY_ORPHAN_TIMEOUT, ARMILLARY_INSECURE, ARMILLARY_LOG_FORMAT; a flag goes before
 it. See docs/cli.md."""
 
+#: of one line that is kept for `control-cli logs`
+_MOST_LINE_BYTES = 16 * 1024
+#: seconds that a sphere which is told to end at once has for its links
+_END_SECONDS = 1.0
 #: read once, when numpy is first imported
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -38,7 +43,10 @@ class LogTail(logging.Handler):
         self._lines: deque[str] = deque(maxlen=1_000)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._lines += self.format(record).splitlines()
+        try:
+            self._lines += [cut(line, _MOST_LINE_BYTES) for line in self.format(record).splitlines()]
+        except Exception:  # noqa: BLE001 - a log call never raises into who makes it
+            self.handleError(record)
 
     def last(self, count: int) -> list[str]:
         """Return up to ``count`` lines, the latest last, of 256 KiB at most."""
@@ -152,9 +160,12 @@ def main(words: Sequence[str] | None = None) -> None:
     # Before anything else: the first process of a container gets no signal that it has no handler for.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     options = make_parser().parse_args(words)
-    code = _health(options) if options.command == "health" else _started(options)
+    _end(_health(options) if options.command == "health" else _started(options))
+
+
+def _end(code: int) -> NoReturn:
+    """End the process, though a thread may be deep in a task's code: there is nothing left that it could harm."""
     logging.shutdown()
-    # The compute thread may be deep in a task's code: there is nothing left that it could harm.
     sys.stdout.flush()
     os._exit(code)
 
@@ -254,8 +265,13 @@ def _start(options: argparse.Namespace, tail: LogTail, names: dict[str, str]) ->
 
         def stop() -> None:
             nonlocal told
+            if sphere.hub is None:
+                # Nobody counts on it yet; the thread that loads the task would be waited for.
+                log.info("a signal before this sphere takes part: it ends")
+                _end(0)
             if told:
                 sphere.stop()
+                loop.call_later(_END_SECONDS, _end, 0)  # whatever a thread is at, or a link waits for
             else:
                 sphere.drain("a signal; once more to end at once")
             told = True

@@ -29,12 +29,13 @@ from spheres.lease import Lease
 from spheres.parent import Fingerprints, Parent
 from spheres.segments import node_memory
 from spheres.summing import Summer
-from spheres.task import Task, data_fingerprint, load_task, task_fingerprint
+from spheres.task import Task, data_fingerprint, described, load_task, task_fingerprint
 from spheres.tensors import aligned_zeros
 from spheres.trace import Recorder
 from spheres.transport import Handlers, Link, Listener, Transport
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
+from spheres.words import cut
 from spheres.worker import Array, Worker
 
 __all__ = ["Sphere", "SphereOptions"]
@@ -49,6 +50,8 @@ _LOOK_SECONDS = 0.05
 #: seconds that a sphere waits for its children to end before it ends itself; of a traced run, those that its last
 #: spans have to go up. Control waits longer than both.
 _FAREWELL_SECONDS, _FLUSH_SECONDS = 3.0, 1.0
+#: of a task's state as JSON, and of what is said of one that cannot be had
+_MOST_STATE_BYTES, _MOST_WHY_BYTES = 1 << 20, 4_096
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Sphere:
         self._leaving: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
+        self._warned_of_state = False
         #: set once it has its place and serves children
         self.ready = asyncio.Event()
         self.hub: Hub | None = None
@@ -339,9 +343,8 @@ class Sphere:
                 self._ending = self._ending or asyncio.get_running_loop().create_task(self._end())
         elif directive.kind == pb.DIRECTIVE_KIND_REPORT_STATE:
             assert self.hub is not None
-            state = getattr(self._task, "state_dict", None)
-            text = json.dumps(state()).encode() if callable(state) else b""
-            self.hub.up.report(pb.StateReport(request_id=directive.request_id, report=self.report(), task_state=text))
+            state = self._task_state()
+            self.hub.up.report(pb.StateReport(request_id=directive.request_id, report=self.report(), task_state=state))
         elif directive.kind == pb.DIRECTIVE_KIND_DRAIN:
             self.drain(directive.reason or "a directive")
         elif directive.kind == pb.DIRECTIVE_KIND_MOVE:
@@ -353,6 +356,23 @@ class Sphere:
             self.hub.up.log(pb.LogReport(request_id=directive.request_id, sphere_id=self.hub.id, lines=lines))
         else:
             log.warning("directive %d is not known here", directive.kind)
+
+    def _task_state(self) -> bytes:
+        """Return the task's state as JSON; empty where it has none that can be sent. No weight depends on it."""
+        state = getattr(self._task, "state_dict", None)
+        if not callable(state):
+            return b""
+        try:
+            text = json.dumps(state()).encode()
+            if len(text) <= _MOST_STATE_BYTES:
+                return text
+            why = f"is {len(text):,} bytes of JSON; at most {_MOST_STATE_BYTES:,} go into a checkpoint"
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the task's own code: anything can come out
+            why = f"is no JSON, or raised: {cut(described(error), _MOST_WHY_BYTES)}"
+        if not self._warned_of_state:
+            log.warning("state_dict() %s; checkpoints are saved without the task's state of this sphere", why)
+        self._warned_of_state = True
+        return b""
 
     def _broken(self, error: BaseException) -> None:
         """A sum failed, for want of memory for one: give back what is owed, as where nobody can compute it."""

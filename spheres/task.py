@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spheres.errors import ArmillaryError, ConfigError, TaskError, TaskLoadError
+from spheres.words import raised
 
 __all__ = ["Sums", "Task", "data_fingerprint", "described", "load_task", "split_size", "task_fingerprint"]
 
@@ -165,7 +166,7 @@ def _lacks(found: object) -> str:
 
 def described(error: BaseException) -> str:
     """Return an exception of somebody else's code in one line, with the place where it was raised."""
-    text = f"{type(error).__name__}: {error}"
+    text = raised(error)
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError) or not frames or frames[-1].filename.startswith("<"):
         return text  # it names file and line itself, or there is none

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spheres.blocks import Block, halves
-from spheres.config import NodeConfig
+from spheres.config import MAX_MESSAGE_BYTES, NodeConfig
 from spheres.errors import GradientError
 from spheres.narrow import add_rounded, round_and_check
 from spheres.numerics import add_sums, crc32c
@@ -29,6 +29,7 @@ from spheres.sampling import evaluation_slice
 from spheres.segments import Mark
 from spheres.task import Sums, Task
 from spheres.tensors import aligned_zeros
+from spheres.words import cut, encodable, raised
 
 __all__ = ["Computer", "Failure", "Pool", "Unit", "Worker", "limit_threads"]
 
@@ -36,6 +37,11 @@ Array = npt.NDArray[np.float32]
 
 #: in a verdict on a microbatch, or a failure: names of tensors, ids of samples
 _MOST_TENSORS, _MOST_SAMPLES = 16, 64
+#: bytes of what is said of a failure: in one line, and the end of the traceback
+_MOST_ERROR, _MOST_TRACEBACK = 4_096, 65_536
+#: Bytes of all metrics of some sums, and of each besides its name. In steps of very many microbatches it is less: they
+#: share a message with a chunk and who computed what, which is up to 24 bytes for each microbatch.
+_MOST_METRICS, _METRIC_BYTES = 32_768, 16
 
 _limiter: Any = None
 
@@ -98,6 +104,8 @@ class Computer:
 
     def __init__(self, config: NodeConfig, task: Task) -> None:
         self._config, self._task, self._sampler = config, task, config.sampler
+        room = MAX_MESSAGE_BYTES - config.chunk_bytes - 24 * config.microbatches - 2_048
+        self._most_metrics = min(_MOST_METRICS, room)
         self._overwrites = bool(getattr(task, "overwrites_out", False))
         # out's id -> its views, for as long as somebody has it: these must not keep the memory of a buffer that is gone
         self._views: dict[int, tuple[weakref.ref[Array], dict[str, Array]]] = {}
@@ -140,7 +148,7 @@ class Computer:
             # A task that binds a new array instead of writing into the view is told so, not trained on zeros.
             if given.get(name) is not view:
                 raise GradientError(f"gradient() replaced out[{name!r}]; write into it: out[{name!r}][...] = value")
-        _check_form(sums, "gradient", samples.size)
+        sums = _checked(sums, "gradient", samples.size, self._most_metrics)
         # after rounding, which makes infinite what the narrower type cannot hold (N21)
         finite, crc = round_and_check(out, self._config.gradient_dtype, checksum=checksum)
         bad = [] if finite else [name for name, view in views.items() if not np.isfinite(view).all()]
@@ -167,19 +175,57 @@ class Computer:
         if samples.size == 0:
             return None
         sums = self._task.evaluate(weights, samples)
-        _check_form(sums, "evaluate", samples.size)
+        sums = _checked(sums, "evaluate", samples.size, self._most_metrics)
         for said in _not_finite(sums).values():
             raise GradientError(f"evaluate() returned {said}")
         return sums
 
+    def add(self, left: Sums, right: Sums) -> Sums:
+        """Return left + right. Raises GradientError where that has more metrics than fit into a message."""
+        sums = add_sums(left, right)
+        if len(sums.metrics) > max(len(left.metrics), len(right.metrics)):
+            _check_size(sums, "the microbatches of a step have", self._most_metrics)
+        return sums
 
-def _check_form(sums: object, method: str, count: int) -> None:
+
+def _checked(sums: object, method: str, count: int, most_metrics: int) -> Sums:
+    """Return what a task returned in Python's own numbers: those of others may be added with other bits.
+
+    Raises GradientError where it is not what was asked for, or cannot be sent.
+    """
     if not isinstance(sums, Sums):
         raise GradientError(f"{method}() returned {type(sums).__name__}; return Sums(loss, count, metrics)")
     if sums.count != count:
         # a mean instead of a sum shows here, before it scales every gradient without a word
         given = f"{count:,} sample{'' if count == 1 else 's'}"
         raise GradientError(f"{method}() returned count {sums.count} for {given}: count what it was given")
+    if not isinstance(sums.metrics, Mapping):
+        raise GradientError(f"{method}() returned {type(sums.metrics).__name__} as metrics: give a dict, name -> sum")
+    for name in sums.metrics:
+        if not isinstance(name, str):
+            raise GradientError(f"{method}() returned a metric named {name!r}: name each metric with a str")
+        if encodable(name) != name:
+            raise GradientError(f"{method}() returned a metric named {name!r}, which is no UTF-8: name it otherwise")
+    _check_size(sums, f"{method}() returned", most_metrics)
+    metrics = {name: _number(value, f"{method}() returned {name} =") for name, value in sums.metrics.items()}
+    return Sums(_number(sums.loss, f"{method}() returned loss"), count, metrics)
+
+
+def _check_size(sums: Sums, whose: str, most: int) -> None:
+    size = sum(len(name.encode()) + _METRIC_BYTES for name in sums.metrics)
+    if size > most:
+        raise GradientError(
+            f"{whose} {len(sums.metrics):,} metrics, {size:,} bytes of names and values; a message has room for "
+            f"{most:,}: give fewer metrics, the same ones for every microbatch, or shorter names"
+        )
+
+
+def _number(value: Any, said: str) -> float:
+    try:
+        math.isfinite(value)  # takes no text, unlike float()
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise GradientError(f"{said} {cut(repr(value), 100)}, of type {type(value).__name__}: give a number") from None
 
 
 def _not_finite(sums: Sums) -> dict[str, str]:
@@ -273,7 +319,10 @@ class Worker:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             loop, unit, weights, done = job
-            result = self._compute(unit, weights)
+            try:
+                result = self._compute(unit, weights)
+            except BaseException as error:  # noqa: BLE001 - what a failure's own words raised; this thread must go on
+                result = Failure(unit.block.lo, cut(type(error).__name__, _MOST_ERROR), "", (), invalid=False)
             try:
                 loop.call_soon_threadsafe(done, unit, result)
             except RuntimeError:  # the loop has ended
@@ -333,7 +382,7 @@ class Worker:
         skipped = left.skipped + right.skipped
         if left.sums is None or right.sums is None:
             return replace(right if left.sums is None else left, skipped=skipped)
-        sums = add_sums(left.sums, right.sums)
+        sums = self._computer.add(left.sums, right.sums)
         if left.array is None or right.array is None:
             return Held(None, sums, skipped)
         # a sum that overflows is control's to judge
@@ -346,5 +395,12 @@ class Worker:
         if unit.train:
             ids = tuple(int(i) for i in self._config.sampler.microbatch(unit.step, index)[:_MOST_SAMPLES])
         invalid = isinstance(error, GradientError)
-        text = str(error) if invalid else f"{type(error).__name__}: {error}"
-        return Failure(index, text, "".join(traceback.format_exception(error))[-65_536:], ids, invalid)
+        text = raised(error)
+        if invalid:
+            text = text.removeprefix(f"{type(error).__name__}: ")
+        line = " ".join(cut(text, _MOST_ERROR).split())
+        try:
+            details = "".join(traceback.format_exception(error))
+        except Exception:  # noqa: BLE001 - it asks the exception, and what it came from, for their words
+            details = ""
+        return Failure(index, line, cut(details, _MOST_TRACEBACK, end=True), ids, invalid)

@@ -1,0 +1,27 @@
+"""Text of users and of the system, made so that it can travel: messages and JSON hold UTF-8, in bounded pieces."""
+
+from __future__ import annotations
+
+__all__ = ["cut", "encodable", "raised"]
+
+
+def encodable(text: str) -> str:
+    r"""Return text that UTF-8 can hold: a lone surrogate, as in a file name that is no UTF-8, becomes ``\udcXX``."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def cut(text: str, most: int, *, end: bool = False) -> str:
+    """Return text that UTF-8 can hold, of at most ``most`` bytes: its beginning, or with ``end`` its end."""
+    part = text[-most:] if end else text[:most]  # a character is a byte at least: no more need be encoded
+    data = part.encode("utf-8", "backslashreplace")
+    if len(part) == len(text) and len(data) <= most:
+        return data.decode()
+    return (data[-most:] if end else data[: most - 4] + b" ...").decode("utf-8", "ignore")
+
+
+def raised(error: BaseException) -> str:
+    """Return the type and the words of an exception of anybody's code; the type alone where it cannot say more."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - a __str__ of its own can raise too
+        return type(error).__name__
