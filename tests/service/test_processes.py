@@ -235,6 +235,73 @@ def test_a_second_signal_ends_at_once_with_a_step_in_hand(run, tmp_path):
     assert not (tmp_path / "run" / "address").exists()
 
 
+LOADING_TASK = """
+    import os, time
+    from spheres.task import IN_SPHERE
+    from spheres.tasks.digits import Digits
+
+    class Loading(Digits):
+        def __init__(self):
+            if IN_SPHERE in os.environ:
+                print("loading", flush=True)
+                time.sleep(60)
+            super().__init__()
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_sphere_that_still_loads_its_task(sign, tmp_path):
+    """Nobody counts on it yet: it does not load to the end first."""
+    (tmp_path / "loading.py").write_text(textwrap.dedent(LOADING_TASK))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    control = _start(tmp_path, "--task", "loading:Loading", "--spheres", "0", "--listen", address)
+    command = [sys.executable, "-m", "spheres", "start", "--control", address]
+    sphere = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    try:
+        assert sphere.stdout is not None
+        while sphere.stdout.readline().strip() != "loading":
+            assert sphere.poll() is None
+        sphere.send_signal(sign)
+        out, _ = sphere.communicate(timeout=10)
+    finally:
+        sphere.kill()
+        control.terminate()
+        control.communicate(timeout=30)
+    assert sphere.returncode == 0
+    assert "a signal before this sphere takes part" in out.splitlines()[-1]
+
+
+HELD_UP = """
+    import asyncio, time
+    from spheres import cli, sphere
+
+    async def run(self):
+        self.hub = object()  # it takes part
+        print("runs", flush=True)
+        await asyncio.to_thread(time.sleep, 60)
+
+    sphere.Sphere.run = run
+    sphere.Sphere.drain = lambda self, reason: print("leaves", flush=True)
+    cli.main(["start", "--control", "127.0.0.1:1"])
+"""
+
+
+def test_a_second_signal_ends_a_sphere_whatever_its_threads_are_at(tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(HELD_UP)]
+    sphere = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    try:
+        assert sphere.stdout is not None
+        for word in ("runs", "leaves"):
+            while sphere.stdout.readline().strip() != word:
+                assert sphere.poll() is None
+            sphere.terminate()
+        assert sphere.wait(timeout=10) == 0
+    finally:
+        sphere.kill()
+        sphere.communicate()
+
+
 def test_spheres_end_by_themselves_after_control_was_killed_and_the_run_goes_on(run, tmp_path):
     flags = (
         "--spheres",

@@ -6,10 +6,13 @@ Each ends with the weights of the undisturbed run, bit for bit.
 import asyncio
 import contextlib
 import json
+import logging
+import os
 from itertools import pairwise
 
 import pytest
 
+from control.checkpoint import read_snapshot
 from control.config import RunConfig
 from control.reference import reference
 from control.testing import local_tree
@@ -286,3 +289,82 @@ def test_a_task_that_raises_where_there_is_nobody_else_halts_the_run(run, tmp_pa
 
     run(main())
     assert bad.times == 98
+
+
+class Raises(Synthetic):
+    error = None
+
+    def gradient(self, *args):
+        raise self.error
+
+
+class NoWordsError(Exception):
+    def __str__(self):
+        return self.args[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("x" * 2_000_000), "ValueError: xxx"),
+        (ValueError(os.fsdecode(b"/data/caf\xe9.npz")), r"ValueError: /data/caf\\udce9.npz"),
+        (NoWordsError(), "NoWordsError"),
+    ],
+    ids=["too long for a message", "no UTF-8", "no words"],
+)
+def test_a_run_halts_whatever_the_words_of_its_task_are(error, said, run, tmp_path):
+    async def main():
+        task = Raises(parameters=PARAMETERS, samples=SAMPLES)
+        task.error = error
+        async with tree_of(tmp_path, task=task) as tree:
+            await tree.run()
+
+    with pytest.raises(GradientError, match=said):
+        run(main(), timeout=30)
+
+
+class Stateful(Synthetic):
+    state = None
+
+    def state_dict(self):
+        if self.state is None:
+            raise RuntimeError("no state now")
+        return self.state
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (None, "RuntimeError: no state now"),
+        ({"x": {1, 2}}, "TypeError: Object of type set is not JSON serializable"),
+        ({"x": "y" * (1 << 20)}, "is 1,048,585 bytes of JSON; at most 1,048,576 go into a checkpoint"),
+    ],
+    ids=["raises", "no JSON", "too large"],
+)
+def test_a_task_whose_state_cannot_be_had_is_trained_and_saved_without_it(
+    state, said, run, tmp_path, expected, caplog
+):
+    """Each sphere says so once, and the checkpoints can be gone on from."""
+    settings = config(checkpoint_every="4steps")
+
+    async def main():
+        task = Stateful(parameters=PARAMETERS, samples=SAMPLES)
+        task.state = state
+        async with tree_of(tmp_path, task=task, config=settings) as tree:
+            controller = tree.controller
+            controller.pause()
+            training = asyncio.create_task(tree.run())
+            await controller.advance(5)
+            await controller.restore("step-000000004")
+            controller.resume()
+            return await training
+
+    with caplog.at_level(logging.WARNING):
+        assert run(main(), timeout=30) == expected
+    told = [record.getMessage() for record in caplog.records if "state_dict()" in record.getMessage()]
+    assert len(told) == 6
+    assert all(said in line for line in told)
+    saved = read_snapshot(tmp_path / "checkpoints" / "step-000000008")
+    assert [(record.report.sphere_id, record.task_state) for record in saved.spheres] == [
+        (f"s-{n}", b"") for n in range(1, 7)
+    ]

@@ -1,14 +1,18 @@
 import json
 import logging
+import os
 import sys
 import warnings
 from datetime import datetime, timedelta
 
 import pytest
 
+from spheres.cli import LogTail
+from spheres.config import MAX_MESSAGE_BYTES
 from spheres.errors import ConfigError
 from spheres.exposure import insecure_warning, is_loopback
 from spheres.logs import JsonFormatter, formatter, said_error
+from spheres.v1 import work_pb2 as pb
 
 
 def record(message, *args, exc_info=None):
@@ -85,3 +89,34 @@ def test_the_warning_names_the_address_and_what_to_do():
     assert "0.0.0.0:7070" in said
     assert "private network" in said
     assert len(said.splitlines()) == 1
+
+
+@pytest.fixture
+def tail():
+    made = LogTail()
+    logger = logging.Logger("a test")  # noqa: LOG001 - of nobody else
+    logger.addHandler(made)
+    return made, logger
+
+
+def test_the_end_of_the_log_can_always_be_sent(tail):
+    """File names that are no UTF-8, lines of any length, and more of them than are kept."""
+    kept, logger = tail
+    logger.info("reading %s", os.fsdecode(b"/data/caf\xe9.npz"))
+    assert kept.last(10) == ["reading /data/caf\\udce9.npz"]
+    logger.info("x" * 2_000_000)
+    assert [line[:3] for line in kept.last(10)] == ["rea", "xxx"]
+    for _ in range(10_000):
+        logger.info("ü" * 5_000)
+    for count in (1, 100, 10_000):
+        report = pb.LogReport(sphere_id="s-1", lines=kept.last(count))
+        assert 1 <= len(report.lines) <= count
+        assert report.ByteSize() < MAX_MESSAGE_BYTES / 2
+
+
+def test_a_log_call_with_wrong_arguments_does_not_raise_into_who_makes_it(tail, capsys):
+    kept, logger = tail
+    logger.info("%d samples", "three")
+    assert "Arguments: ('three',)" in capsys.readouterr().err
+    logger.info("goes on")
+    assert kept.last(10) == ["goes on"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import sys
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -17,11 +20,13 @@ from control.gradients import Outcome, outcome
 from control.initial import initial_weights, node_config
 from control.reference import CanonicalSum
 from spheres.blocks import Block, decompose, halves
+from spheres.errors import GradientError
 from spheres.narrow import add_rounded
 from spheres.numerics import crc32c
 from spheres.reducer import Held
 from spheres.task import Sums
 from spheres.tensors import aligned_zeros
+from spheres.v1 import work_pb2 as pb
 from spheres.worker import Computer, Failure, Pool, Unit, Worker
 from tests.sums import canonical
 
@@ -313,3 +318,141 @@ def test_nobody_keeps_a_buffer_that_was_retired() -> None:
     del held
     assert [ref() for ref in gone] == [None] * 4
     worker.close()
+
+
+class NoWordsError(Exception):
+    """Of a kind that is seen: a format of its own, and fewer arguments than that needs."""
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+class EndingError(Exception):
+    def __str__(self) -> str:
+        sys.exit(1)
+
+
+class Raises(Signed):
+    """Its first gradient raises."""
+
+    error: BaseException | None = None
+
+    def gradient(self, weights: Any, samples: Any, rng: Any, out: Any) -> Sums:
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+        return super().gradient(weights, samples, rng, out)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("x" * 2_000_000), "ValueError: xxx"),
+        (ValueError("ü" * 2_000_000), "ValueError: üüü"),
+        (ValueError("expected\n  one line"), "ValueError: expected one line"),
+        (FileNotFoundError(os.fsdecode(b"/data/caf\xe9.npz")), "FileNotFoundError: /data/caf\\udce9.npz"),
+        (NoWordsError("one"), "NoWordsError"),
+        (GradientError(os.fsdecode(b"caf\xe9 ") + "x" * 2_000_000), "caf\\udce9 xxx"),
+        (SystemExit(3), "SystemExit: 3"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (EndingError(), "SystemExit"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_whatever_a_task_raises_is_told_and_the_thread_goes_on(error: BaseException, said: str, run: Any) -> None:
+    node, _, _ = made(4, set())
+    task = Raises(set(), 4)
+    task.error = error
+    worker = Worker(node, task)
+    views = node.manifest.views(aligned_zeros(node.manifest.size), writeable=False)
+
+    async def computed() -> Any:
+        result = asyncio.get_running_loop().create_future()
+        worker.submit(Unit(Block(0, 2), 0, True), views, lambda _, held: result.set_result(held))
+        return await result
+
+    async def main() -> tuple[Any, Any]:
+        async with asyncio.timeout(20):
+            return await computed(), await computed()
+
+    failure, held = run(main())
+    worker.close()
+    assert isinstance(failure, Failure)
+    assert failure.error.startswith(said)
+    assert "\n" not in failure.error
+    message = pb.TaskFailure(error=failure.error, traceback=failure.traceback, sample_ids=failure.sample_ids)
+    assert message.ByteSize() < 71_000
+    if said.startswith("ValueError: exp"):
+        assert failure.traceback.endswith("ValueError: expected\n  one line\n")
+    assert isinstance(held, Held)
+
+
+class Says(Signed):
+    """Returns what it is told to."""
+
+    sums: Any = None
+
+    def size(self, split: str) -> int:
+        return self.samples
+
+    def gradient(self, weights: Any, samples: Any, rng: Any, out: Any) -> Any:
+        return self.sums(int(samples[0])) if callable(self.sums) else self.sums
+
+    def evaluate(self, weights: Any, samples: Any) -> Any:
+        return self.sums
+
+
+@pytest.mark.parametrize(
+    ("sums", "said"),
+    [
+        (Sums(1.0, 1, {3: 1.0}), "a metric named 3: name each metric with a str"),  # type: ignore[dict-item]
+        (Sums(1.0, 1, {"\udce9": 1.0}), r"a metric named '\\udce9', which is no UTF-8: name it otherwise"),
+        (Sums(1.0, 1, {f"metric {i}": 1.0 for i in range(40_000)}), "40,000 metrics, .* has room for 32,768: give f"),
+        (Sums(1.0, 1, {"x" * 2_000_000: 1.0}), "1 metrics, 2,000,016 bytes of names and values"),
+        (Sums(1.0, 1, {"x": np.zeros(3)}), r"x = array\(\[0., 0., 0.\]\), of type ndarray: give a number"),  # type: ignore[dict-item]
+        (Sums(1.0, 1, {"x": "1"}), "x = '1', of type str: give a number"),  # type: ignore[dict-item]
+        (Sums(1.0, 1, ["x"]), "list as metrics: give a dict, name -> sum"),  # type: ignore[arg-type]
+        (Sums(1j, 1), "loss 1j, of type complex: give a number"),  # type: ignore[arg-type]
+    ],
+)
+def test_sums_that_cannot_be_sent_are_refused_in_training_and_evaluation_alike(sums: Sums, said: str) -> None:
+    node, _, _ = made(2, set())
+    node, task = replace(node, test_size=2, evaluation_microbatches=2), Says(set(), 2)
+    task.sums = sums
+    views = node.manifest.views(aligned_zeros(node.manifest.size), writeable=False)
+    computer = Computer(node, task)
+    with pytest.raises(GradientError, match=f"gradient.. returned {said}"):
+        computer.gradient(views, 0, 0, aligned_zeros(node.manifest.size))
+    with pytest.raises(GradientError, match=f"evaluate.. returned {said}"):
+        computer.evaluate(views, 0)
+
+
+def test_metrics_that_differ_from_microbatch_to_microbatch_must_fit_together() -> None:
+    """In the tree as in the reference loop."""
+    node, _, _ = made(8, set())
+    task = Says(set(), 8)
+    task.sums = lambda sample: Sums(1.0, 1, {f"metric {i} of sample {sample}": 1.0 for i in range(400)})
+    views = node.manifest.views(aligned_zeros(node.manifest.size), writeable=False)
+    worker = Worker(node, task)
+    assert isinstance(worker._compute(Unit(Block(0, 2), 0, True), views), Held)
+    failure = worker._compute(Unit(Block(0, 4), 0, True), views)
+    worker.close()
+    assert isinstance(failure, Failure)
+    assert failure.invalid
+    assert "the same ones for every microbatch" in failure.error
+    with pytest.raises(GradientError, match="the same ones for every microbatch"):
+        CanonicalSum(node, task, views)(0, Block(0, 4))
+
+
+def test_sums_are_added_in_double_whatever_a_task_returns() -> None:
+    """Else a block that one node computes has other figures than its halves from two, which were sent as doubles."""
+    node, _, _ = made(2, set())
+    task = Says(set(), 2)
+    task.sums = lambda sample: Sums(np.float32(1 + sample * 2**-23), 1, {"x": np.float32(2**24 + sample)})  # type: ignore[arg-type]
+    views = node.manifest.views(aligned_zeros(node.manifest.size), writeable=False)
+    worker = Worker(node, task)
+    held = worker._compute(Unit(Block(0, 2), 0, True), views)
+    worker.close()
+    assert isinstance(held, Held)
+    assert held.sums == Sums(2 + 2**-23, 2, {"x": 2**25 + 0.0})
+    assert {type(held.sums.loss), type(held.sums.metrics["x"])} == {float}  # type: ignore[union-attr]
