@@ -23,6 +23,7 @@ from pydantic import (
 from control.units import Every, parse_duration, parse_size
 from spheres.errors import ConfigError
 from spheres.exposure import is_loopback
+from spheres.words import encodable
 
 __all__ = [
     "OptimizerConfig",
@@ -257,6 +258,15 @@ class RunConfig(_Model):
         # by the clock, early stopping would end two equal runs at different steps
         if value is not None and value.unit == "seconds":
             raise ValueError("give a number of steps or epochs, such as 100steps or 1epochs")
+        return value
+
+    @field_validator("task_options", "init_from", "run_dir")
+    @classmethod
+    def _can_be_sent(cls, value: Any) -> Any:
+        # a file name that is no UTF-8 fits neither into a message nor into JSON
+        words = [*value, *value.values()] if isinstance(value, dict) else [str(value)]
+        if any(encodable(word) != word for word in words):
+            raise ValueError("give text in UTF-8; a file of another name can have a link to it")
         return value
 
     @field_validator("checkpoint_url")

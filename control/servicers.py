@@ -23,6 +23,7 @@ from spheres.numerics import crc32c
 from spheres.status import code_of
 from spheres.v1 import control_pb2 as pb
 from spheres.v1 import control_pb2_grpc
+from spheres.words import encodable
 
 __all__ = ["ControlServicer"]
 
@@ -244,9 +245,9 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             rates=c.totals.rates(),
             phase_seconds=c.totals.phase_seconds,
             config_json=c.config.to_json(),
-            latest_checkpoint=c.latest_checkpoint.path if c.latest_checkpoint else "",
-            run_dir=str(c.run_dir.resolve()),
-            error=str(c.error or ""),
+            latest_checkpoint=encodable(c.latest_checkpoint.path) if c.latest_checkpoint else "",
+            run_dir=encodable(str(c.run_dir.resolve())),
+            error=encodable(str(c.error or "")),
             parameters_count=c.node.manifest.parameters,
             best_value=c.best_value,
             bottleneck=bottleneck(c.totals.recent, c.tree.shape()),
@@ -306,7 +307,7 @@ def _checkpoint(info: CheckpointInfo) -> pb.Checkpoint:
         step=info.step,
         size_bytes=info.size_bytes,
         weights_sha256=info.weights_sha256,
-        path=info.path,
+        path=encodable(info.path),
         metrics=dict(info.metrics),
         best=info.best,
     )

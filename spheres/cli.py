@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import logging
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 from spheres.errors import ArmillaryError, ConfigError, GradientError, TaskLoadError, UnreachableError
 from spheres.exposure import insecure_warning, is_loopback
 from spheres.logs import VARIABLE, formatter, is_json
-from spheres.words import cut
+from spheres.words import cut, encodable
 
 __all__ = ["LogTail", "main", "make_parser"]
 
@@ -106,8 +107,10 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT",
         help="the same, as children see it",
     )
-    start.add_argument("--zone", default=environ("ARMILLARY_ZONE", ""), help="for placement")
-    start.add_argument("--host", default="", help="this machine's name, for placement (default: its host name)")
+    start.add_argument("--zone", default=environ("ARMILLARY_ZONE", ""), type=_text, help="for placement")
+    start.add_argument(
+        "--host", default="", type=_text, help="this machine's name, for placement (default: its host name)"
+    )
     start.add_argument(
         "--relay",
         action="store_true",
@@ -173,6 +176,8 @@ def _end(code: int) -> NoReturn:
 def _started(options: argparse.Namespace) -> int:
     """Run a sphere and return its exit code; what it ends with is the last line of its log."""
     json, tail = False, LogTail()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name that is no UTF-8 must not cost its line
     try:
         json, names = is_json(options.log_format), dict[str, str]()
         handlers = [logging.StreamHandler(sys.stdout), tail]
@@ -296,8 +301,14 @@ def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
 
 
+def _text(text: str) -> str:
+    if encodable(text) != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no UTF-8")
+    return text
+
+
 def _address(text: str) -> str:
-    host, _, port = text.rpartition(":")
+    host, _, port = _text(text).rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65_535:
         raise argparse.ArgumentTypeError(f"{text!r} is no address; give HOST:PORT, such as 127.0.0.1:5000")
     return text

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spheres.errors import ArmillaryError, ConfigError, TaskError, TaskLoadError
-from spheres.words import raised
+from spheres.words import encodable, raised
 
 __all__ = ["Sums", "Task", "data_fingerprint", "described", "load_task", "split_size", "task_fingerprint"]
 
@@ -216,4 +216,4 @@ def data_fingerprint(task: Task) -> str:
         raise
     except Exception as error:
         raise TaskError(f"data_fingerprint() raised {described(error)}") from error
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(encodable(text).encode()).hexdigest()[:16]

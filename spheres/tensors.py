@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spheres.errors import TaskError
+from spheres.words import encodable
 
 __all__ = ["ALIGNMENT", "Manifest", "TensorSpec", "aligned_zeros"]
 
@@ -57,13 +58,18 @@ class Manifest:
 
     @classmethod
     def of(cls, arrays: Mapping[str, npt.NDArray[np.float32]]) -> Manifest:
-        """Lay out ``arrays`` in their order. Raises TaskError for a dtype that is not float32, or no tensors."""
+        """Lay out ``arrays`` in their order.
+
+        Raises TaskError for no tensors, a dtype that is not float32, or a name that is no text.
+        """
         if not isinstance(arrays, Mapping) or not arrays:
             what = "no tensors" if isinstance(arrays, Mapping) else type(arrays).__name__
             raise TaskError(f"init_weights returned {what}; return name -> float32 array")
         specs: list[TensorSpec] = []
         offset = 0
         for name, array in arrays.items():
+            if not isinstance(name, str) or encodable(name) != name:
+                raise TaskError(f"weights are named {name!r}: name each with a str that is UTF-8")
             if not isinstance(array, np.ndarray) or array.dtype != np.float32:
                 kind = getattr(array, "dtype", type(array).__name__)
                 raise TaskError(f"weights {name!r} are {kind}; return float32 arrays")

@@ -60,6 +60,8 @@ def test_a_drained_sphere_leaves_with_its_children_placed_elsewhere(run, tmp_pat
             local.tree.dismissed = lambda sphere, at_once: left.append((sphere, at_once)) or False
             local.tree.drain("s-1", "makes room")
             assert local.tree.state_of("s-1") == "draining"
+            local.tree.drain("s-1", "x" * 2_000_000)  # too long for a message; it is told below all the same
+            assert len(local.tree.members.reason_of("s-1")) == 1_000
             local.tree.drain("s-1", "said twice")
             await local.tree.until(lambda: local.tree.state_of("s-1") == "lost")
             assert not running.done()

@@ -206,6 +206,45 @@ def test_local_spheres_write_the_log_format_of_control_and_not_to_its_port(tmp_p
     assert any("s-2 joins control" in line for line in found)
 
 
+LOGGING_TASK = """
+    import logging, os
+    from spheres.tasks.digits import Digits
+
+    class Logging(Digits):
+        def gradient(self, weights, samples, rng, out):
+            if rng.bit_generator.state["state"]["key"][1] == 1:
+                logging.getLogger("task").info("reads %s", os.fsdecode(b"caf\\xe9"))
+            return super().gradient(weights, samples, rng, out)
+"""
+
+
+def test_a_run_in_a_folder_whose_name_is_no_utf_8(run, tmp_path):
+    """It can be asked and saved, and a log line with such a name is there."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / "logs_names.py").write_text(textwrap.dedent(LOGGING_TASK))
+    command = [sys.executable, "-m", "control", "start", "--json", "--run-dir", "run", "--spheres", "1"]
+    command += ["--task", "logs_names:Logging", "--steps", "100000"]
+    process = subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    async def ask():
+        async with Client((folder / "run" / "address").read_text().split()[0]) as client:
+            saved = await client.checkpoint()
+            return saved.path, (await client.status()).run_dir, await client.logs("s-1")
+
+    try:
+        _until_step(process, 3)
+        path, run_dir, lines = run(ask())
+    finally:
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+    assert run_dir == f"{tmp_path}/caf\\udce9/run"
+    assert path.startswith("run/checkpoints/step-")
+    assert any("reads caf\\udce9" in line for line in lines)
+    assert "reads caf\\udce9" in (folder / "run" / "logs" / "sphere-1.log").read_text()
+
+
 SLOW_TASK = """
     import time
     from spheres.tasks.digits import Digits

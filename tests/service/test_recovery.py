@@ -341,9 +341,7 @@ class Stateful(Synthetic):
     ],
     ids=["raises", "no JSON", "too large"],
 )
-def test_a_task_whose_state_cannot_be_had_is_trained_and_saved_without_it(
-    state, said, run, tmp_path, expected, caplog
-):
+def test_a_task_whose_state_cannot_be_had_is_trained_and_saved_without_it(state, said, run, tmp_path, expected, caplog):
     """Each sphere says so once, and the checkpoints can be gone on from."""
     settings = config(checkpoint_every="4steps")
 

@@ -415,3 +415,12 @@ def test_a_key_younger_than_the_checkpoint_counts_as_its_default() -> None:
         compare_identity(saved, identity(load(nesterov=True)))
     with pytest.raises(ConfigError, match="rounding is none now and was up"):
         compare_identity({**saved, "rounding": "up"}, identity(load()))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("task_options", ["path=/data/caf\udce9"]), ("run_dir", "runs/caf\udce9"), ("init_from", "caf\udce9.safetensors")],
+)
+def test_a_file_name_that_is_no_utf_8_is_refused_where_it_would_have_to_be_sent(flag: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{flag} = .*: give text in UTF-8"):
+        load(**{flag: value})

@@ -545,3 +545,15 @@ def test_a_directive_goes_the_way_to_its_sphere_and_to_all_where_that_is_not_kno
     assert told("deep") == ["left"]
     hub.dismiss(left, "it went")
     assert told("deep") == ["right"], "who knows where it is by now"
+
+
+def test_the_reason_that_is_told_of_a_lost_child_fits_into_a_message() -> None:
+    """Errors quote what a peer sent, which can be as long as a message; this would be told on every new link."""
+    hub = Hub(config(), "s-1")
+    child, _ = join(hub, "leaf")
+    waiting(hub)
+    hub.dismiss(child, "a message of run " + "caf\udce9" * 400_000)
+    (told,) = [message for message in waiting(hub) if message.HasField("sphere_change")]
+    assert told.sphere_change.lost
+    assert told.sphere_change.reason.startswith("a message of run caf\\udce9")
+    assert told.ByteSize() < 1_200

@@ -242,6 +242,7 @@ def test_sizes_that_are_none(size: object) -> None:
 
 def test_the_fingerprint_of_the_data_is_the_tasks_own_or_that_of_its_sizes() -> None:
     assert data_fingerprint(Named("a")) != data_fingerprint(Named("b"))  # type: ignore[arg-type]
+    assert data_fingerprint(Named("caf\udce9")) != data_fingerprint(Named("caf\udce8"))  # type: ignore[arg-type]
     assert data_fingerprint(Named("a", 5)) == data_fingerprint(Named("a", 6))  # type: ignore[arg-type]
     assert data_fingerprint(Data(train=5)) != data_fingerprint(Data(train=6))  # type: ignore[arg-type]
 

@@ -117,3 +117,9 @@ def test_pack_refuses_other_names_shapes_and_dtypes() -> None:
         manifest.pack({"a": np.zeros(4, np.float32)})
     with pytest.raises(TaskError, match="float64"):
         manifest.pack({"a": np.zeros(3)})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("name", [3, "w\udce9", None])
+def test_a_name_that_cannot_be_sent_is_refused(name: object) -> None:
+    with pytest.raises(TaskError, match=r"^weights are named .*: name each with a str that is UTF-8"):
+        Manifest.of({"v": np.zeros(1, np.float32), name: np.zeros(1, np.float32)})  # type: ignore[dict-item]

@@ -2,6 +2,7 @@ import os
 
 import pytest
 
+from spheres.cli import make_parser
 from spheres.words import cut, encodable, raised
 
 
@@ -34,3 +35,11 @@ def test_an_exception_without_words_is_named():
 
     assert raised(NoWordsError()) == "NoWordsError"
     assert raised(ValueError("of this kind")) == "ValueError: of this kind"
+
+
+@pytest.mark.parametrize("flag", ["--zone", "--host", "--control", "--listen", "--advertise"])
+def test_words_for_other_nodes_are_refused_where_they_are_no_utf_8(flag, capsys):
+    words = {"--control": "control:1", flag: os.fsdecode(b"caf\xe9:1")}
+    with pytest.raises(SystemExit, match="2"):
+        make_parser().parse_args(["start", *(word for pair in words.items() for word in pair)])
+    assert f"argument {flag}: 'caf\\udce9:1' is no UTF-8" in capsys.readouterr().err

@@ -328,7 +328,7 @@ class NoWordsError(Exception):
 
 
 class EndingError(Exception):
-    def __str__(self) -> str:
+    def __str__(self) -> str:  # noqa: PLE0307
         sys.exit(1)
 
 
