@@ -341,7 +341,7 @@ def _tried(method: str, call: Callable[[], T]) -> T:
         raise
     except Exception as error:
         text = described(error)
-        if "read-only" in str(error):
+        if "read-only" in text:
             text += "; weights are read-only: copy what you change"
         raise GradientError(f"{method}() raised {text}") from error
 

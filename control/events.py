@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from control.config import RunConfig
 from control.run_state import RunState
 from spheres.errors import ArmillaryError, ConfigError
+from spheres.words import raised
 
 __all__ = ["EVENTS", "Callback", "CallbackError", "CallbackRegistry", "Event", "Listener", "RunHandle"]
 
@@ -132,7 +133,7 @@ class CallbackError(ArmillaryError):
     """A callback raised, and ``on_callback_error`` is ``raise``."""
 
     def __init__(self, name: str, event: str, cause: Exception) -> None:
-        super().__init__(f"callback {name} failed at {event}: {type(cause).__name__}: {cause}")
+        super().__init__(f"callback {name} failed at {event}: {raised(cause)}")
 
 
 class CallbackRegistry:
@@ -235,7 +236,7 @@ class CallbackRegistry:
     def _no_state(self, name: str, error: Exception) -> None:
         self.error_count += 1
         log.error("the state of callback %s is no part of the checkpoint", name, exc_info=error)
-        self.on_failure({"callback": name, "during": "checkpoint", "error": f"{type(error).__name__}: {error}"})
+        self.on_failure({"callback": name, "during": "checkpoint", "error": raised(error)})
 
     def _stateful(self) -> list[tuple[str, Callback]]:
         return [item for item in self._callbacks.values() if hasattr(item[1], "state_dict")]

@@ -256,6 +256,16 @@ class Raises(Honest):
         raise ZeroDivisionError("no such luck")
 
 
+class NoWordsError(Exception):
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class RaisesWithoutWords(Honest):
+    def gradient(self, weights: Weights, samples: Samples, rng: np.random.Generator, out: dict[str, Any]) -> Any:
+        raise NoWordsError
+
+
 class SaysItOverwrites(Honest):
     overwrites_out = True
 
@@ -344,6 +354,7 @@ class ChangesWeights(Honest):
         (WritesNothing, r"wrote nothing into out: add to out\[name\] in place"),
         (WrongShape, r"gradient\(\) raised ValueError: .*\(3,4\) .*\(test_doctor\.py, line \d+\)"),
         (Raises, r"gradient\(\) raised ZeroDivisionError: no such luck \(test_doctor\.py, line \d+\)"),
+        (RaisesWithoutWords, r"gradient\(\) raised NoWordsError \(test_doctor\.py, line \d+\)"),
         (NotANumber, "the gradient of weight is not finite"),
         (Overflows, "the gradient of bias is not finite"),
         (ReturnsALoss, r"gradient\(\) returned float; return Sums\(loss, count, metrics\)"),

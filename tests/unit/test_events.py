@@ -209,3 +209,29 @@ def test_events_cannot_be_changed() -> None:
         event().step = 4  # type: ignore[misc]
     with pytest.raises(TypeError):
         Event("train_start", 0, 0).record["a"] = 1  # type: ignore[index]
+
+
+class NoWordsError(Exception):
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class WithoutWords:
+    def on_batch_end(self, event: Event, run: Any) -> None:
+        raise NoWordsError
+
+    def state_dict(self) -> dict[str, Any]:
+        raise NoWordsError
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def test_what_a_callback_raises_need_not_have_words() -> None:
+    registry = CallbackRegistry()
+    registry.register(WithoutWords())
+    told: list[Any] = []
+    registry.on_failure = told.append
+    registry.emit(event(), RUN)
+    assert registry.states() == {}
+    assert [record["error"].split(": ")[-1] for record in told] == ["NoWordsError", "NoWordsError"]
