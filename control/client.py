@@ -46,7 +46,7 @@ WATCH_RETRY = 0.25
 class RunEvent:
     """Something that happened in the run: a committed step, an evaluation, a sphere that came or went, ..."""
 
-    #: counts the events of a control process; ``watch`` goes on after it
+    #: counts the events of one control process, no other has the same; ``watch`` goes on after it
     id: int
     #: step, evaluation, checkpoint, sphere_joined, sphere_lost, state, error, ...
     name: str
@@ -142,7 +142,7 @@ class Client:
         """Yield events until the run is over. A cut stream is taken up again after the last event seen.
 
         Raises UnreachableError after ``patience`` seconds of no answer, at once where there never was one;
-        RunStateError where the events in between are no longer kept.
+        RunStateError where the events in between are no longer kept, as by a control that was started again.
         """
         await self.status()  # an address where nobody is fails here, not after ``patience``
         loop = asyncio.get_running_loop()

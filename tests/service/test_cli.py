@@ -706,6 +706,7 @@ def test_a_watch_is_taken_up_where_it_was_left(live: Live) -> None:
     seen = first(3)
     numbers = [event["event_id"] for event in seen]
     assert numbers == list(range(numbers[0], numbers[0] + 3))
+    assert numbers[0] // 1_000_000_000 == live.json("status")["term"]
     assert "step" in {event["event"] for event in seen}
     assert first(2, "--json", "--after", str(numbers[0])) == seen[1:]
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -15,6 +16,8 @@ from grpc import aio
 
 from control import client as client_module
 from control.client import Client, state_name
+from control.lives import Started
+from control.servicers import ControlServicer
 from spheres.config import manifest_to_proto
 from spheres.errors import (
     ArmillaryError,
@@ -46,7 +49,7 @@ class Control(ControlServiceServicer):
 
 
 @asynccontextmanager
-async def serving(control: Control, *, deadline: float = 5.0) -> AsyncIterator[Client]:
+async def serving(control: ControlServiceServicer, *, deadline: float = 5.0) -> AsyncIterator[Client]:
     server = aio.server()
     add_ControlServiceServicer_to_server(control, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -196,7 +199,7 @@ def watching(*streams: list[pb.WatchRunResponse | grpc.StatusCode]) -> Control:
     return control
 
 
-async def seen(control: Control, after: int = 0, **options: Any) -> list[int]:
+async def seen(control: ControlServiceServicer, after: int = 0, **options: Any) -> list[int]:
     async with serving(control) as client:
         return [event.id async for event in client.watch(after, **options)]
 
@@ -271,6 +274,41 @@ def test_a_watch_that_is_refused_is_not_tried_again(run: Any) -> None:
         assert control.requests == [0]
 
     run(watch())
+
+
+class Restarted(ControlServicer):
+    """Control's own watches, of a run in this term that has had so many events."""
+
+    GetRun = Control.GetRun  # type: ignore[assignment]
+
+    def __init__(self, term: int, events: int) -> None:
+        super().__init__()
+        controller: Any = SimpleNamespace(tree=SimpleNamespace(term=term))
+        self.attach(controller, spawn=no_one, aside=list)
+        for number in range(events):
+            controller.publish({"event": "step", "step": number})
+        self.close()
+
+
+async def no_one(count: int) -> list[Started]:
+    return []
+
+
+def test_numbers_of_events_begin_at_the_term(run: Any) -> None:
+    assert run(seen(Restarted(7, 3), after=7_000_000_000)) == [7_000_000_001, 7_000_000_002, 7_000_000_003]
+    assert run(seen(Restarted(7, 3), after=7_000_000_002)) == [7_000_000_003]
+    assert run(seen(Restarted(7, 3), after=7_000_000_003)) == []
+
+
+@pytest.mark.parametrize("term", [1, 3])
+@pytest.mark.parametrize("events", [0, 1, 60])
+def test_the_number_of_another_process_of_control_is_not_taken_for_one_of_its_own(
+    run: Any, term: int, events: int
+) -> None:
+    """However many events it has had: what came in between would be passed over without a word."""
+    seen_last = Restarted(2, 40)._last
+    with pytest.raises(RunStateError, match=f"no longer keeps the events after {seen_last}: read journal"):
+        run(seen(Restarted(term, events), after=seen_last))
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
