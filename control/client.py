@@ -40,6 +40,19 @@ MEMBERS_DEADLINE = 120.0
 #: seconds for which a cut watch tries to come back, and between two tries
 WATCH_PATIENCE = 30.0
 WATCH_RETRY = 0.25
+#: A watch of a paused run hears nothing for as long as that is: pings tell it from a control that has gone silent.
+#: gRPC's keepalive alone would wait a minute for a ping (docs/assumptions.md).
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+#: else gRPC itself dials ever more rarely, and a watch would find only out then that control is back
+_REDIAL = [
+    ("grpc.initial_reconnect_backoff_ms", int(WATCH_RETRY * 1000)),
+    ("grpc.max_reconnect_backoff_ms", int(WATCH_RETRY * 1000)),
+]
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,8 @@ class Client:
         self._deadline = deadline
         self._closed = False
         # a proxy of the environment is for the web, not for a control that is named by its address
-        self._channel = aio.insecure_channel(self.address, options=[("grpc.enable_http_proxy", 0)])
+        options = [("grpc.enable_http_proxy", 0), *_KEEPALIVE, *_REDIAL]
+        self._channel = aio.insecure_channel(self.address, options=options)
         self._calls = ControlServiceStub(self._channel)
 
     def __repr__(self) -> str:
