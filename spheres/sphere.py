@@ -47,7 +47,7 @@ _AGENT = f"python {sys.version_info.major}.{sys.version_info.minor}"
 #: seconds between two looks of a sphere that leaves at whether it is needed still
 _LOOK_SECONDS = 0.05
 #: seconds that a sphere waits for its children to end before it ends itself, and those that its last words have to go
-#: up. Control waits longer.
+#: up. Control waits longer than the first.
 _FAREWELL_SECONDS, _FLUSH_SECONDS = 3.0, 1.0
 
 
