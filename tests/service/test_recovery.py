@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 
+import control.tree
 from control.config import RunConfig
 from control.reference import reference
 from control.testing import local_tree
@@ -185,7 +186,9 @@ class SlowWord(MemoryNetwork):
 
 
 @pytest.mark.parametrize("how", ["killed", "drained", "told to end at once"])
-def test_a_parent_that_ends_before_its_children_have_heard_leaves_nobody_behind(how, run, tmp_path):
+def test_a_parent_that_ends_before_its_children_have_heard_leaves_nobody_behind(how, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(control.tree, "_BACK_SECONDS", 1.5)
+
     async def main():
         network = SlowWord()
         async with tree_of(tmp_path, network=network) as tree:
