@@ -305,6 +305,17 @@ class Membership:
             if id not in self.spheres:
                 return id
 
+    def coming(self, since: float) -> dict[str, float]:
+        """Return who has enrolled after ``since`` and has had no link, and when each has."""
+        found: dict[str, float] = {}
+        for when, id, incarnation in reversed(self._joining):
+            if when < since:
+                break
+            sphere = self.spheres.get(id)
+            if sphere is not None and sphere.incarnation == incarnation and not sphere.joined:
+                found[id] = when
+        return found
+
     def _expire(self, now: float) -> None:
         """Give up on those that enrolled long ago and have not come."""
         while self._joining and self._joining[0][0] < now - _JOINING_SECONDS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 
 from control.failures import Failures
@@ -144,16 +144,24 @@ class Tree:
         self.hub.direct(pb.Directive(kind=pb.DIRECTIVE_KIND_STOP, reason=reason))
 
     def _between_parents(self) -> dict[str, float]:
-        """Return sphere -> since when it has had no way to control, by its own loss or that of one above it."""
-        found: dict[str, float] = {}
+        """Return sphere -> since when it has had no way to control, by its own loss or that of one above it.
+
+        Those who have just enrolled are on their way too.
+        """
+        found = self.members.coming(asyncio.get_running_loop().time() - _BACK_SECONDS)
         for top, when in self._lost_at.items():
-            below = [top]
-            while below:
-                id = below.pop()
+            for id in (top, *self._below(top)):
                 if not self.spheres[id].leaving:
                     found[id] = max(when, found.get(id, 0.0))
-                below += self.members.children_of(id)
         return found
+
+    def _below(self, top: str) -> Iterator[str]:
+        """Yield all that hang below a sphere."""
+        due = [top]
+        while due:
+            below = self.members.children_of(due.pop())
+            due += below
+            yield from below
 
     async def all_gone(self, timeout: float) -> bool:
         """Wait until no child is left, nor one that lost its link just before may come; False after ``timeout``."""
@@ -295,13 +303,15 @@ class Tree:
             self.failures.back(change)
         now = asyncio.get_running_loop().time()
         self._changed_at = (now if self._changed_at is None else self._changed_at[0], now)
-        if change.lost:
-            self._lost_at[change.sphere_id] = now
-        else:
+        if not change.lost:
             self._lost_at.pop(change.sphere_id, None)
+        elif change.sphere_id in self.spheres:  # it may be one too many to be remembered
+            self._lost_at[change.sphere_id] = now
         if not self._open:
-            if not change.lost:
-                self._absent.pop(change.sphere_id, None)
+            # A sphere ends after those below it, and after word of that has gone up: else they have not heard of it.
+            orphans = (id for id in self._below(change.sphere_id) if self.spheres[id].linked) if change.lost else ()
+            self._absent |= dict.fromkeys(orphans, now)
+            self._absent = {id: when for id, when in self._absent.items() if not self._is_back(id)}
             self._arrivals.set()
             return
         if not change.lost and self.spheres[change.sphere_id].leaving:
@@ -309,6 +319,10 @@ class Tree:
             self.hub.direct(self._leave(change.sphere_id, pb.DIRECTIVE_KIND_DRAIN))
         self.changed("sphere_lost" if change.lost else "sphere_joined", change.sphere_id, change.reason)
         self._arrivals.set()
+
+    def _is_back(self, id: str) -> bool:
+        sphere = self.spheres.get(id)
+        return sphere is None or sphere.active
 
     def _forgotten(self, sphere: str) -> None:
         self.children.reports.pop(sphere, None)

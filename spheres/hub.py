@@ -1,29 +1,31 @@
 """The noun that control and spheres share: a range in, canonical blocks out, in chunk order.
 
 One hub is one actor: every method runs to its end on the event loop, none awaits, so no state is ever half changed. It
-carries out what the ledger decides. It does not dial, serve or encode links: ``children`` and ``parent`` do.
+carries out what the ledger decides, with parts of which each owns some of the state and none knows the hub: ``upward``,
+``downward``, ``computing``, ``batches``. It does not dial, serve or encode links: ``children`` and ``parent`` do.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from time import perf_counter
-from typing import Literal
 
+from spheres.batches import Batches
 from spheres.blocks import Block, checked
 from spheres.carrier import Carrier, Inline
+from spheres.computing import Computing, Outcome
 from spheres.config import NodeConfig
+from spheres.downward import Downward
 from spheres.environments import ANY, Environments, Range
 from spheres.errors import LinkClosedError, ProtocolError, StaleError, WrongRunError
-from spheres.frames import blocks_from, blocks_to, capacities_from
+from spheres.frames import blocks_from, capacities_from
 from spheres.gradients import Array, Batch, Gradients, Outgoing
 from spheres.ledger import Action, Ledger, SendAssign, SendBegin, SendCredit, SendReady, Stuck
-from spheres.numerics import in_turn
 from spheres.phases import PhaseTimes
 from spheres.reducer import Held
 from spheres.segments import Memory
 from spheres.task import Sums
+from spheres.upward import Upward
 from spheres.v1 import common_pb2
 from spheres.v1 import work_pb2 as pb
 from spheres.watchdog import Watchdog
@@ -35,22 +37,10 @@ __all__ = ["EVALUATE", "TRAIN", "Array", "Child", "Hub", "Outgoing", "Work"]
 
 #: seconds that an attempt waits for the children of a lost child: about the round trips that they need (N13)
 _SETTLE_SECONDS = 0.25
-#: patiences that a child has to answer begin, at the least: the answer needs no computing, only the way there and back
-_ANSWER_PATIENCES = 3
-#: times that a step has to be late, less by one for each level, before children that stand still count no longer
-_HOPELESS = 4
-#: seconds for which a sphere whose task has failed computes nothing, doubled each time up to the longest
-_ASIDE_SECONDS, _LONGEST_ASIDE = 2.0, 64.0
-#: changes below that are told again on a new link: the last ones may have been lost with the old one
-_CHANGES = 256
-#: spheres of which it is known by which child they are reached; directives to others go to all children
-_MOST_WAYS = 20_000
-#: elements that are summed on the loop: for so few a thread would cost more than it takes off it
-_INLINE_ELEMENTS = 1 << 16
 
 
 class Hub:
-    """Mutable state: the present work, the ledger, the gradients, the weights, the children, what waits to go up."""
+    """Mutable state: the present work, the nodes above, that of its parts, the ledger, gradients and weights."""
 
     def __init__(
         self,
@@ -71,59 +61,49 @@ class Hub:
         self.weights = Weights(config, memory=memory, root=self.root)
         self.ledger = Ledger(config.window, computes=worker is not None, root=self.root, environment=environment)
         self.gradients = Gradients(config, node_id, self.ledger, self.weights)
-        self.children: dict[str, Child] = {}
+        # what is said to the parent and to the children, what is computed here, what is being summed
+        self.up = Upward(self.hooks, root=self.root)
+        self.down = Downward()
+        self.own = Computing(
+            node_id, worker, ledger=self.ledger, weights=self.weights, gradients=self.gradients, counts=self.counts
+        )
+        self.batches = Batches(self.hooks)
         #: nodes from control to this one; children's fallbacks come from it (N11)
         self.path: list[pb.Ancestor] = []
-        self.work = Work(0, -1, common_pb2.WORK_KIND_UNSPECIFIED)
-        self.version = -1
-        #: of the present work's messages; never changed, only replaced
-        self.tag = self._tag()
         #: where children dial this node; empty where it takes none
         self.address = ""
-        #: called when something may go up
-        self.wake_up: Callable[[], None] = lambda: None
-        self.session = 0
-        self._worker = worker
-        self._unit: Unit | None = None
-        self._up: list[pb.WorkRequest] = []
-        #: gradient messages that are ready to go up, and what is being summed beside the loop
-        self._ready: deque[Outgoing] = deque()
-        self._batch: Batch | None = None
-        #: of the present step's computation here
-        self._failure: pb.TaskFailure | None = None
-        #: how often the task has failed here
-        self.failures = 0
-        #: until when this node computes nothing, by the loop's clock
-        self._aside_until = 0.0
-        self.leaving = ""
-        self._said: deque[pb.SphereChange] = deque(maxlen=_CHANGES)
-        # sphere further down -> the child that leads there
-        self._ways: dict[str, str] = {}
         self.watchdog = Watchdog(config.patience_seconds)
-        # child -> when it was last sent begin
-        self._asked: dict[str, float] = {}
-        # the run is over: newcomers are told so, too
-        self._farewell: pb.Directive | None = None
         self._capacities = self.ledger.capacities
-        self._down_bytes = 0
         # when the present version of the weights began to come
         self._arriving_since = 0.0
+        self._turn_to(Work(0, -1, common_pb2.WORK_KIND_UNSPECIFIED), -1)
 
     def __repr__(self) -> str:
         return f"Hub({self.id}, {self.work}, frontier {self.ledger.frontier}, {len(self.children)} children)"
 
+    def _turn_to(self, work: Work, version: int) -> None:
+        """From now on what is said is of this work, on this version of the weights."""
+        self.work, self.version = work, version
+        #: of the present work's messages; never changed, only replaced
+        self.tag = self.up.tag = self.down.tag = pb.Tag(
+            run_id=self.config.run_id, term=work.term, step=work.step, kind=work.kind, weights_version=version
+        )
+
+    @property
+    def children(self) -> dict[str, Child]:
+        """Those with an open link, by their ids."""
+        return self.down.children
+
     @property
     def sent_down_bytes(self) -> int:
         """Payload bytes sent to children, those of links that have ended included."""
-        return self._down_bytes + sum(child.outbox.sent_bytes for child in self.children.values())
+        return self.down.sent_bytes
 
     @property
     def activity(self) -> str:
         """What this node is doing, in words."""
-        if self._unit is not None:
-            return f"computing {self._unit.block} of step {self.work.step}"
-        if (left := self._aside_until - self.hooks.clock()) > 0:
-            return f"set aside for {left:.0f} s: its task has failed {self.failures} times"
+        if own := self.own.activity(self.hooks.clock()):
+            return own
         if not self.weights.complete:
             return "receiving weights"
         if self.ledger.waiting:
@@ -165,18 +145,13 @@ class Hub:
 
     def seal(self) -> None:
         """The weights are about to be written: no transfer may read them any more (N15)."""
-        for child in self.children.values():
-            child.outbox.abort()
+        self.down.abort()
         self.weights.withdraw()
         self.ledger.active = False
 
     def direct(self, directive: pb.Directive) -> None:
         """Send a directive down, hop by hop: to the child that leads to its sphere, to all where that is not known."""
-        target = directive.target_sphere_id
-        if directive.kind == pb.DIRECTIVE_KIND_STOP and not target:
-            self._farewell = directive
-        child = self.children.get(target) or self.children.get(self._ways.get(target, ""))
-        self._notice(pb.WorkResponse(directive=directive), [child] if child is not None else None)
+        self.down.direct(directive)
 
     # ---- parent edge: what came down
 
@@ -224,11 +199,11 @@ class Hub:
             self._wake_children()
             self._compute()
             self._flow()
-        if raw and self.children and message.HasField("weights_chunk"):
+        if raw and self.down.children and message.HasField("weights_chunk"):
             self._keep_frame(message, raw)
         if message.HasField("credit"):
             self._try(lambda: self.ledger.credit(message.credit.attempt, message.credit.through_chunk))
-            self.wake_up()
+            self.up.wake_up()
 
     def _try(self, change: Callable[[], None]) -> None:
         """Messages of an older attempt are no fault: they crossed a newer one. They are counted and dropped (I6)."""
@@ -251,24 +226,20 @@ class Hub:
     def relinked(self, session: int, path: Iterable[pb.Ancestor], carrier: Carrier | None = None) -> None:
         """A parent took this node in: the obligations of the session before are void (N5b)."""
         self._recall()
-        if self.session and self.memory is not None and self._worker is not None:
+        if self.up.session and self.memory is not None:
             # The parent before may still be reading what was sent to it, for as long as it likes: nothing of that is
             # ever written again (N19).
-            self._worker.retire()
+            self.own.retire()
         self.gradients.carrier = carrier or Inline(self.config)
         self.ledger.window = self.gradients.carrier.window
-        self.session = session
-        # What belongs to no step stays: a capacity that changed after the hello was written, for one.
-        self._up = [m for m in self._up if not (m.HasField("ready") or m.HasField("sphere_change"))]
-        if self._failure is not None:
-            self.fail(self._failure)  # the link before may have died with it, and nothing else would end the step
+        said = self.up.relinked(session)
+        if self.own.failure is not None:
+            self.up.fail(self.own.failure)  # the link before may have died with it, and nothing else would end the step
         self.ledger.relinked()
         self.gradients.settle()
-        said = list(self._said)
-        self._said.clear()
         if not self.renewed(path):
             for change in said:
-                self.change(change)
+                self.up.change(change)
 
     def renewed(self, path: Iterable[pb.Ancestor]) -> bool:
         """The nodes above are these now; children learn their fallbacks from it (N11). Whether control is a new one.
@@ -277,11 +248,11 @@ class Hub:
         """
         known = self.path[0] if self.path else None
         self.path = [*path, pb.Ancestor(id=self.id, incarnation=self.incarnation, address=self.address)]
-        self._notice(self.welcome())
+        self.down.notice(self.welcome())
         if known is None or known.incarnation == self.path[0].incarnation:
             return False
         for child in self.children.values():
-            self.change(child.joined(self.id))
+            self.up.change(child.joined(self.id))
         return True
 
     def welcome(self) -> pb.WorkResponse:
@@ -310,8 +281,7 @@ class Hub:
         else:
             if not header.from_chunk:
                 self._arriving_since = perf_counter()
-                for child in self.children.values():
-                    child.outbox.abort()
+                self.down.abort()
             weights.begin(
                 term=work.term,
                 version=version,
@@ -321,10 +291,8 @@ class Hub:
         if work > self.work:
             self._begin(work, version, blocks, environments)
             return
-        self.version = version
-        self.tag = self._tag()
-        for child in self.children.values():
-            child.outbox.header(self.tag)
+        self._turn_to(work, version)
+        self.down.header()
         if blocks is not None:
             self._recall()
             self._do(self.ledger.resume(blocks, environments))
@@ -339,32 +307,17 @@ class Hub:
         out: Array | None = None,
     ) -> None:
         """A new step: drop all of the old one (N14), then give out the new one."""
-        self.work, self.version = work, version
-        self.tag = self._tag()
+        self._turn_to(work, version)
         self._recall(attempt=False)
-        if self._unit is not None:
-            self._unit.cancelled = True
-        self._unit = self._failure = None
+        self.own.drop()
         self.watchdog.start(self.hooks.clock())
-        self.ledger.computes = self._worker is not None and self._aside_until <= self.hooks.clock()
-        cache = self.gradients.reducer.cache
-        if self._worker is not None:
-            for held in cache.values():
-                self._worker.release(held)
-        cache.clear()
-        self._up = [m for m in self._up if not m.HasField("ready")]
+        self.ledger.computes = self.own.able(self.hooks.clock())
+        self.up.begin()
         self.gradients.start(step=work.step, train=work.kind == TRAIN, out=out)
-        for child in self.children.values():
-            child.outbox.header(self.tag)
+        self.down.header()
         chunks = self.config.chunk_count if work.kind == TRAIN else 0
         self._do(self.ledger.start(self._total(work.kind), chunks, blocks, environments))
         self._tell_capacity()
-
-    def _tag(self) -> pb.Tag:
-        work = self.work
-        return pb.Tag(
-            run_id=self.config.run_id, term=work.term, step=work.step, kind=work.kind, weights_version=self.version
-        )
 
     def _total(self, kind: common_pb2.WorkKind.ValueType) -> int:
         return self.config.microbatches if kind == TRAIN else self.config.evaluation_microbatches
@@ -376,7 +329,7 @@ class Hub:
 
     def _on_directive(self, directive: pb.Directive) -> None:
         if directive.target_sphere_id != self.id:
-            self.direct(directive)
+            self.down.direct(directive)
         if directive.target_sphere_id in ("", self.id):
             self.hooks.directed(directive)
 
@@ -384,12 +337,7 @@ class Hub:
 
     def admit(self, child: Child, hello: pb.Hello, tag: pb.Tag) -> None:
         """A child's hello was accepted: its link is open."""
-        self.children[child.id] = child
-        if hello.holds_weights:
-            child.outbox.holds = (self.weights.term, hello.weights_version, hello.weights_digest)
-        elif hello.weights_chunks_held:
-            child.outbox.interrupted = (hello.weights_term, hello.weights_version, hello.weights_chunks_held)
-        child.outbox.reached = (tag.term, tag.step, tag.kind)
+        self.down.add(child, hello, tag, term=self.weights.term)
         welcome = self.welcome()
         if self.memory is not None and child.outbox.carrier.together():
             welcome.welcome.segment.CopyFrom(self.memory.probe)
@@ -409,45 +357,35 @@ class Hub:
         )
         self._do(joined)
         self._tell_capacity()
-        self.change(child.joined(self.id))
-        if self._farewell is not None:  # it was between two parents when everybody was told
-            child.outbox.notice(pb.WorkResponse(directive=self._farewell))
+        self.up.change(child.joined(self.id))
+        self.down.part(child)
 
     def dismiss(self, child: Child, reason: str) -> None:
         """A child's link has ended."""
         if self.children.get(child.id) is not child:
             return
-        del self.children[child.id]
-        self._asked.pop(child.id, None)
-        self._down_bytes += child.outbox.sent_bytes
+        self.down.remove(child)
         computing = self.gradients.in_compute(child.id)
         self._do(self.ledger.child_lost(child.id))
         if self.ledger.missing:
             self.hooks.call_later(_SETTLE_SECONDS, lambda: self._do(self.ledger.settled()))
         self._tell_capacity()
-        self.change(child.lost(self.id, reason, step=self.work.step, computing=computing))
+        self.up.change(child.lost(self.id, reason, step=self.work.step, computing=computing))
 
     def on_request(self, child: Child, message: pb.WorkRequest, payload: memoryview | None = None) -> None:
         """Handle a message of a child. Raises ProtocolError and its kinds: then its link must end.
 
         ``payload``: the chunk's data where they are not in the message.
         """
-        if self.children.get(child.id) is not child:
+        if self.down.children.get(child.id) is not child:
             # Its link is over; a newer session may have its edge by now, and must not answer for it (I6).
             self.counts.refused["stale"] += 1
             return
-        if message.HasField("task_failure"):
-            self.fail(message.task_failure)
-            return
-        if message.HasField("state_report"):
-            self.report(message.state_report)
-            return
-        if message.HasField("log_report"):
-            self.log(message.log_report)
+        if self.up.passes_on(message):
             return
         if message.HasField("sphere_change"):
-            self._note_way(message.sphere_change, child)
-            self.change(message.sphere_change)
+            self.down.note_way(message.sphere_change, child)
+            self.up.change(message.sphere_change)
             return
         if message.HasField("capacity"):
             said = message.capacity
@@ -458,6 +396,7 @@ class Hub:
         if message.HasField("leaving"):
             self._do(self.ledger.child_changed(child.id, leaving=True))
             self._tell_capacity()
+            self.down.release(child)
             return
         tag = message.tag
         if tag.run_id != self.config.run_id:
@@ -489,44 +428,10 @@ class Hub:
 
     # ---- both
 
-    def fail(self, failure: pb.TaskFailure) -> None:
-        """A task failed here or below: it goes to control, which halts the run."""
-        if self.root:
-            self.hooks.failed(failure)
-        else:
-            self._send_up(pb.WorkRequest(task_failure=failure))
-
-    def change(self, change: pb.SphereChange) -> None:
-        """A link here or below opened or ended: control's picture of the tree follows."""
-        if self.root:
-            self.hooks.changed(change)
-        else:
-            self._said.append(change)
-            self._send_up(pb.WorkRequest(sphere_change=change))
-
-    def report(self, report: pb.StateReport) -> None:
-        """A sphere's state, on its way to control."""
-        if self.root:
-            self.hooks.reported(report)
-        else:
-            self._send_up(pb.WorkRequest(state_report=report))
-
-    def log(self, report: pb.LogReport) -> None:
-        """The last lines of a sphere's log, on their way to control."""
-        if self.root:
-            self.hooks.logged(report)
-        else:
-            self._send_up(pb.WorkRequest(log_report=report))
-
-    def leave(self, reason: str) -> None:
-        """Tell the parent that this node goes: it gets nothing new. The hello of a later link says so too."""
-        self.leaving = reason
-        self._send_up(pb.WorkRequest(leaving=pb.Leaving(reason=reason)))
-
     @property
     def may_leave(self) -> bool:
         """Whether nobody needs this node: it owes nothing of the present step, and holds nothing of it (N7)."""
-        return not self.ledger.obligations and not self.ledger.held and self._unit is None
+        return not self.ledger.obligations and not self.ledger.held and self.own.unit is None
 
     def watch(self, now: float) -> None:
         """Look for a late step: where somebody is idle, it may compute what late ones have in compute (N12)."""
@@ -539,7 +444,7 @@ class Hub:
             self.watchdog.fire(now)
         if late:
             self._do(self.ledger.hurry(late))
-        elif barred and self.watchdog.firings > max(1, _HOPELESS - len(self.path)):
+        elif barred and self.watchdog.hopeless(len(self.path)):
             # They live, and do not go on: what only they may compute is not waited for for ever. Whoever is closest to
             # them loses patience first.
             self._do(self.ledger.set_aside(barred))
@@ -550,48 +455,20 @@ class Hub:
 
         Those further down are given up before those above, which wait for them.
         """
-        limit = _ANSWER_PATIENCES * self.config.patience_seconds * (1 + 1 / max(1, len(self.path)))
+        limit = self.watchdog.answer_seconds(len(self.path))
         for name in sorted(self.ledger.waiting or ()):
-            child, asked = self.children.get(name), self._asked.get(name, now)
+            child, asked = self.children.get(name), self.down.asked.get(name, now)
             if child is not None and now - asked > limit:
                 error = LinkClosedError(f"{name} did not answer begin in {now - asked:.1f} s; answer each with ready")
                 child.close(error)
                 self.dismiss(child, str(error))
-
-    def _send_up(self, message: pb.WorkRequest, *, replaces: Literal["", "ready", "capacity"] = "") -> None:
-        message.tag.CopyFrom(self.tag)
-        message.session = self.session
-        if replaces:
-            self._up = [m for m in self._up if not m.HasField(replaces)]
-        self._up.append(message)
-        self.wake_up()
-
-    def _note_way(self, change: pb.SphereChange, child: Child) -> None:
-        """Remember by which child a sphere further down is reached."""
-        if not change.lost:
-            self._ways[change.sphere_id] = child.id
-            if len(self._ways) > _MOST_WAYS:
-                del self._ways[next(iter(self._ways))]
-        elif self._ways.get(change.sphere_id) == child.id:
-            del self._ways[change.sphere_id]
-
-    def _notice(self, message: pb.WorkResponse, children: Iterable[Child] | None = None) -> None:
-        """Send children, all or these, what belongs to no step; the link of one that has stopped reading ends."""
-        for child in self.children.values() if children is None else children:
-            try:
-                child.outbox.notice(message)
-            except LinkClosedError as error:
-                child.close(error)
 
     def _tell_capacity(self) -> None:
         capacities = self.ledger.capacities
         if capacities == self._capacities:
             return
         self._capacities = capacities
-        self.hooks.resized()
-        if not self.root:
-            said = pb.Capacity(capacity=self.ledger.capacity, capacities=self.mixed_capacities)
-            self._send_up(pb.WorkRequest(capacity=said), replaces="capacity")
+        self.up.resize(self.ledger.capacity, self.mixed_capacities)
 
     def _do(self, actions: list[Action]) -> None:
         """Carry out what the ledger decided, then go on with what that allows."""
@@ -603,156 +480,91 @@ class Hub:
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case SendBegin(child, attempt, from_chunk):
-                    self.children[child].outbox.carrier.let_go()
-                    self._asked[child] = self.hooks.clock()
-                    begin = pb.Begin(attempt=attempt, from_chunk=from_chunk)
-                    self.children[child].outbox.step(pb.WorkResponse(tag=self.tag, begin=begin))
-                case SendAssign(child, attempt, from_chunk, blocks, environments):
-                    assign = pb.Assign(attempt=attempt, from_chunk=from_chunk, blocks=blocks_to(blocks))
-                    for lo, hi, environment in environments:
-                        assign.environments.add(lo=lo, hi=hi, environment_fingerprint=environment)
-                    self.children[child].outbox.step(pb.WorkResponse(tag=self.tag, assign=assign))
-                case SendCredit(child, attempt, through):
+                case SendBegin():
+                    self.down.begin(action, self.hooks.clock())
+                case SendAssign():
+                    self.down.assign(action)
+                case SendCredit(child, attempt):
                     edge = self.ledger.edges.get(child)
-                    if edge is None or edge.attempt != attempt:
-                        continue  # it waited for a sum, and the child has gone on, or gone
-                    credit = pb.Credit(attempt=attempt, through_chunk=through)
-                    self.children[child].outbox.credit(pb.WorkResponse(tag=self.tag, credit=credit))
-                case SendReady(attempt, held, computing, idle, environments):
-                    ready = pb.Ready(held=blocks_to(held), computing=blocks_to(computing), idle=idle)
-                    ready.idle_environments.extend(environments)
-                    self._send_up(pb.WorkRequest(attempt=attempt, ready=ready), replaces="ready")
+                    if edge is not None and edge.attempt == attempt:
+                        self.down.credit(action)  # else it waited for a sum, and the child has gone on, or gone
+                case SendReady():
+                    self.up.answer(action)
                 case Stuck():
                     self.hooks.stuck()
 
     def _flow(self) -> None:
         """Let go upward what can go: into the sum at the root, else by waking the writer, where it has something."""
+        batches = self.batches
         if not self.root:
-            if (
-                self._up
-                or self._ready
-                or (self._batch is None and self.weights.complete and self.ledger.sendable(self.gradients.reducer.has))
-            ):
-                self.wake_up()
+            free = batches.batch is None and self.weights.complete
+            if self.up.waiting or batches.ready or (free and self.ledger.sendable(self.gradients.reducer.has)):
+                self.up.wake_up()
             return
-        while self._batch is None and (batch := self.gradients.claim()) is not None:
+        while batches.batch is None and (batch := self.gradients.claim()) is not None:
             self._sum(batch)
-        if self._batch is None and self.ledger.active and self.ledger.finished:
+        if batches.batch is None and self.ledger.active and self.ledger.finished:
             self.ledger.active = False
             self._finished()
             self.hooks.sealed()
 
     def _sum(self, batch: Batch) -> None:
-        """Have a batch summed: a small one here, a large one beside the loop, one at a time."""
-        self._batch = batch
-        if batch.elements <= _INLINE_ELEMENTS or self.hooks.run is None:
-            try:
-                in_turn(batch.works)
-            except Exception as error:  # noqa: BLE001 - for want of memory, for one: as beside the loop
-                self._batch = None
-                self.hooks.broken(error)
-            else:
-                self._summed(batch)
-            return
-
-        def done(error: BaseException | None) -> None:
-            if error is not None and not batch.recalled:
-                self._batch = None
-                self.hooks.broken(error)
-                return
+        """Have a batch summed, here and now or beside the loop."""
+        if self.batches.add_up(batch, self._summed_beside):
             self._summed(batch)
-            self._flow()
 
-        self.hooks.run(batch.works, done)
+    def _summed_beside(self, batch: Batch) -> None:
+        self._summed(batch)
+        self._flow()
 
     def _summed(self, batch: Batch) -> None:
         """A batch's sum is there; it is dropped where its attempt is over."""
-        self._batch = None
-        if batch.recalled:
+        if not self.batches.end(batch):
             return
         if batch.elements:
             self.phases.add("sum", perf_counter() - batch.started)
-        self._ready.extend(batch.messages)
         self._carry_out(batch.actions)
         if not self.root and self.ledger.finished:
             self._finished()
 
     def _recall(self, *, attempt: bool = True) -> None:
         """What was claimed for the parent is of the past: another attempt or session, or a new step."""
-        self._ready.clear()
+        self.batches.recall()
         self.gradients.carrier.begin(attempt=attempt)
-        if self._batch is not None:
-            self._batch.recalled = True
 
     def _finished(self) -> None:
         if not self.ledger.attempts:
             self.watchdog.finish(self.hooks.clock())
 
     def _wake_children(self) -> None:
-        for child in self.children.values():
+        for child in self.down.children.values():
             child.outbox.wake.set()
 
     def _compute(self) -> None:
-        """Give the compute thread its next block, once the weights are whole (N17)."""
-        if self._worker is None or self._unit is not None or not self.weights.held:
-            return
-        block = self.ledger.next_unit()
-        if block is None:
-            return
-        self._unit = Unit(block, self.work.step, self.work.kind == TRAIN, reads=self.weights.mark)
-        self._worker.submit(self._unit, self.weights.views, self._computed)
+        """Give the compute thread its next block, where it is free and there is one."""
+        self.own.go_on(self.work, self._computed)
 
     def _computed(self, unit: Unit, result: Held | Failure | None) -> None:
-        assert self._worker is not None
-        if unit is not self._unit:
-            if isinstance(result, Held):
-                self._worker.release(result)
-            return
-        self._unit = None
-        if unit.reads is not None and not unit.reads.intact:
-            # Overwritten while they were read: that step is sealed (N15), or they came anew; this says nothing (N19).
-            self.counts.refused["torn"] += 1
-            self.ledger.spoilt(unit.block)
-            if isinstance(result, Held):
-                self._worker.release(result)
-            self._compute()
-            return
-        self.phases.add("compute", unit.seconds, str(unit.block))
-        self.counts.microbatches += unit.microbatches
-        self.counts.samples += unit.samples
-        if isinstance(result, Failure):
-            self.failures += 1
-            self._failure = pb.TaskFailure(
-                failures_count=self.failures,
-                sphere_id=self.id,
-                microbatch=result.microbatch,
-                error=result.error,
-                traceback=result.traceback,
-                sample_ids=result.sample_ids,
-                invalid_gradient=result.invalid,
-                step=unit.step,
-            )
-            self.fail(self._failure)
-            self._set_aside()
-            return
-        assert result is not None  # only a cancelled unit gives nothing, and that is not self._unit
-        self.gradients.reducer.cache[unit.block] = result
-        self.ledger.computed(unit.block)
-        self._compute()
-        self._flow()
+        match self.own.take(unit, result):
+            case Outcome.COMPUTED:
+                self._compute()
+                self._flow()
+            case Outcome.TORN:
+                self._compute()
+            case Outcome.FAILED:
+                self._set_aside()
 
     def _set_aside(self) -> None:
         """An exception is no death: what this node owes is computed once more elsewhere, and it rests for a while."""
-        seconds = min(_ASIDE_SECONDS * 2 ** (self.failures - 1), _LONGEST_ASIDE)
-        self._aside_until = self.hooks.clock() + seconds
+        assert self.own.failure is not None
+        self.up.fail(self.own.failure)
+        seconds = self.own.set_aside(self.hooks.clock())
         self._do(self.ledger.unable())
         self._tell_capacity()
         self.hooks.call_later(seconds, self._rested)
 
     def _rested(self) -> None:
-        if self._worker is not None and self._aside_until <= self.hooks.clock():
-            self._failure = None
+        if self.own.rested(self.hooks.clock()):
             self._do(self.ledger.able())
             self._tell_capacity()
 
@@ -760,13 +572,14 @@ class Hub:
 
     def next_up(self) -> bytes | Outgoing | None:
         """Return the next message for the parent, or None where nothing can be sent now."""
-        if self._up:
-            return self._up.pop(0).SerializeToString()
-        if not self._ready and self._batch is None:
-            batch = self.gradients.claim_up(self.tag, self.session)
+        if self.up.waiting:
+            return self.up.next()
+        ready = self.batches.ready
+        if not ready and self.batches.batch is None:
+            batch = self.gradients.claim_up(self.tag, self.up.session)
             if batch is not None:
                 self._sum(batch)
-        return self._ready.popleft() if self._ready else None
+        return ready.popleft() if ready else None
 
     def went_up(self, item: Outgoing, seconds: float) -> None:
         """Note that a gradient message has left."""

@@ -92,7 +92,7 @@ class Parent:
         #: why there was no link, or the last one ended
         self._last_error: ArmillaryError | None = None
         self._wake = asyncio.Event()
-        self._linked = asyncio.Event()
+        self._linked, self._unlinked = asyncio.Event(), asyncio.Event()
         #: set once the first welcome has come: only then is there a path to hand on
         self.placed = asyncio.Event()
         #: where the run is traced
@@ -105,7 +105,7 @@ class Parent:
         self._cut: asyncio.Future[None] | None = None
         #: told when a link has come up, and when it is gone
         self.link_changed: Callable[[bool], None] = lambda _: None
-        hub.wake_up = self._wake.set
+        hub.up.wake_up = self._wake.set
 
     @property
     def linked(self) -> bool:
@@ -181,6 +181,7 @@ class Parent:
         finally:
             was_linked = self.linked
             self._linked.clear()
+            self._unlinked.set()
             self.link_changed(False)
         self._last_error = reason
         log.info("%s: the link to %s has ended: %s", self._hub.id, ancestor.id, reason)
@@ -201,6 +202,8 @@ class Parent:
     def move(self, target: pb.Ancestor) -> None:
         """Leave the parent for another; where that one does not take this sphere, it goes back (N11)."""
         if target.id not in (self._hub.id, self.id):
+            # Control's, for one, may believe that its own address is 0.0.0.0; the one that worked is kept.
+            target.address = self._addresses.get(target.id) or target.address
             self._ancestors.append(target)
             self.cut(LinkClosedError(f"moving to {target.id}"))
 
@@ -258,7 +261,7 @@ class Parent:
             member=self._member,
             weights_chunks_held=hub.weights.resumable,
             weights_term=hub.weights.term,
-            leaving=bool(hub.leaving),
+            leaving=bool(hub.up.leaving),
         )
         if hub.memory is not None and (ancestor.id, ancestor.incarnation) not in self._hidden:
             hello.segment.CopyFrom(hub.memory.probe)
@@ -279,6 +282,7 @@ class Parent:
         self._hear()
         hub.relinked(self._session, self._ancestors, carrier)
         self._linked.set()
+        self._unlinked.clear()
         self.link_changed(True)
         self._alone_since = None
         self.placed.set()
@@ -301,10 +305,14 @@ class Parent:
         if any(node.id == self._hub.id for node in path):
             raise RefusedError(f"{ancestor.id} is below {self._hub.id}: the link would close a circle (N11)")
         # The address that worked is kept: what a parent believes of its own may not be reachable from here.
-        known = {a.id: a.address for a in self._ancestors}
+        known = self._addresses
         for node in path:
             node.address = known.get(node.id) or node.address
         return path
+
+    @property
+    def _addresses(self) -> dict[str, str]:
+        return {ancestor.id: ancestor.address for ancestor in self._ancestors}
 
     async def _read(self, link: Link, ancestor: pb.Ancestor) -> None:
         while (data := await link.receive()) is not None:
@@ -399,6 +407,13 @@ class Parent:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause):
                 await self._hurry.wait()
+
+    async def released(self, seconds: float) -> None:
+        """Wait until the parent has ended the link, for so many seconds at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.linked:
+                    await self._unlinked.wait()
 
     async def flush(self, seconds: float) -> None:
         """Send up the spans that wait, at once; what has not gone up after so many seconds stays here."""

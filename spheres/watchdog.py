@@ -12,6 +12,10 @@ _FACTOR = 3.0
 #: seconds; below this an attempt costs more than it saves
 _SHORTEST = 0.5
 _REMEMBERED = 8
+#: times that a step has to be late, less by one for each level, before children that stand still count no longer
+_HOPELESS = 4
+#: patiences that a child has to answer begin, at the least: the answer needs no computing, only the way there and back
+_ANSWER_PATIENCES = 3
 
 
 @dataclass(slots=True)
@@ -52,3 +56,11 @@ class Watchdog:
     def fire(self, now: float) -> None:
         self.firings += 1
         self._moved = now
+
+    def hopeless(self, level: int) -> bool:
+        """Whether those that live and stand still are waited for no longer (N22); control's ``level`` is 1."""
+        return self.firings > max(1, _HOPELESS - level)
+
+    def answer_seconds(self, level: int) -> float:
+        """Return how long a child has to answer ``begin``: the shorter, the further down its parent is (N13)."""
+        return _ANSWER_PATIENCES * self.patience * (1 + 1 / max(1, level))

@@ -54,11 +54,11 @@ class HubWatch:
     def _check_attempts(self) -> None:
         """I6: (session, attempt) grows, upward and per child."""
         hub, ledger = self.hub, self.hub.ledger
-        if hub.session:
-            order = (hub.session, hub.work, ledger.attempt)
+        if hub.up.session:
+            order = (hub.up.session, hub.work, ledger.attempt)
             assert order >= self.order, f"I6: {order} after {self.order}"
             self.order = order
-        mark = (hub.session, hub.work, ledger.attempts, ledger.attempt, [c.order for c in hub.children.values()])
+        mark = (hub.up.session, hub.work, ledger.attempts, ledger.attempt, [c.order for c in hub.children.values()])
         if mark == self.mark:
             return
         self.mark = mark

@@ -28,6 +28,7 @@ from spheres.parent import Fingerprints, Parent
 from spheres.reducer import Reducer
 from spheres.sampling import Sampler
 from spheres.sphere import Sphere
+from spheres.upward import Upward
 from spheres.v1 import control_pb2
 from spheres.v1 import work_pb2 as pb
 from spheres.weights import Weights
@@ -544,10 +545,10 @@ def old_work_first():
     def make(recall):
         def changed(self, *, attempt=True):
             recall(self, attempt=True)
-            if not attempt and self.ledger.assigned and self.session:
+            if not attempt and self.ledger.assigned and self.up.session:
                 tag = pb.Tag(run_id=self.config.run_id, term=self.work.term, step=self.work.step - 1, kind=2)
-                waiting = pb.WorkRequest(tag=tag, session=self.session, gradient_header=pb.GradientHeader())
-                self.hooks.call_later(0.1, lambda: (self._up.append(waiting), self.wake_up()))
+                waiting = pb.WorkRequest(tag=tag, session=self.up.session, gradient_header=pb.GradientHeader())
+                self.hooks.call_later(0.1, lambda: (self.up.waiting.append(waiting), self.up.wake_up()))
 
         return changed
 
@@ -637,12 +638,12 @@ def another_request():
 
         return changed
 
-    around(Hub, "report", make)
+    around(Upward, "report", make)
 
 
 @fault
 def goes_without_a_word():
-    Hub.leave = lambda self, reason: None
+    Upward.leave = lambda self, reason: None
 
 
 @fault
@@ -653,7 +654,7 @@ def drops_what_it_owes():
 @fault
 def never_goes():
     Hub.may_leave = property(lambda self: False)
-    Sphere.drain = lambda self, reason: self.hub.leave(reason)
+    Sphere.drain = lambda self, reason: self.hub.up.leave(reason)
 
 
 @fault

@@ -89,7 +89,7 @@ class Checks:
             # while an update is streamed the next version is on its way, but nobody computes with it
             ahead = int(bool(self.plan.streams))
             assert hub.weights.version <= control.controller.step + ahead, "I8: weights of a step that is not committed"
-            unit = hub._unit
+            unit = hub.own.unit
             assert unit is None or unit.cancelled or unit.step <= control.controller.step, "I8: work of such a step"
         work, changes = self._changes_before
         if hub.work == work:
@@ -97,7 +97,7 @@ class Checks:
             if hub.ledger.attempts > most:  # so do a hurry of any node, a task that fails, a header that comes twice
                 nodes = self.world.nodes.values()
                 hubs = (control.tree.hub, *(getattr(node.sphere, "hub", None) for node in nodes))
-                most += sum(found.watchdog.firings + found.failures for found in hubs if found is not None)
+                most += sum(found.watchdog.firings + found.own.failures for found in hubs if found is not None)
                 # a link ends, and another begins, where weights were overwritten between a hello and its header
                 most += sum(2 * found.counts.refused["torn"] for found in hubs if found is not None)
                 most += self.world.counts["duplicate"]

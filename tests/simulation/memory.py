@@ -19,8 +19,8 @@ import numpy as np
 
 import control.renewal
 import control.tree
+import spheres.batches
 import spheres.carrier
-import spheres.hub
 import spheres.sphere
 import spheres.weights
 from spheres.config import NodeConfig
@@ -238,7 +238,7 @@ def machines(found: Machines, *, window: int, sums: float, streams: float, rng: 
         (NodeConfig, "shared_window", window),
     ]
     # never a thread of the shipped ones: it would know no virtual time
-    places += [(spheres.hub, "_INLINE_ELEMENTS", 0 if sums else 1 << 62)]
+    places += [(spheres.batches, "_INLINE_ELEMENTS", 0 if sums else 1 << 62)]
     if sums:
         places += [(module, "Summer", lambda: VirtualSummer(rng, sums)) for module in (spheres.sphere, control.tree)]
     if streams:

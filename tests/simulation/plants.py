@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 from spheres.blocks import Block, BlockSet, halves
 from spheres.carrier import Shared
+from spheres.downward import Downward
 from spheres.hub import Hub
 from spheres.ledger import Ledger, SendCredit
 from spheres.reducer import Reducer
@@ -153,13 +154,13 @@ def buffers_rewritten() -> Patches:
 
 def end_told_once() -> Patches:
     """Who comes to a parent after the end of the run is not told of it."""
-    direct = Hub.direct
+    direct = Downward.direct
 
-    def forgotten(self: Hub, directive: Any) -> None:
+    def forgotten(self: Downward, directive: Any) -> None:
         direct(self, directive)
         self._farewell = None
 
-    return [(Hub, "direct", forgotten)]
+    return [(Downward, "direct", forgotten)]
 
 
 PLANTS: dict[str, Callable[[], Patches]] = {

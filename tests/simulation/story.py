@@ -100,7 +100,7 @@ def stand(name: str, hub: Any) -> str:
     slots = {f"{b.lo}-{b.hi}": owner or "self" for b, owner in ledger.slots.items()}
     edges = {n: f"a{e.attempt} c{e.capacity:g}{'' if e.ready else ' not ready'}" for n, e in ledger.edges.items()}
     return (
-        f"{name}: {hub.work} session {hub.session} attempt {ledger.attempt} f {ledger.frontier} "
+        f"{name}: {hub.work} session {hub.up.session} attempt {ledger.attempt} f {ledger.frontier} "
         f"allowed {ledger.allowed} assigned {ledger.assigned} waiting {ledger.waiting} stuck {ledger.stuck} "
         f"slots {slots} computing {ledger.computing} queue {ledger.queue} held {sorted(ledger.held)} edges {edges} "
         f"{hub.weights!r}"

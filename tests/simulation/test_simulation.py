@@ -59,8 +59,9 @@ def test_a_planted_bug_is_found(bug: str) -> None:
             try:
                 World(make_plan(seed)).run()
             except SeedError as error:
-                found.append(error)
+                found.append(str(error))
     assert found
+    assert not any("TypeError" in error for error in found), "the plant does not fit what it wraps: it found itself"
 
 
 @pytest.mark.parametrize("bug", PLANTS)

@@ -199,7 +199,7 @@ def test_status_codes_are_those_of_the_table() -> None:
 
 def test_limits_are_those_of_the_code() -> None:
     from control.config import RunConfig
-    from spheres import children, config, grpc_link, hub, parent, status
+    from spheres import children, computing, config, grpc_link, parent, status
 
     text = text_of("docs/protocol.md")
     limits = {row[0].partition(",")[0].replace("`", ""): row[1] for row in rows_of(text, "## Limits")}
@@ -211,8 +211,8 @@ def test_limits_are_those_of_the_code() -> None:
     assert f"give it {parent.WELCOME_SECONDS:g} seconds" in text
     assert f"within\n{children.HELLO_SECONDS:g} seconds" in text or f"within {children.HELLO_SECONDS:g} seconds" in text
     assert f"takes more than {grpc_link.DIAL_SECONDS:g} s has failed" in text
-    assert f"compute nothing for {hub._ASIDE_SECONDS:g} s," in text
-    assert f"at most for {hub._LONGEST_ASIDE:g} s" in text
+    assert f"compute nothing for {computing.ASIDE_SECONDS:g} s," in text
+    assert f"at most for {computing.LONGEST_ASIDE:g} s" in text
     sizes = RunConfig.model_json_schema()["properties"]
     assert limits["chunk_bytes"].startswith(
         f"{sizes['chunk_bytes']['minimum']:,} to {sizes['chunk_bytes']['maximum']:,},"

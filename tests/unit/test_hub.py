@@ -484,14 +484,14 @@ def test_a_node_may_leave_when_nobody_needs_what_it_holds() -> None:
     leaf.relinked(1, CONTROL)
     assert leaf.may_leave
     leaf.on_response(step(leaf, 0, Block(0, 4)))
-    leaf.leave("a test")
+    leaf.up.leave("a test")
     assert not leaf.may_leave
     worker.done(worker.unit, Held(np.zeros(48, np.float32), Sums(0.0, 8)))
     waiting(leaf)
     assert not leaf.may_leave, "until the seal somebody may die who has it"
     leaf.on_response(step(leaf, 1))
     assert leaf.may_leave
-    assert leaf.leaving == "a test"
+    assert leaf.up.leaving == "a test"
 
 
 def test_a_task_that_fails_rests_longer_each_time() -> None:

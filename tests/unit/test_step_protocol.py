@@ -20,7 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-import spheres.hub
+import spheres.batches
 from spheres.blocks import Block
 from spheres.carrier import Carrier, Inline, Shared
 from spheres.config import PROTOCOL_VERSION, NodeConfig
@@ -161,7 +161,7 @@ class Node:
             self.hub.hooks.run = self.sum_beside
         self.held_to = HubWatch(self.hub, None if self.worker is None else self.worker.given)
         self.hub.address = name
-        self.hub.wake_up = lambda: self.link.wake(UP) if self.link else None
+        self.hub.up.wake_up = lambda: self.link.wake(UP) if self.link else None
         self.hub.hooks.stuck = lambda: self.link.cut() if self.link else None
         self.hub.hooks.clock = lambda: sim.now
         self.hub.hooks.call_later = lambda seconds, call: sim.at(
@@ -226,7 +226,7 @@ class Node:
             address=hub.address,
             weights_chunks_held=hub.weights.resumable,
             weights_term=hub.weights.term,
-            leaving=bool(hub.leaving),
+            leaving=bool(hub.up.leaving),
         )
         if self.memory is not None:
             hello.segment.CopyFrom(self.memory.probe)
@@ -550,7 +550,7 @@ class Simulation:
         self.at(self.now + self.rng.random() * scale, node, act)
 
     def run(self) -> None:
-        with patch.object(spheres.hub, "_INLINE_ELEMENTS", 0):
+        with patch.object(spheres.batches, "_INLINE_ELEMENTS", 0):
             self.run_all()
         for node in self.nodes.values():
             self.stats["torn"] += node.hub.counts.refused["torn"]
@@ -625,7 +625,7 @@ class Simulation:
         elif kind == "leave":
             node = rng.choice(below)
             node.leaving = True
-            node.hub.leave("a drain")
+            node.hub.up.leave("a drain")
             self.later(30.0, node, lambda: self.kill(node))
         elif kind == "inner":
             self.kill(rng.choice(inner or below))
@@ -1014,7 +1014,7 @@ def test_a_sum_that_is_under_way_while_children_begin_anew_reads_what_they_sent(
     victim.slowness = 500  # something is always open where it is lost
 
     def watch() -> None:
-        if victim.alive and parent.hub._batch is not None and len(parent.hub.ledger.obligations) > 1:
+        if victim.alive and parent.hub.batches.batch is not None and len(parent.hub.ledger.obligations) > 1:
             simulation.stats["in time"] += 1
             simulation.kill(victim)
 

@@ -48,3 +48,22 @@ def test_it_can_be_switched_off() -> None:
     dog = Watchdog(4.0, enabled=False)
     dog.start(0.0)
     assert not dog.due(1e9)
+
+
+def test_who_is_closest_to_those_that_stand_still_gives_them_up_first() -> None:
+    """N22: control after four firings, whoever is two levels below it after two."""
+
+    def firings(level: int) -> int:
+        dog = Watchdog(4.0)
+        while not dog.hopeless(level):
+            dog.fire(0.0)
+        return dog.firings
+
+    assert [firings(level) for level in (1, 2, 3, 4)] == [4, 3, 2, 2]
+
+
+def test_children_further_down_are_given_less_time_to_answer() -> None:
+    """N13: three patiences and more; whoever waits for a node that waits itself waits longer."""
+    dog = Watchdog(4.0)
+    assert [dog.answer_seconds(level) for level in (1, 2, 4)] == [24.0, 18.0, 15.0]
+    assert dog.answer_seconds(0) == 24.0, "before it has a place"
