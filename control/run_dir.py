@@ -218,7 +218,7 @@ def log_lines(path: Path, sphere: str, count: int) -> list[str]:
 
 
 def saved_config(path: Path) -> dict[str, Any]:
-    """Return the keys of the run in a directory, as it was started last. Raises ConfigError where run.json is broken."""
+    """Return the keys that the run in a directory was last started with. Raises ConfigError: run.json is broken."""
     config = (_read_json(path / "run.json") or {}).get("config")
     if not isinstance(config, dict):
         raise _broken(path.resolve())

@@ -19,7 +19,7 @@ VARIABLE = "ARMILLARY_LOG_FORMAT"
 
 
 class JsonFormatter(logging.Formatter):
-    """``time`` (RFC 3339, UTC), ``level``, ``logger``, ``message``, ``names()``, and ``exception``, ``stack`` where known.
+    """``time`` (RFC 3339, UTC), ``level``, ``logger``, ``message``, ``names()``; ``exception`` and ``stack`` if any.
 
     ``names`` gives what is known of this process by now, such as ``run_id`` and ``sphere_id``.
     """

@@ -160,7 +160,8 @@ def test_a_keeper_that_fails_says_so_and_its_sphere_does_not_count_as_living(run
     run(main())
     (told,) = caplog.records
     assert (told.levelname, told.getMessage()) == ("ERROR", "odd sphere 1 is not watched any more, nor started again")
-    assert told.exc_info and isinstance(told.exc_info[1], ZeroDivisionError)
+    assert told.exc_info is not None
+    assert isinstance(told.exc_info[1], ZeroDivisionError)
 
 
 @pytest.mark.parametrize("at_once", [False, True])

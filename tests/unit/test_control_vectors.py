@@ -151,7 +151,10 @@ MESSAGES: dict[str, tuple[str, dict[int, Any]]] = {
     "get_run_request": ("GetRunRequest", {}),
     "get_run_response": ("GetRunResponse", {1: RUN}),
     "watch_run_request": ("WatchRunRequest", {1: 1_000_000_041}),
-    "watch_run_response": ("WatchRunResponse", {1: 1_000_000_042, 2: "step", 3: TIME, 4: '{"event": "step", "step": 345}'}),
+    "watch_run_response": (
+        "WatchRunResponse",
+        {1: 1_000_000_042, 2: "step", 3: TIME, 4: '{"event": "step", "step": 345}'},
+    ),
     "list_spheres_request": ("ListSpheresRequest", {2: "2"}),
     "list_spheres_response": (
         "ListSpheresResponse",

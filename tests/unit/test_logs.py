@@ -43,14 +43,10 @@ def test_an_exception_is_in_the_same_line():
     assert said["exception"].endswith("ValueError: of this kind")
 
 
-def test_the_stack_of_a_caller_is_in_the_same_line_too():
-    seen = []
-    logger = logging.Logger("of.mine")
-    handler = logging.Handler()
-    handler.emit = lambda record: seen.append(JsonFormatter().format(record))
-    logger.addHandler(handler)
-    logger.warning("who calls?", stack_info=True)
-    said = json.loads(seen[0])
+def test_the_stack_of_a_caller_is_in_the_same_line_too(caplog):
+    logging.getLogger("of.mine").warning("who calls?", stack_info=True)
+    (made,) = caplog.records
+    said = json.loads(JsonFormatter().format(made))
     assert said["stack"].startswith("Stack (most recent call last):\n")
     assert "test_the_stack_of_a_caller_is_in_the_same_line_too" in said["stack"]
     assert "exception" not in said
