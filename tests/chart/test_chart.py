@@ -67,9 +67,9 @@ def filled(text: object, variables: dict[str, str]) -> str:
     return re.sub(r"\$\$|\$\((\w+)\)", lambda match: variables[match[1]] if match[1] else "$", text)
 
 
-def environ(container: Document) -> dict[str, str]:
+def environ(container: Document, address: str = "10.1.2.3") -> dict[str, str]:
     """Return its variables; those that Kubernetes fills in as they would be."""
-    of_the_pod = {"spec.nodeName": "node-7", "status.podIP": "10.1.2.3"}
+    of_the_pod = {"spec.nodeName": "node-7", "status.podIP": address}
     found: dict[str, str] = {}
     for entry in container["env"]:
         if "value" in entry:
@@ -298,6 +298,21 @@ def test_spheres_understand_their_words_and_say_where_they_are(
         host = "" if values == "launcher" else "node-7"
         assert (options.advertise, options.host, options.insecure) == ("10.1.2.3:7071", host, True)
         assert options.orphan_timeout >= 60
+
+
+def test_addresses_of_ipv6_are_in_brackets(render: Render, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, _, container in nodes(render("default", "ipFamily=IPv6")):
+        variables = environ(container, "fd00::7")
+        if kind == "control":
+            command = typer.main.get_command(app).commands["start"]
+            flags = command.make_context("start", container["args"][1:], resilient_parsing=False).params
+            config, _ = load_config({"listen": flags["listen"], "insecure": flags["insecure"]}, variables)
+            assert config.listen == "[::]:7070"
+            continue
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        options = make_parser().parse_args([filled(word, variables) for word in container["args"]])
+        assert (options.listen, options.advertise) == ("[::]:7071", "[fd00::7]:7071")
 
 
 def test_a_zone_is_a_deployment_whose_spheres_say_it(render: Render) -> None:
@@ -591,6 +606,15 @@ def test_control_characters_are_refused_where_helm_would_write_nothing(helm: Hel
     assert "a value has a control character, for which Helm would write nothing at all" in done.stderr
 
 
+def test_numbers_that_are_taken_away_are_kubernetes_own(render_values: Callable[..., Documents]) -> None:
+    nothing = {"terminationGracePeriodSeconds": None}
+    control, spheres = {"kind": "Job", "backoffLimit": None} | nothing, {"replicas": None} | nothing
+    documents = render_values({"control": control, "spheres": spheres})
+    assert one(documents, "Job")["spec"]["backoffLimit"] is None
+    assert one(documents, "Deployment")["spec"]["replicas"] is None
+    assert {pod["spec"]["terminationGracePeriodSeconds"] for _, pod, _ in nodes(documents)} == {None}
+
+
 @pytest.mark.parametrize("config", [{"seed": 1 << 53}, {"task_options": {"a": 1, "b": -(1 << 60)}}])
 def test_numbers_that_helm_would_round_are_refused(config: Document, helm: Helm, tmp_path: Path) -> None:
     (tmp_path / "values.yaml").write_text(json.dumps({"config": config}))
@@ -614,6 +638,8 @@ WRONG = {
     "podDisruptionBudget.maxUnavailable=0": "maxUnavailable': minimum: got 0, want 1",
     "podDisruptionBudget.maxUnavailable=0%": "maxUnavailable': '0%' does not match pattern",
     "launcher=ray": "at '/launcher': value must be one of 'none', 'kubernetes'",
+    "ipFamily=ipv6": "at '/ipFamily': value must be one of 'IPv4', 'IPv6'",
+    "control.extraEnv[0].name=A,control.extraEnv[0].value=1": "at '/control/extraEnv/0/value': got number, want string",
     "logFormat=xml": "at '/logFormat': value must be one of 'text', 'json'",
     "image.digest=abc": "at '/image/digest': 'abc' does not match pattern",
     "image.repository=": "at '/image/repository': minLength: got 0, want 1",

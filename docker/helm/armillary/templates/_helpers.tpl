@@ -38,6 +38,11 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service | quote }}
 {{- end -}}
 {{- end -}}
 
+{{/* Where a component listens, its port added. [::] takes IPv4 too, where the Pod has any. */}}
+{{- define "armillary.listen" -}}
+{{ eq .Values.ipFamily "IPv6" | ternary "[::]" "0.0.0.0" }}
+{{- end -}}
+
 {{/* The service account of a component: (dict "root" $ "component" "control" "values" .Values.control). */}}
 {{- define "armillary.serviceAccountName" -}}
 {{- if .values.serviceAccount.name -}}
@@ -133,7 +138,7 @@ labels:
 serviceAccountName: {{ include "armillary.serviceAccountName" . | quote }}
 # the variables that Kubernetes makes of services are not needed, and many
 enableServiceLinks: false
-terminationGracePeriodSeconds: {{ int64 .values.terminationGracePeriodSeconds }}
+terminationGracePeriodSeconds: {{ toJson .values.terminationGracePeriodSeconds }}
 {{- with .root.Values.imagePullSecrets }}
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}
