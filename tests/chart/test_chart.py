@@ -607,7 +607,7 @@ def test_control_characters_are_refused_where_helm_would_write_nothing(helm: Hel
 
 
 def test_numbers_that_are_taken_away_are_kubernetes_own(render_values: Callable[..., Documents]) -> None:
-    nothing = {"terminationGracePeriodSeconds": None}
+    nothing = {"terminationGracePeriodSeconds": None, "podLabels": None, "podAnnotations": None}
     control, spheres = {"kind": "Job", "backoffLimit": None} | nothing, {"replicas": None} | nothing
     documents = render_values({"control": control, "spheres": spheres})
     assert one(documents, "Job")["spec"]["backoffLimit"] is None

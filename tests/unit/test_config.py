@@ -285,7 +285,7 @@ def test_task_options_of_the_environment_may_be_json() -> None:
     assert load(environ={"ARMILLARY_TASK_OPTIONS": text}).task_options == {
         "layers": "[64, 32]", "note": "a,b=c", "big": "1000000", "rate": "0.0001", "bias": "false",
     }  # fmt: skip
-    with pytest.raises(ConfigError, match="task_options = {'a': 1} .*: allowed: name=value"):
+    with pytest.raises(ConfigError, match=r"task_options = \{'a': 1\} .*: allowed: name=value"):
         load(environ={"ARMILLARY_TASK_OPTIONS": "{'a': 1}"})
 
 

@@ -101,15 +101,15 @@ default
 {{- end -}}
 {{- range $component, $values := dict "control" .Values.control "spheres" .Values.spheres -}}
 {{- range $label := list "name" "instance" "component" "part-of" -}}
-{{- if hasKey $values.podLabels (printf "app.kubernetes.io/%s" $label) -}}
+{{- if hasKey ($values.podLabels | default dict) (printf "app.kubernetes.io/%s" $label) -}}
 {{- fail (printf "%s.podLabels: app.kubernetes.io/%s is the chart's" $component $label) -}}
 {{- end -}}
 {{- end -}}
-{{- if and $.Values.taskFiles (hasKey $values.podAnnotations "checksum/task") -}}
+{{- if and $.Values.taskFiles (hasKey ($values.podAnnotations | default dict) "checksum/task") -}}
 {{- fail (printf "%s.podAnnotations: checksum/task is the chart's" $component) -}}
 {{- end -}}
 {{- end -}}
-{{- if and .Values.zones (hasKey .Values.spheres.podLabels "topology.kubernetes.io/zone") -}}
+{{- if and .Values.zones (hasKey (.Values.spheres.podLabels | default dict) "topology.kubernetes.io/zone") -}}
 {{- fail "spheres.podLabels: with zones, topology.kubernetes.io/zone is the chart's" -}}
 {{- end -}}
 {{- end -}}
