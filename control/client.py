@@ -40,13 +40,26 @@ MEMBERS_DEADLINE = 120.0
 #: seconds for which a cut watch tries to come back, and between two tries
 WATCH_PATIENCE = 30.0
 WATCH_RETRY = 0.25
+#: A watch of a paused run hears nothing for as long as that is: pings tell it from a control that has gone silent.
+#: gRPC's keepalive alone would wait a minute for a ping (docs/assumptions.md).
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+#: else gRPC itself dials ever more rarely, and a watch would find only out then that control is back
+_REDIAL = [
+    ("grpc.initial_reconnect_backoff_ms", int(WATCH_RETRY * 1000)),
+    ("grpc.max_reconnect_backoff_ms", int(WATCH_RETRY * 1000)),
+]
 
 
 @dataclass(frozen=True)
 class RunEvent:
     """Something that happened in the run: a committed step, an evaluation, a sphere that came or went, ..."""
 
-    #: counts the events of a control process; ``watch`` goes on after it
+    #: counts the events of one control process, no other has the same; ``watch`` goes on after it
     id: int
     #: step, evaluation, checkpoint, sphere_joined, sphere_lost, state, error, ...
     name: str
@@ -103,7 +116,8 @@ class Client:
         self._deadline = deadline
         self._closed = False
         # a proxy of the environment is for the web, not for a control that is named by its address
-        self._channel = aio.insecure_channel(self.address, options=[("grpc.enable_http_proxy", 0)])
+        options = [("grpc.enable_http_proxy", 0), *_KEEPALIVE, *_REDIAL]
+        self._channel = aio.insecure_channel(self.address, options=options)
         self._calls = ControlServiceStub(self._channel)
 
     def __repr__(self) -> str:
@@ -142,7 +156,7 @@ class Client:
         """Yield events until the run is over. A cut stream is taken up again after the last event seen.
 
         Raises UnreachableError after ``patience`` seconds of no answer, at once where there never was one;
-        RunStateError where the events in between are no longer kept.
+        RunStateError where the events in between are no longer kept, as by a control that was started again.
         """
         await self.status()  # an address where nobody is fails here, not after ``patience``
         loop = asyncio.get_running_loop()

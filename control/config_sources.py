@@ -229,6 +229,9 @@ def _add(layer: _Layer, name: str, value: Any, origin: Origin) -> None:
 
 
 def _options(value: Any) -> dict[str, str]:
+    # a text with commas between options has no way to say a value that has one
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = json.loads(value)
     if isinstance(value, Mapping):
         return {str(name): _text(item) for name, item in value.items()}
     parts: Iterable[str] = value.split(",") if isinstance(value, str) else value

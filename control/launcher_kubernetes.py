@@ -11,6 +11,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import ssl
 import urllib.error
 import urllib.parse
@@ -36,6 +37,10 @@ _CALL_SECONDS = 10.0
 _TRIES = 5
 #: of Pods: the lower, the sooner it goes when the Deployment shrinks; who is not marked counts as 0
 _COST = "controller.kubernetes.io/pod-deletion-cost"
+#: of the parts of a Pod's name that Kubernetes makes: no vowels, so that they are no words
+_LETTER = "[bcdfghjklmnpqrstvwxz2456789]"
+#: characters of a Pod's name before its own five; a longer name is cut
+_BASE_LENGTH = 58
 
 
 def kubernetes_launcher(config: RunConfig) -> Callable[[RunFacts], KubernetesSpheres]:
@@ -144,11 +149,20 @@ def _meant(code: int, method: str, path: str, said: str) -> ArmillaryError:
     )
 
 
+def _pods_of(deployment: str) -> re.Pattern[str]:
+    """Return what names of its Pods match whole: the Deployment's, a hash of its template, five of the Pod's own.
+
+    Pods of ``a-sphere-gpu`` are none of ``a-sphere``. Of names that are cut, the dash goes first, then the hash.
+    """
+    start = f"{deployment}-"[:_BASE_LENGTH]
+    return re.compile(rf"{re.escape(start)}({_LETTER}+-|{_LETTER}{{{_BASE_LENGTH - len(start)}}}){_LETTER}{{5}}")
+
+
 class KubernetesSpheres:
     """Mutable state: changes that are under way. How many Pods there should be is known to the Deployment alone."""
 
     def __init__(self, api: ApiServer, deployment: str) -> None:
-        self._api, self._deployment = api, deployment
+        self._api, self._deployment, self._own = api, deployment, _pods_of(deployment)
         self._replicas = 0
         # one change at a time: each reads what it changes
         self._turn = asyncio.Lock()
@@ -183,7 +197,7 @@ class KubernetesSpheres:
 
     def dismiss(self, host: str, pid: int, *, at_once: bool) -> bool:
         """A Pod's host name is its name. That Pod goes first, and the Deployment shrinks by one."""
-        if not host.startswith(f"{self._deployment}-") or self._over:
+        if not self._own.fullmatch(host) or self._over:
             return False
         if host not in self._leaving:
             self._leaving[host] = asyncio.create_task(self._let_go(host))

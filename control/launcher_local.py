@@ -31,6 +31,8 @@ SINGLE_THREAD = dict.fromkeys(
 _COME_BACK_SECONDS = 3.0
 #: seconds between two looks at which of them live
 _LOOK_SECONDS = 0.2
+#: of the last line of a log: as JSON it has a traceback
+_MOST_LINE_BYTES = 1 << 20
 
 
 class _Process(Protocol):
@@ -113,8 +115,6 @@ class LocalSpheres:
 
     async def start(self, count: int) -> list[Started]:
         """Start ``count`` more spheres. Raises OSError."""
-        if count:
-            self._facts.logs.mkdir(exist_ok=True)
         return await self._lives.start(count)
 
     async def _adopt_who_comes_back(self) -> int:
@@ -173,6 +173,7 @@ class LocalSpheres:
         if facts.verbose:
             command.append("--verbose")
         path = self._log(number)
+        path.parent.mkdir(exist_ok=True)
         with path.open("ab") as file:
             log_start = file.tell()
             # A session of its own: Ctrl+C reaches control alone, which ends the spheres in order.
@@ -189,8 +190,11 @@ class LocalSpheres:
 
 def _last_error(path: Path, start: int) -> str:
     """Return the error with which a sphere's command ended, "" where it said none; its log begins at ``start``."""
-    with path.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(start, file.tell() - 4096))
-        lines = file.read().decode(errors="replace").strip().splitlines()
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(start, file.tell() - _MOST_LINE_BYTES))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+    except OSError:  # somebody has removed it
+        return ""
     return said_error(lines[-1]) if lines else ""

@@ -54,11 +54,16 @@ class Ended:
     count: int = 1
 
     def __str__(self) -> str:
-        how = (
-            "" if self.code is None else f"exit code {self.code}" if self.code >= 0 else signal.Signals(-self.code).name
-        )
+        how = "" if self.code is None else f"exit code {self.code}" if self.code >= 0 else _signal_name(-self.code)
         text = f"{self.name} has ended{f' ({how})' if how else ''}{f': {self.error}' if self.error else ''}"
         return f"{text}; its log is {self.log}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # of the real-time signals only the first and the last have names
+        return f"signal {number}"
 
 
 def _nobody() -> AbstractSet[tuple[str, int]]:
@@ -113,6 +118,12 @@ class _Slot:
     leaving: bool = False
     keeper: asyncio.Task[None] | None = None
 
+    @property
+    def forsaken(self) -> bool:
+        """Whether its keeper has failed: nobody waits for its end, or starts it again."""
+        keeper = self.keeper
+        return keeper is not None and keeper.done() and not keeper.cancelled() and keeper.exception() is not None
+
     def end(self, *, at_once: bool) -> None:
         if self.life is not None:
             self.life.end(at_once=at_once)
@@ -140,7 +151,7 @@ class Lives:
 
     @property
     def living(self) -> int:
-        return sum(1 for slot in self._slots.values() if slot.life is not None)
+        return sum(1 for slot in self._slots.values() if slot.life is not None and not slot.forsaken)
 
     @property
     def all_aside(self) -> bool:
@@ -167,7 +178,7 @@ class Lives:
             except BaseException:
                 del self._slots[slot.number]
                 raise
-            slot.keeper = asyncio.create_task(self._keep(slot))
+            self._keep_on(slot)
             pid = slot.life.where[1] if slot.life is not None and slot.life.where is not None else None
             started.append(Started(f"{self._kind}-{slot.number}", pid))
         return started
@@ -175,7 +186,7 @@ class Lives:
     def adopt(self, number: int, life: Life) -> None:
         """Keep a life that was begun by somebody else, under a number that is free."""
         slot = self._slots[number] = _Slot(number, life, joined=time.monotonic())
-        slot.keeper = asyncio.create_task(self._keep(slot))
+        self._keep_on(slot)
 
     def joined(self, host: str, pid: int) -> bool:
         """A sphere has joined: it lives from now on. Returns whether it is one of these."""
@@ -211,6 +222,15 @@ class Lives:
         slot.life = await self._launch(slot.number)
         slot.joined = None
         slot.restarts.started()
+
+    def _keep_on(self, slot: _Slot) -> None:
+        def done(keeper: asyncio.Task[None]) -> None:
+            if slot.forsaken:  # a bug of ours, or of a launcher
+                name = f"{self._kind} sphere {slot.number}"
+                log.error("%s is not watched any more, nor started again", name, exc_info=keeper.exception())
+
+        slot.keeper = asyncio.create_task(self._keep(slot))
+        slot.keeper.add_done_callback(done)
 
     async def _keep(self, slot: _Slot) -> None:
         """Start a sphere again whenever it ends, until it is told to leave or the run is over."""

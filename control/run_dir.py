@@ -19,7 +19,7 @@ from typing import Any, Self
 from control.store import atomic_file, fsync_directory
 from spheres.errors import ConfigError, UnreachableError
 
-__all__ = ["RunDirectory", "find", "log_lines", "meant", "process_of"]
+__all__ = ["RunDirectory", "find", "log_lines", "meant", "process_of", "saved_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class RunDirectory:
         run = cls(chosen)
         if not isinstance(run.info.get("run_id"), str) or not isinstance(run.info.get("term"), int):
             run._unlock()
-            raise ConfigError(f"{chosen / 'run.json'} is broken: put back a copy, or start anew in another --run-dir")
+            raise _broken(chosen)
         run._take_over()
         return run
 
@@ -215,6 +215,18 @@ def log_lines(path: Path, sphere: str, count: int) -> list[str]:
             if any(f"{before}{sphere} joins " in line for line in life for before in (" ", '"')):  # text, JSON
                 return life[-count:]
     return []
+
+
+def saved_config(path: Path) -> dict[str, Any]:
+    """Return the keys that the run in a directory was last started with. Raises ConfigError: run.json is broken."""
+    config = (_read_json(path / "run.json") or {}).get("config")
+    if not isinstance(config, dict):
+        raise _broken(path.resolve())
+    return config
+
+
+def _broken(path: Path) -> ConfigError:
+    return ConfigError(f"{path / 'run.json'} is broken: put back a copy, or start anew in another --run-dir")
 
 
 def _tail(file: Path) -> list[str]:

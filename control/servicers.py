@@ -29,6 +29,8 @@ __all__ = ["ControlServicer"]
 
 #: events that a watch can go back to
 _KEPT = 10_000
+#: events begin behind the term times this: a number of another process of control is none of this one's
+_NUMBERS_PER_TERM = 10**9
 #: answers that a retry can have again
 _ANSWERS = 100
 #: lines of a sphere's log in one answer
@@ -55,6 +57,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     ) -> None:
         """Serve this run. ``spawn`` starts more spheres; ``aside`` names those that keep failing, and says why."""
         self._controller, self._spawn, self._aside = controller, spawn, aside
+        self._last = controller.tree.term * _NUMBERS_PER_TERM
         controller.publish = self.add
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -87,7 +90,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             self._news.clear()
             while seen < self._last:
                 # looked up by number each time: while a slow watcher was sent one event, others may have left
-                index = seen + 1 - self._events[0][0]
+                index = len(self._events) - (self._last - seen)
                 if index < 0:
                     break
                 number, when, record = self._events[index]

@@ -108,6 +108,11 @@ class Downward:
         if self._farewell is not None:
             child.outbox.notice(pb.WorkResponse(directive=self._farewell))
 
+    def release(self, child: Child) -> None:
+        """It leaves. Where the run is over it waits for the end of its link: all that it had to say has been read."""
+        if self._farewell is not None:
+            child.close(LinkClosedError(self._farewell.reason))
+
     def note_way(self, change: pb.SphereChange, child: Child) -> None:
         """Remember by which child a sphere further down is reached."""
         if not change.lost:

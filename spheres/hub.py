@@ -396,6 +396,7 @@ class Hub:
         if message.HasField("leaving"):
             self._do(self.ledger.child_changed(child.id, leaving=True))
             self._tell_capacity()
+            self.down.release(child)
             return
         tag = message.tag
         if tag.run_id != self.config.run_id:

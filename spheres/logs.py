@@ -19,7 +19,7 @@ VARIABLE = "ARMILLARY_LOG_FORMAT"
 
 
 class JsonFormatter(logging.Formatter):
-    """``time`` (RFC 3339, UTC), ``level``, ``logger``, ``message``, ``exception`` where there is one, and ``names()``.
+    """``time`` (RFC 3339, UTC), ``level``, ``logger``, ``message``, ``names()``; ``exception`` and ``stack`` if any.
 
     ``names`` gives what is known of this process by now, such as ``run_id`` and ``sphere_id``.
     """
@@ -36,8 +36,10 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
             **self._names(),
         }
-        if record.exc_info:
+        if record.exc_info and record.exc_info[0]:  # three times None: there was none to be told of
             line["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            line["stack"] = self.formatStack(record.stack_info)
         return json.dumps(line)
 
 

@@ -92,7 +92,7 @@ class Parent:
         #: why there was no link, or the last one ended
         self._last_error: ArmillaryError | None = None
         self._wake = asyncio.Event()
-        self._linked = asyncio.Event()
+        self._linked, self._unlinked = asyncio.Event(), asyncio.Event()
         #: set once the first welcome has come: only then is there a path to hand on
         self.placed = asyncio.Event()
         #: where the run is traced
@@ -181,6 +181,7 @@ class Parent:
         finally:
             was_linked = self.linked
             self._linked.clear()
+            self._unlinked.set()
             self.link_changed(False)
         self._last_error = reason
         log.info("%s: the link to %s has ended: %s", self._hub.id, ancestor.id, reason)
@@ -281,6 +282,7 @@ class Parent:
         self._hear()
         hub.relinked(self._session, self._ancestors, carrier)
         self._linked.set()
+        self._unlinked.clear()
         self.link_changed(True)
         self._alone_since = None
         self.placed.set()
@@ -405,6 +407,13 @@ class Parent:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause):
                 await self._hurry.wait()
+
+    async def released(self, seconds: float) -> None:
+        """Wait until the parent has ended the link, for so many seconds at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.linked:
+                    await self._unlinked.wait()
 
     async def flush(self, seconds: float) -> None:
         """Send up the spans that wait, at once; what has not gone up after so many seconds stays here."""

@@ -47,8 +47,8 @@ T = TypeVar("T")
 _AGENT = f"python {sys.version_info.major}.{sys.version_info.minor}"
 #: seconds between two looks of a sphere that leaves at whether it is needed still
 _LOOK_SECONDS = 0.05
-#: seconds that a sphere waits for its children to end before it ends itself; of a traced run, those that its last
-#: spans have to go up. Control waits longer than both.
+#: seconds that a sphere waits for its children to end before it ends itself, and those that its last words have to go
+#: up. Control waits longer than the first.
 _FAREWELL_SECONDS, _FLUSH_SECONDS = 3.0, 1.0
 #: of a task's state as JSON, and of what is said of one that cannot be had
 _MOST_STATE_BYTES, _MOST_WHY_BYTES = 1 << 20, 4_096
@@ -227,13 +227,15 @@ class Sphere:
             hub.up.leave(reason)
             # Between two steps no step turns: then, after a while, it goes, and what it held can be computed again.
             idle_until = asyncio.get_running_loop().time() + hub.config.patience_seconds
-            while self.parent.linked and not hub.may_leave:
+            while self.parent.linked and not hub.may_leave and self._ending is None:
                 now = asyncio.get_running_loop().time()
                 if hub.ledger.assigned and not hub.ledger.finished:
                     idle_until = now + hub.config.patience_seconds
                 if now > idle_until:
                     break
                 await asyncio.sleep(_LOOK_SECONDS)
+            if self._ending is not None:
+                return  # the run is over, and the children are told
             self._children.drain(LinkClosedError(f"{hub.id} leaves"))
             await self.parent.flush(_FLUSH_SECONDS)
         self._stop.set()
@@ -241,12 +243,18 @@ class Sphere:
     async def _end(self) -> None:
         """End once the children have: they are told through this node, and without it would look for control.
 
-        Where the run is traced their last spans go up before.
+        Control, too, must hear of their end before it hears of this one, or it waits for them. Where the run is traced
+        their last spans go up before.
         """
+        assert self.hub is not None
         assert self._children is not None
         assert self.parent is not None
+        inner = bool(self.hub.children)
         await self._children.gone(_FAREWELL_SECONDS)
         await self.parent.flush(_FLUSH_SECONDS)
+        if inner:
+            self.hub.up.leave("the run is over")
+            await self.parent.released(_FLUSH_SECONDS)
         self._stop.set()
 
     def _member(self) -> common_pb2.Member:

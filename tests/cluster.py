@@ -18,6 +18,8 @@ import pytest
 NAMESPACE, DEPLOYMENT, TOKEN = "train", "armillary-sphere", "a-token"
 SCALE = f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments/{DEPLOYMENT}/scale"
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods/"
+#: what Kubernetes makes names of
+LETTERS = "bcdfghjklmnpqrstvwxz2456789"
 COST = "controller.kubernetes.io/pod-deletion-cost"
 
 
@@ -133,7 +135,7 @@ class Cluster:
     def reconcile(self) -> None:
         """Have as many Pods as there should be: the dearest stay."""
         while len(self.pods) < self.replicas:
-            self.pods[f"{DEPLOYMENT}-5d9c7b6f4-{secrets.token_hex(3)[:5]}"] = 0
+            self.pods[f"{DEPLOYMENT}-5d9c7b6f4-{''.join(secrets.choice(LETTERS) for _ in range(5))}"] = 0
         while len(self.pods) > self.replicas:
             del self.pods[min(self.pods, key=lambda pod: self.pods[pod])]
 

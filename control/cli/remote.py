@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from control.cli.output import JsonFlag, VerboseFlag, console, plain, put_json, rows, shows_json
+from spheres.errors import RunStateError
 
 if TYPE_CHECKING:
     from control.client import Client
@@ -94,19 +95,26 @@ def watch(
     """Print what happens until the run is over. JSON lines with --json or where the output is no terminal."""
     lines = shows_json(json)
 
-    async def follow(client: Client) -> None:
-        shown_at = -math.inf
-        async for event in client.watch(after):
-            if event.name == "step" and not every:
-                if time.monotonic() - shown_at < STEP_SECONDS:
-                    continue
-                shown_at = time.monotonic()
-            if lines:
-                put_json({"event_id": event.id, "event": event.name, **event.record})
-            else:
-                typer.echo(_event_line(event.name, event.record))
+    async def follow(client: Client, last: int) -> None:
+        seen, shown_at = False, -math.inf
+        try:
+            async for event in client.watch(last):
+                seen = True
+                if event.name == "step" and not every:
+                    if time.monotonic() - shown_at < STEP_SECONDS:
+                        continue
+                    shown_at = time.monotonic()
+                if lines:
+                    put_json({"event_id": event.id, "event": event.name, **event.record})
+                else:
+                    typer.echo(_event_line(event.name, event.record))
+        except RunStateError as error:
+            if not seen:
+                raise
+            typer.echo(f"control was started again: {error}; this goes on from now", err=True)
+            await follow(client, 0)
 
-    ask(address, run_dir, follow)
+    ask(address, run_dir, lambda client: follow(client, after))
 
 
 def spheres(

@@ -220,6 +220,7 @@ def _resumed(resume: str, run_dir: str | None, file: Path | None) -> tuple[dict[
     Of the keys, all that are not given now stay as they were.
     """
     from control.checkpoint import read_snapshot
+    from control.run_dir import saved_config
     from control.store_fsspec import is_url
 
     given = _given_run_dir(run_dir, file)
@@ -231,7 +232,7 @@ def _resumed(resume: str, run_dir: str | None, file: Path | None) -> tuple[dict[
             raise ConfigError(
                 f"--resume {path}: a run goes on where it is, not in {given}; name one of its checkpoints"
             )
-        config = RunConfig.from_json(json_module.dumps(json_module.loads((path / "run.json").read_text())["config"]))
+        config = RunConfig.from_json(json_module.dumps(saved_config(path)))
         return flatten(config), "", str(path.resolve())
     if not resume:
         raise ConfigError(f"no run to resume at {path}; give --run-dir DIR or --resume PATH")

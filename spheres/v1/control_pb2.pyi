@@ -634,7 +634,7 @@ class WatchRunResponse(_message.Message):
     TIME_FIELD_NUMBER: _builtins.int
     RECORD_JSON_FIELD_NUMBER: _builtins.int
     event_id: _builtins.int
-    """Counts the events of this control process."""
+    """Counts the events of this control process, from its first term times 1,000,000,000 on: no other has the same."""
     event: _builtins.str
     """Name: step, evaluation, checkpoint, sphere_joined, sphere_lost, state, error."""
     record_json: _builtins.str

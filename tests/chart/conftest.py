@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,32 @@ RELEASE = "rel"
 
 Documents = list[dict[str, Any]]
 Helm = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+class _Reader(yaml.SafeLoader):
+    """As Kubernetes reads: 1e3 is a number, and a mapping that has a key twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"a key twice: {keys}"
+        return super().construct_mapping(node, deep)
+
+
+class _Writer(yaml.SafeDumper):
+    """What is a number to Kubernetes is quoted where it is a text."""
+
+
+for kind in (_Reader, _Writer):
+    numbers = re.compile(r"([-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+|0o[0-7]+)$")
+    kind.add_implicit_resolver("tag:yaml.org,2002:float", numbers, list("-+0123456789"))
+
+
+def read(text: str) -> Documents:
+    return [document for document in yaml.load_all(text, _Reader) if document]
+
+
+def write(values: dict[str, Any]) -> str:
+    return yaml.dump(values, Dumper=_Writer)
 
 
 def tool(name: str) -> str:
@@ -51,6 +78,6 @@ def render(helm: Helm) -> Callable[..., Documents]:
             done = helm("template", RELEASE, CHART, "--values", CHART / "ci" / f"{values}.yaml", *more)
             assert done.returncode == 0, done.stderr
             cache[key] = done.stdout
-        return [document for document in yaml.safe_load_all(cache[key]) if document]
+        return read(cache[key])
 
     return rendered

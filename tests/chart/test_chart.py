@@ -19,7 +19,7 @@ from control.cli import app
 from control.config import flat_paths
 from control.config_sources import load_config
 from spheres.cli import make_parser
-from tests.chart.conftest import CHART, RELEASE, Documents, Helm, tool
+from tests.chart.conftest import CHART, RELEASE, Documents, Helm, read, tool, write
 
 pytestmark = [pytest.mark.chart, pytest.mark.timeout(120)]
 
@@ -64,12 +64,12 @@ def fits(selector: dict[str, str], pod: Document) -> bool:
 def filled(text: object, variables: dict[str, str]) -> str:
     """Put variables into a text as Kubernetes does; those that are not known are an error here."""
     assert isinstance(text, str), text
-    return re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], text)
+    return re.sub(r"\$\$|\$\((\w+)\)", lambda match: variables[match[1]] if match[1] else "$", text)
 
 
-def environ(container: Document) -> dict[str, str]:
+def environ(container: Document, address: str = "10.1.2.3") -> dict[str, str]:
     """Return its variables; those that Kubernetes fills in as they would be."""
-    of_the_pod = {"spec.nodeName": "node-7", "status.podIP": "10.1.2.3"}
+    of_the_pod = {"spec.nodeName": "node-7", "status.podIP": address}
     found: dict[str, str] = {}
     for entry in container["env"]:
         if "value" in entry:
@@ -300,6 +300,21 @@ def test_spheres_understand_their_words_and_say_where_they_are(
         assert options.orphan_timeout >= 60
 
 
+def test_addresses_of_ipv6_are_in_brackets(render: Render, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, _, container in nodes(render("default", "ipFamily=IPv6")):
+        variables = environ(container, "fd00::7")
+        if kind == "control":
+            command = typer.main.get_command(app).commands["start"]
+            flags = command.make_context("start", container["args"][1:], resilient_parsing=False).params
+            config, _ = load_config({"listen": flags["listen"], "insecure": flags["insecure"]}, variables)
+            assert config.listen == "[::]:7070"
+            continue
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        options = make_parser().parse_args([filled(word, variables) for word in container["args"]])
+        assert (options.listen, options.advertise) == ("[::]:7071", "[fd00::7]:7071")
+
+
 def test_a_zone_is_a_deployment_whose_spheres_say_it(render: Render) -> None:
     deployments = of(render("zones"), "Deployment")
     assert [deployment["metadata"]["name"].partition("-sphere-")[2] for deployment in deployments] == [
@@ -430,6 +445,184 @@ def test_a_policy_lets_in_this_release_alone(render: Render) -> None:
         assert len(others) == (1 if kind == "control" else 0)
 
 
+# ---- texts stay texts, and numbers whole
+
+
+#: what YAML takes for something else, or for an end, where it is not quoted
+TEXTS = [
+    "true", "no", "~", "null", "0123", "1e3", "0x1F", "1_000", "1:30", ".5", ".inf", "2001-01-01", "-", "?",
+    "a: b", "a #b", "#", "- a", "'", '"', "it's", "{a}", "{{ .Values }}", "[a", "a,b", "*a", "&a", "!a", "|", ">", "%a",
+    "@a", "`a", "\\n", "\\", " a ", "a\n", "a\n\n", "\n a", "  a\nb", "a\n \nb", "a\r\nb\r\n", "\ta", "---\na: b",
+    "ü", "日本", "\u2028", "\ufeff", "😀", "<&>", "$(ARMILLARY_TASK)", "$$a", "$", "",
+]  # fmt: skip
+#: what Helm's toYaml fails at, and says nothing, or folds
+CONTROLS = ["\x7f", "\x80", "\x85", "\ufffe"]
+
+
+@pytest.fixture
+def render_values(helm: Helm, tmp_path: Path) -> Callable[..., Documents]:
+    """Return what the chart makes of values of a file, in which numbers are others than those of --set."""
+
+    def rendered(values: Document, *words: str, release: str = RELEASE) -> Documents:
+        (tmp_path / "values.yaml").write_text(write(values))
+        done = helm("template", release, CHART, "--values", tmp_path / "values.yaml", *words)
+        assert done.returncode == 0, done.stderr
+        documents = read(done.stdout)
+        for document in documents:
+            kubernetes_validate.validate(document, "1.35", strict=True)
+        return documents
+
+    return rendered
+
+
+def test_texts_of_all_kinds_arrive_as_they_are(render_values: Callable[..., Documents]) -> None:
+    some = {f"k{number}": text for number, text in enumerate(TEXTS)}
+    settings = {
+        "podAnnotations": some,
+        "podLabels": some,
+        "nodeSelector": some,
+        "tolerations": [{"key": "k", "value": text} for text in TEXTS],
+        "extraEnv": [{"name": name, "value": text} for name, text in some.items()],
+        "serviceAccount": {"create": True, "annotations": some},
+    }
+    files = some | {f"c{number}": text for number, text in enumerate(CONTROLS)}
+    documents = render_values(
+        {
+            "control": settings,
+            "spheres": settings,
+            "taskFiles": files,
+            "imagePullSecrets": [{"name": text} for text in TEXTS if text],
+            "config": {"task_options": files},
+        }
+    )
+    for kind, pod, container in nodes(documents):
+        spec, metadata = pod["spec"], pod["metadata"]
+        assert some.items() <= metadata["annotations"].items()
+        assert some.items() <= metadata["labels"].items()
+        assert spec["nodeSelector"] == some
+        assert [toleration["value"] for toleration in spec["tolerations"]] == TEXTS
+        assert {entry["name"]: entry.get("value") for entry in container["env"]}.items() >= some.items()
+        assert [secret["name"] for secret in spec["imagePullSecrets"]] == [text for text in TEXTS if text]
+        if kind == "control":
+            del container["env"][-len(some) :]
+            config, _ = load_config({"listen": "0.0.0.0:7070", "insecure": True}, environ(container))
+            assert config.task_options == files
+    for account in of(documents, "ServiceAccount"):
+        assert account["metadata"]["annotations"] == some
+    assert one(documents, "ConfigMap")["data"] == files
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if text])
+def test_a_text_stands_where_it_is_put(text: str, render_values: Callable[..., Documents]) -> None:
+    settings = {"priorityClassName": text, "serviceAccount": {"create": False, "name": text}}
+    values = {
+        "control": settings,
+        "spheres": settings,
+        "image": {"repository": text, "tag": text},
+        "config": {"checkpoint_url": text, "init_from": text},
+    }
+    first = render_values(values | {"checkpoints": {"storageClass": text}})
+    second = render_values(values | {"checkpoints": {"existingClaim": text}})
+    for kind, pod, container in [*nodes(first), *nodes(second)]:
+        assert (pod["spec"]["priorityClassName"], pod["spec"]["serviceAccountName"]) == (text, text)
+        assert container["image"] == f"{text}:{text}"
+        if kind == "control":
+            variables = environ(container)
+            assert (variables["ARMILLARY_CHECKPOINT_URL"], variables["ARMILLARY_INIT_FROM"]) == (text, text)
+    (template,) = one(first, "StatefulSet")["spec"]["volumeClaimTemplates"]
+    assert template["spec"]["storageClassName"] == text
+    (runs, *_) = one(second, "StatefulSet")["spec"]["template"]["spec"]["volumes"]
+    assert runs["persistentVolumeClaim"]["claimName"] == text
+
+
+@pytest.mark.parametrize("name", ["true", "null", "123", "0x1", "1e3", "2001-01-01"])
+def test_a_release_may_have_any_name(name: str, render_values: Callable[..., Documents]) -> None:
+    values = {"nameOverride": name, "zones": ["1", "2"], "run": name, "networkPolicy": {"enabled": True}}
+    values["topologySpreadConstraints"] = [{"maxSkew": 1, "topologyKey": "k", "whenUnsatisfiable": "DoNotSchedule"}]
+    values["spheres"] = {"topologySpreadConstraints": values.pop("topologySpreadConstraints")}
+    zones = render_values(values, "--namespace", name, release=name)
+    scaled = render_values({"launcher": "kubernetes"}, "--namespace", name, release=name)
+    for document in zones + scaled:
+        assert document["metadata"]["labels"]["app.kubernetes.io/instance"] == name
+    assert one(scaled, "RoleBinding")["subjects"][0]["namespace"] == name
+    for policy in of(zones, "NetworkPolicy"):
+        assert set(policy["spec"]["ingress"][0]["from"][0]["podSelector"]["matchLabels"].values()) == {name}
+
+
+def test_large_numbers_are_whole(render_values: Callable[..., Documents], helm: Helm, tmp_path: Path) -> None:
+    many = 2_000_000
+    settings = {
+        "terminationGracePeriodSeconds": many,
+        "startupSeconds": 2 * many,
+        "resources": {"requests": {"memory": many}},
+        "tolerations": [{"key": "k", "operator": "Exists", "tolerationSeconds": many}],
+    }
+    options = {"big": many, "layers": [many, 64], "note": "a,b", "rate": 1e-7, "flag": True, "nothing": None}
+    values = {
+        "control": settings | {"kind": "Job", "backoffLimit": many},
+        "spheres": settings | {"replicas": many},
+        "checkpoints": {"size": many},
+        "podDisruptionBudget": {"maxUnavailable": many},
+        "podSecurityContext": {"runAsUser": many},
+        "config": {"steps": many, "batch_size": many, "seed": (1 << 53) - 1, "learning_rate": 1e-7,
+                   "eval_every": None, "keep_every": many, "task_options": options},
+    }  # fmt: skip
+    documents = render_values(values)
+    assert one(documents, "Job")["spec"]["backoffLimit"] == many
+    assert one(documents, "Deployment")["spec"]["replicas"] == many
+    assert one(documents, "PodDisruptionBudget")["spec"]["maxUnavailable"] == many
+    assert one(documents, "PersistentVolumeClaim")["spec"]["resources"]["requests"]["storage"] == str(many)
+    for kind, pod, container in nodes(documents):
+        assert pod["spec"]["terminationGracePeriodSeconds"] == many
+        assert pod["spec"]["securityContext"]["runAsUser"] == many
+        assert pod["spec"]["tolerations"][0]["tolerationSeconds"] == many
+        assert container["startupProbe"]["failureThreshold"] == many
+        assert container["resources"]["requests"]["memory"] == many
+        if kind == "control":
+            config, _ = load_config({"listen": "0.0.0.0:7070", "insecure": True}, environ(container))
+            assert (config.steps, config.batch_size, config.keep_every, config.seed) == (many, many, many, 2**53 - 1)
+            assert config.learning_rate == 1e-7
+            assert config.task_options == {
+                "big": "2000000", "layers": "[2000000, 64]", "note": "a,b", "rate": "1e-07", "flag": "true",
+                "nothing": "none",
+            }  # fmt: skip
+
+    scaling = {"enabled": True, "minReplicas": many, "maxReplicas": many, "targetCPUUtilizationPercentage": many}
+    scaler = one(render_values({"autoscaling": scaling}), "HorizontalPodAutoscaler")["spec"]
+    assert (scaler["minReplicas"], scaler["maxReplicas"]) == (many, many)
+    assert scaler["metrics"][0]["resource"]["target"]["averageUtilization"] == many
+    launched = render_values({"launcher": "kubernetes", "spheres": {"replicas": many}})
+    ((_, _, container),) = [node for node in nodes(launched) if node[0] == "control"]
+    assert environ(container)["ARMILLARY_SPHERES"] == str(many)
+    for more in ({}, {"autoscaling": scaling}):
+        (tmp_path / "notes.yaml").write_text(json.dumps(values | more))
+        done = helm("install", "--dry-run=client", RELEASE, CHART, "--values", tmp_path / "notes.yaml")
+        assert "2000000 spheres" in done.stdout.partition("NOTES:\n")[2], done.stderr
+
+
+def test_control_characters_are_refused_where_helm_would_write_nothing(helm: Helm, tmp_path: Path) -> None:
+    (tmp_path / "values.yaml").write_text(write({"control": {"podAnnotations": {"a": "\x7f", "b": "c"}}}))
+    done = helm("template", RELEASE, CHART, "--values", tmp_path / "values.yaml")
+    assert "a value has a control character, for which Helm would write nothing at all" in done.stderr
+
+
+def test_numbers_that_are_taken_away_are_kubernetes_own(render_values: Callable[..., Documents]) -> None:
+    nothing = {"terminationGracePeriodSeconds": None, "podLabels": None, "podAnnotations": None}
+    control, spheres = {"kind": "Job", "backoffLimit": None} | nothing, {"replicas": None} | nothing
+    documents = render_values({"control": control, "spheres": spheres})
+    assert one(documents, "Job")["spec"]["backoffLimit"] is None
+    assert one(documents, "Deployment")["spec"]["replicas"] is None
+    assert {pod["spec"]["terminationGracePeriodSeconds"] for _, pod, _ in nodes(documents)} == {None}
+
+
+@pytest.mark.parametrize("config", [{"seed": 1 << 53}, {"task_options": {"a": 1, "b": -(1 << 60)}}])
+def test_numbers_that_helm_would_round_are_refused(config: Document, helm: Helm, tmp_path: Path) -> None:
+    (tmp_path / "values.yaml").write_text(json.dumps({"config": config}))
+    done = helm("template", RELEASE, CHART, "--values", tmp_path / "values.yaml")
+    key = "seed" if "seed" in config else "task_options.b"
+    assert f"config.{key}: Helm rounds numbers of this size: put it in quotes" in done.stderr
+
+
 # ---- values that cannot be
 
 
@@ -445,9 +638,17 @@ WRONG = {
     "podDisruptionBudget.maxUnavailable=0": "maxUnavailable': minimum: got 0, want 1",
     "podDisruptionBudget.maxUnavailable=0%": "maxUnavailable': '0%' does not match pattern",
     "launcher=ray": "at '/launcher': value must be one of 'none', 'kubernetes'",
+    "ipFamily=ipv6": "at '/ipFamily': value must be one of 'IPv4', 'IPv6'",
+    "control.extraEnv[0].name=A,control.extraEnv[0].value=1": "at '/control/extraEnv/0/value': got number, want string",
     "logFormat=xml": "at '/logFormat': value must be one of 'text', 'json'",
     "image.digest=abc": "at '/image/digest': 'abc' does not match pattern",
     "image.repository=": "at '/image/repository': minLength: got 0, want 1",
+    "nameOverride=a: b": "at '/nameOverride': 'a: b' does not match pattern",
+    "fullnameOverride=a #b": "at '/fullnameOverride': 'a #b' does not match pattern",
+    r"spheres.podLabels.app\.kubernetes\.io/name=x": "spheres.podLabels: app.kubernetes.io/name is the chart's",
+    r"control.podLabels.app\.kubernetes\.io/part-of=x": "control.podLabels: app.kubernetes.io/part-of is the chart's",
+    r"zones={a},spheres.podLabels.topology\.kubernetes\.io/zone=b": "topology.kubernetes.io/zone is the chart's",
+    r"taskFiles.a=x,control.podAnnotations.checksum/task=x": "control.podAnnotations: checksum/task is the chart's",
     "zones={a,a}": "at '/zones': items at 0 and 1 are equal",
     "zones={Zone A}": "at '/zones/0': 'Zone A' does not match pattern",
     "run=../other": "at '/run': '../other' does not match pattern",

@@ -50,14 +50,24 @@ def config(steps: int) -> RunConfig:
 class Run:
     """A run on the hosts of a lab. Mutable state: its processes, and what control has printed and nobody has read."""
 
-    def __init__(self, lab: Lab, directory: Path, *, steps: int, compute_seconds: float = 0.02) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        directory: Path,
+        *,
+        steps: int,
+        compute_seconds: float = 0.02,
+        per_host: int = 3,
+        fan_out: int = 3,
+    ) -> None:
         self._lab, self._directory = lab, directory
         options = {"parameters": PARAMETERS, "samples": SAMPLES, "compute_seconds": compute_seconds}
         settings = config(steps)
-        words = ["start", "--json", "--log-every", "1steps", "--run-dir", "run", "--spheres", "0", "--min-spheres", "6"]
+        words = ["start", "--json", "--log-every", "1steps", "--run-dir", "run", "--spheres", "0"]
+        words += ["--min-spheres", str(2 * per_host), "--fan-out", str(fan_out)]
         words += ["--listen", CONTROL, "--insecure", "--task", settings.task, "--steps", str(steps)]
         words += [word for name, value in options.items() for word in ("--task-option", f"{name}={value}")]
-        words += ["--fan-out", "3", "--batch-size", "48", "--microbatches", "12", "--chunk-bytes", "4096"]
+        words += ["--batch-size", "48", "--microbatches", "12", "--chunk-bytes", "4096"]
         words += ["--eval-every", "none", "--checkpoint-every", "none"]
         self._control = self._start(1, "control", [sys.executable, "-m", "control", *words], stdout=subprocess.PIPE)
         sphere = [sys.executable, "-m", "spheres", "start", "--control", CONTROL, "--listen", "0.0.0.0:0", "--insecure"]
@@ -68,7 +78,7 @@ class Run:
                 [*sphere, "--host", f"host-{host}"],
             )
             for host in (2, 3)
-            for number in (1, 2, 3)
+            for number in range(1, per_host + 1)
         ]
         self._printed: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read)
@@ -129,6 +139,14 @@ class Run:
             names |= set(lives)
         assert len(names) == 3, names
         return names
+
+    def top(self) -> int:
+        """The host whose sphere hangs below control, where each host has one."""
+        return next(host for host in (2, 3) if " joins control " in self.log(f"sphere-{host}-1"))
+
+    def kill(self, host: int) -> None:
+        """Kill the sphere of a host, where each host has one."""
+        self._spheres[host - 2].kill()
 
     def stop(self) -> None:
         self._control.send_signal(signal.SIGINT)
@@ -238,6 +256,23 @@ def test_a_host_that_is_cut_off_comes_back(cuts: dict[str, int], lab: Lab, start
         assert not any(contributors(record) & lost for record in meanwhile)
         print(f"\nhost 3 cut {way}: the next step {without - cut:.2f} s after it, {len(meanwhile)} meanwhile; ")  # noqa: T201
         print_back(journal, lost, healed)
+
+
+def test_a_machine_that_goes_holds_up_its_children_for_a_second_only(lab: Lab, start: Callable[..., Run]) -> None:
+    """From where it was nothing comes any more, not even a refusal: a dial there takes its 5 s (N11)."""
+    run = start(steps=100_000, per_host=1, fan_out=1)
+    run.until_step(10, spheres=2, seconds=20)
+    top = run.top()
+    lab.tell(f"cut {top} to")  # first: its end is the last that comes from there
+    run.kill(top)
+    gone = time.time()
+    run.until_step(run.until_step(0, spheres=1, seconds=10) + 5, seconds=10)
+    run.stop()
+    summary = run.until(lambda record: record["event"] == "summary", 20)
+    run.check(summary)
+    back = first(run.journal(), lambda record: record["time"] > gone + 0.1) - gone
+    print(f"\nmachine gone: {back:.2f} s to the next step")  # noqa: T201
+    assert back < 4
 
 
 def test_a_control_that_is_cut_off_from_all_loses_no_step(lab: Lab, start: Callable[..., Run]) -> None:

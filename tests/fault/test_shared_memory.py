@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+import spheres.batches
+import spheres.carrier
 from control.config import RunConfig
 from control.reference import reference
 from control.training import Training
@@ -108,6 +110,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "held.py").write_text(textwrap.dedent(HELD_UP))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    # what HeldUpSum changes in spheres is changed in control's process, this one, too: put back afterwards
+    monkeypatch.setattr(spheres.batches, "_INLINE_ELEMENTS", spheres.batches._INLINE_ELEMENTS)
+    monkeypatch.setattr(spheres.carrier, "add_up", spheres.carrier.add_up)
     monkeypatch.delitem(sys.modules, "held", raising=False)
     for name in ("reached", "go"):
         os.mkfifo(tmp_path / name)

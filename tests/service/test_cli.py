@@ -244,6 +244,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "bad.toml").write_text("batch_size = \n")
     (path / "good.toml").write_text("batch_size = 8\nseed = 3\nkeep = 4\n")
     (path / "file").write_text("")
+    for name, text in {"torn": '{"run_id": "r-1", "te', "keyless": '{"run_id": "r-1", "term": 1}'}.items():
+        (path / name).mkdir()
+        (path / name / "run.json").write_text(text)
     return path
 
 
@@ -304,6 +307,8 @@ WRONG: dict[str, tuple[str, int, str]] = {
     "resume seed": ("start --resume --run-dir ended --seed 3", 2, "cannot resume: seed is 3 now and was 0"),
     "resume batch": ("start --resume ended --batch-size 9", 2, "cannot resume: batch_size is 9 now and was 8"),
     "resume path": ("start --resume nowhere/step-000000001", 4, r"manifest\.pb is missing"),
+    "resume cut": ("start --resume torn", 2, r"torn/run\.json is broken: put back a copy, or start anew in another"),
+    "resume keys": ("start --resume auto --run-dir keyless", 2, r"keyless/run\.json is broken: put back a copy"),
     "inspect": ("checkpoint inspect nowhere", 4, r"nowhere: manifest\.pb is missing: no checkpoint is here"),
     "inspect cut": ("checkpoint inspect cut/checkpoints/step-000000004", 4, "step-000000004: control.pb"),
     "verify": ("checkpoint verify cut/checkpoints/step-000000004", 4, "does not verify: control.pb"),
@@ -701,6 +706,7 @@ def test_a_watch_is_taken_up_where_it_was_left(live: Live) -> None:
     seen = first(3)
     numbers = [event["event_id"] for event in seen]
     assert numbers == list(range(numbers[0], numbers[0] + 3))
+    assert numbers[0] // 1_000_000_000 == live.json("status")["term"]
     assert "step" in {event["event"] for event in seen}
     assert first(2, "--json", "--after", str(numbers[0])) == seen[1:]
 

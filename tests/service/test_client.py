@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Self
 
 import grpc
 import numpy as np
@@ -15,6 +18,9 @@ from grpc import aio
 
 from control import client as client_module
 from control.client import Client, state_name
+from control.lives import Started
+from control.servicers import ControlServicer
+from spheres import grpc_link
 from spheres.config import manifest_to_proto
 from spheres.errors import (
     ArmillaryError,
@@ -46,8 +52,8 @@ class Control(ControlServiceServicer):
 
 
 @asynccontextmanager
-async def serving(control: Control, *, deadline: float = 5.0) -> AsyncIterator[Client]:
-    server = aio.server()
+async def serving(control: ControlServiceServicer, *, deadline: float = 5.0) -> AsyncIterator[Client]:
+    server = aio.server(options=grpc_link._SERVER)  # as control's own
     add_ControlServiceServicer_to_server(control, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -196,7 +202,7 @@ def watching(*streams: list[pb.WatchRunResponse | grpc.StatusCode]) -> Control:
     return control
 
 
-async def seen(control: Control, after: int = 0, **options: Any) -> list[int]:
+async def seen(control: ControlServiceServicer, after: int = 0, **options: Any) -> list[int]:
     async with serving(control) as client:
         return [event.id async for event in client.watch(after, **options)]
 
@@ -271,6 +277,190 @@ def test_a_watch_that_is_refused_is_not_tried_again(run: Any) -> None:
         assert control.requests == [0]
 
     run(watch())
+
+
+def test_the_command_watch_goes_on_where_control_was_started_again(run: Any) -> None:
+    async def watch(control: Control, *words: str) -> subprocess.CompletedProcess[str]:
+        async with serving(control) as client:
+            command = [sys.executable, "-m", "control", "watch", "--json", "--address", client.address, *words]
+            return await asyncio.to_thread(
+                subprocess.run, command, capture_output=True, text=True, timeout=20, check=False
+            )
+
+    gone = grpc.StatusCode.OUT_OF_RANGE
+    control = watching([event(7), CUT], [gone], [event(1, "state", state="completed")])
+    done = run(watch(control))
+    assert [json.loads(line)["event_id"] for line in done.stdout.splitlines()] == [7, 1]
+    assert (done.returncode, control.requests) == (0, [0, 7, 0])
+    assert "control was started again" in done.stderr
+    done = run(watch(watching([gone]), "--after", "7"))
+    assert (done.returncode, done.stdout) == (6, "")
+    assert "no longer keeps the events after 7" in done.stderr
+
+
+class Restarted(ControlServicer):
+    """Control's own watches, of a run in this term that has had so many events."""
+
+    GetRun = Control.GetRun  # type: ignore[assignment]
+
+    def __init__(self, term: int, events: int) -> None:
+        super().__init__()
+        controller: Any = SimpleNamespace(tree=SimpleNamespace(term=term))
+        self.attach(controller, spawn=no_one, aside=list)
+        for number in range(events):
+            controller.publish({"event": "step", "step": number})
+        self.close()
+
+
+async def no_one(count: int) -> list[Started]:
+    return []
+
+
+def test_numbers_of_events_begin_at_the_term(run: Any) -> None:
+    assert run(seen(Restarted(7, 3), after=7_000_000_000)) == [7_000_000_001, 7_000_000_002, 7_000_000_003]
+    assert run(seen(Restarted(7, 3), after=7_000_000_002)) == [7_000_000_003]
+    assert run(seen(Restarted(7, 3), after=7_000_000_003)) == []
+
+
+@pytest.mark.parametrize("term", [1, 3])
+@pytest.mark.parametrize("events", [0, 1, 60])
+def test_the_number_of_another_process_of_control_is_not_taken_for_one_of_its_own(
+    run: Any, term: int, events: int
+) -> None:
+    """However many events it has had: what came in between would be passed over without a word."""
+    seen_last = Restarted(2, 40)._last
+    with pytest.raises(RunStateError, match=f"no longer keeps the events after {seen_last}: read journal"):
+        run(seen(Restarted(term, events), after=seen_last))
+
+
+class Relay:
+    """Passes bytes on between a client and a control. A context manager: its ``address``."""
+
+    #: a frame of HTTP/2 that is a PING, and no answer to one
+    PING = bytes.fromhex("000008060000000000")
+
+    def __init__(self, target: str) -> None:
+        self._host, _, self._port = target.rpartition(":")
+        self.pings, self.dialled = 0, 0
+        self._news = asyncio.Event()
+        self._passing: list[asyncio.Task[None]] = []
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.address = "{}:{}".format(*self._server.sockets[0].getsockname())
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.hang_up()
+        await asyncio.gather(*self._passing, return_exceptions=True)
+        await asyncio.gather(*(writer.wait_closed() for writer in self._writers), return_exceptions=True)
+
+    def hush(self) -> None:
+        """Let the connections that there are go silent: they stay open, and nothing comes through."""
+        for task in self._passing:
+            task.cancel()
+
+    def hang_up(self) -> None:
+        """End the connections that there are, and take no more."""
+        self._server.close()
+        self.hush()
+        for writer in self._writers:
+            writer.close()
+
+    async def until_pings(self, count: int) -> None:
+        while self.pings < count:
+            self._news.clear()
+            await self._news.wait()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.dialled += 1
+        self._writers.append(writer)
+        far_reader, far_writer = await asyncio.open_connection(self._host, int(self._port))
+        self._writers.append(far_writer)
+        for one, other in ((reader, far_writer), (far_reader, writer)):
+            self._passing.append(asyncio.create_task(self._pass(one, other)))
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            self.pings += data.count(self.PING)
+            self._news.set()
+            writer.write(data)
+        writer.close()
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ping as often as gRPC does, about once a second, and wait half a second for the answer."""
+    times = {"grpc.keepalive_time_ms": 50, "grpc.keepalive_timeout_ms": 500, "grpc.http2.ping_timeout_ms": 500}
+    monkeypatch.setattr(client_module, "_KEEPALIVE", [(k, times.get(k, v)) for k, v in client_module._KEEPALIVE])
+
+
+@pytest.mark.usefixtures("at_once", "often")
+def test_a_control_that_goes_silent_is_noticed_and_the_watch_goes_on_once_it_is_back(run: Any) -> None:
+    async def watch(request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
+        control.requests.append(request.after_event_id)
+        yield event(len(control.requests))
+        if len(control.requests) == 1:
+            await asyncio.get_running_loop().create_future()
+
+    async def follow() -> None:
+        async with serving(control) as direct, Relay(direct.address) as relay, Client(relay.address) as client:
+            events = client.watch()
+            assert (await anext(events)).id == 1
+            relay.hush()
+            assert [event.id async for event in events] == [2]
+
+    control = Control(WatchRun=watch)
+    run(follow())
+    assert control.requests == [0, 1]
+
+
+@pytest.mark.usefixtures("at_once", "often")
+def test_control_bears_the_pings_of_a_watch_that_hears_nothing_for_long(run: Any) -> None:
+    async def watch(request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
+        control.requests.append(request.after_event_id)
+        yield event(1)
+        await enough.wait()
+        yield event(2)
+
+    async def follow() -> None:
+        async with serving(control) as direct, Relay(direct.address) as relay, Client(relay.address) as client:
+            events = client.watch()
+            assert (await anext(events)).id == 1
+            await relay.until_pings(8)  # by default a server ends the connection before
+            enough.set()
+            assert [event.id async for event in events] == [2]
+            assert relay.dialled == 1
+
+    enough = asyncio.Event()
+    control = Control(WatchRun=watch)
+    run(follow())
+    assert control.requests == [0]
+
+
+def test_a_watch_dials_as_often_as_it_tries(run: Any) -> None:
+    """gRPC by itself would dial after one second, then after 1.6 s, and after 17 s when patience is at its end."""
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        dialled.append(asyncio.get_running_loop().time())
+        writer.close()
+        await writer.wait_closed()
+
+    async def follow() -> None:
+        async with serving(watching([event(1), CUT])) as direct, Relay(direct.address) as relay:
+            port = int(relay.address.rpartition(":")[2])
+            async with Client(relay.address) as client:
+                events = client.watch(patience=2.0)
+                assert (await anext(events)).id == 1
+                relay.hang_up()
+                async with await asyncio.start_server(hang_up, "127.0.0.1", port):
+                    with pytest.raises(UnreachableError):
+                        await anext(events)
+
+    dialled: list[float] = []
+    run(follow())
+    assert len(dialled) > 3
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

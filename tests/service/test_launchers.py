@@ -135,6 +135,44 @@ def test_a_pod_that_is_told_to_leave_is_the_one_that_goes_and_goes_once(run, clu
     run(main())
 
 
+def test_a_pod_of_another_deployment_is_not_its_own(run, cluster):
+    async def main() -> None:
+        launcher = spheres(cluster)
+        assert not launcher.dismiss(f"{DEPLOYMENT}-gpu-6c9d8f7b5-x2x7k", 7, at_once=False)
+        await launcher.aclose()
+
+    run(main())
+    assert cluster.asked == []
+
+
+LONG = "r" * 40 + "-sphere"
+
+
+@pytest.mark.parametrize(
+    ("deployment", "pod", "is_its_own"),
+    [
+        ("a-sphere", "a-sphere-6c9d8f7b5-x2x7k", True),
+        ("a-sphere", "a-sphere-7-x2x7k", True),
+        ("a-sphere", "a-sphere-gpu-6c9d8f7b5-x2x7k", False),
+        ("a-sphere", "a-sphere-x2x7k", False),  # of a DaemonSet, or of a Job
+        ("a-sphere", "a-sphere-agent-x2x7k", False),  # likewise: a hash has no vowels
+        ("a-sphere", "a-sphere-6c9d8f7b5-0", False),  # of a StatefulSet
+        ("a-sphere", "a-sphere-6c9d8f7b5x2x7k", False),
+        ("a-sphere", "a-sphere-6c9d8f7b5-x2x7k\n", False),
+        ("a.sphere", "a-sphere-6c9d8f7b5-x2x7k", False),
+        # Kubernetes cuts what stands before the last five characters to 58
+        (LONG, f"{LONG}-6c9d8f7b5-x2x7k", True),
+        (LONG, f"{LONG}-6c9d8f7b54x2x7k", True),
+        (LONG, f"{LONG}-6c9d8f7b5x2x7k", False),
+        ("s" * 55, "s" * 55 + "-6cx2x7k", True),
+        ("s" * 60, "s" * 58 + "x2x7k", True),
+        ("s" * 60, "s" * 57 + "x2x7k", False),
+    ],
+)
+def test_whose_a_pod_is_follows_from_its_name(deployment: str, pod: str, is_its_own: bool) -> None:
+    assert bool(launcher_kubernetes._pods_of(deployment).fullmatch(pod)) is is_its_own
+
+
 def test_a_change_by_somebody_else_is_taken_into_account(run, cluster):
     """An autoscaler at the same time: 1 at first, two that it adds in between, two that are spawned."""
 

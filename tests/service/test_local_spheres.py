@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -109,6 +110,58 @@ def test_one_that_is_killed_comes_back_at_once_in_its_own_log(run, tmp_path, mon
 
     run(main())
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["sphere-1.log", "sphere-2.log"]
+
+
+@pytest.mark.parametrize("gone", ["logs/sphere-1.log", "logs"])
+def test_one_whose_log_was_removed_comes_back_with_a_new_one(run, tmp_path, monkeypatch, gone):
+    async def main() -> None:
+        local = Local(tmp_path, SLEEPS, monkeypatch)
+        (first,) = (sphere.pid for sphere in await local.spheres.start(1))
+        path = tmp_path / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        os.kill(first, signal.SIGKILL)
+        await local.until_ended(1)
+        assert (local.ended[0].code, local.ended[0].error) == (-signal.SIGKILL, "")
+        await eventually((tmp_path / "logs" / "sphere-1.log").exists)
+        await eventually(lambda: local.spheres.living == 1)
+        local.spheres.kill()
+        await local.spheres.aclose()
+
+    run(main())
+
+
+def test_a_signal_without_a_name_is_told_by_its_number():
+    assert "has ended (signal 37);" in str(Ended("local sphere 1", -37, "logs/sphere-1.log", ""))
+    assert "has ended (SIGRTMIN);" in str(Ended("local sphere 1", -signal.SIGRTMIN, "logs/sphere-1.log", ""))
+
+
+def test_a_keeper_that_fails_says_so_and_its_sphere_does_not_count_as_living(run, caplog):
+    class Odd:
+        where = ("here", 7)
+
+        async def wait(self) -> lives.Outcome:
+            await asyncio.sleep(0)
+            raise ZeroDivisionError("of a launcher")
+
+        def end(self, *, at_once: bool) -> None:
+            pass
+
+    async def launch(number: int) -> Odd:
+        return Odd()
+
+    async def main() -> None:
+        kept = lives.Lives("odd", launch, log_of=str, ended=lambda ended: None)
+        await kept.start(1)
+        assert kept.living == 1
+        await eventually(lambda: bool(caplog.records))
+        assert kept.living == 0
+        await kept.aclose()
+
+    run(main())
+    (told,) = caplog.records
+    assert (told.levelname, told.getMessage()) == ("ERROR", "odd sphere 1 is not watched any more, nor started again")
+    assert told.exc_info is not None
+    assert isinstance(told.exc_info[1], ZeroDivisionError)
 
 
 @pytest.mark.parametrize("at_once", [False, True])
@@ -243,6 +296,27 @@ STUBBORN = """
 """
 
 
+ELSEWHERE = """
+    import os
+    from spheres.tasks.digits import Digits
+
+    def deep(some):
+        deeper(some) if some else deepest()
+
+    def deeper(some):
+        deep(some - 1)
+
+    def deepest():
+        raise RuntimeError("only there")
+
+    class Elsewhere(Digits):
+        def __init__(self):
+            if str(os.getpid()) != os.environ["HERE"]:
+                deep(50)
+            super().__init__()
+"""
+
+
 def test_a_task_that_no_sphere_can_load_any_more_ends_the_run_after_some_tries(run, tmp_path, monkeypatch):
     monkeypatch.setattr(restarts, "_FIRST_PAUSE", 0.001)
     (tmp_path / "stubborn.py").write_text(textwrap.dedent(STUBBORN))
@@ -256,6 +330,22 @@ def test_a_task_that_no_sphere_can_load_any_more_ends_the_run_after_some_tries(r
     assert isinstance(summary.error, TaskError)
     assert "no more" in str(summary.error)
     assert summary.steps == 5
+
+
+def test_why_a_sphere_has_ended_is_known_from_json_logs_too(run, tmp_path, monkeypatch):
+    """The line has a traceback as well, here one of some ten thousand characters."""
+    monkeypatch.setenv("ARMILLARY_LOG_FORMAT", "json")
+    (tmp_path / "elsewhere.py").write_text(textwrap.dedent(ELSEWHERE))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("HERE", str(os.getpid()))
+    config = RunConfig(task="elsewhere:Elsewhere", steps=9, spheres=1, run_dir=tmp_path / "run")
+    summary = run(run_training(config), timeout=60)
+    line = (tmp_path / "run" / "logs" / "sphere-1.log").read_text().splitlines()[-1]
+    assert len(line) > 4096
+    assert isinstance(summary.error, TaskError)
+    assert json.loads(line)["message"] in str(summary.error)
+    assert "only there" in str(summary.error)
 
 
 @pytest.mark.slow

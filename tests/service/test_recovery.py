@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import pytest
 
+import control.tree
 from control.checkpoint import read_snapshot
 from control.config import RunConfig
 from control.reference import reference
@@ -176,9 +177,38 @@ def test_spheres_between_two_parents_hear_that_the_run_is_over(who, run, tmp_pat
 class SlowWord(MemoryNetwork):
     """Between a parent and its child the word that all is over takes a second."""
 
+    def __init__(self):
+        super().__init__()
+        self.on_its_way = asyncio.Event()
+
     def carry(self, pipe, message):
         slow = (pipe.connection.dialler, pipe.up) == ("s-3", False) and b"the run is over" in message
+        if slow:
+            self.on_its_way.set()
         asyncio.get_running_loop().call_later(1.0 if slow else 0.0, pipe.arrive, message)
+
+
+@pytest.mark.parametrize("how", ["killed", "drained", "told to end at once"])
+def test_a_parent_that_ends_before_its_children_have_heard_leaves_nobody_behind(how, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(control.tree, "_BACK_SECONDS", 1.5)
+
+    async def main():
+        network = SlowWord()
+        async with tree_of(tmp_path, network=network) as tree:
+            await tree.run()
+            ending = asyncio.ensure_future(all_end(tree))
+            inner = tree.spheres["s-1"]
+            await network.on_its_way.wait()
+            if how == "killed":
+                await tree.kill("s-1")
+            elif how == "drained":
+                inner.drain("a test")
+            else:
+                inner.drain("a test")
+                inner.stop()
+            await ending
+
+    run(main())
 
 
 def test_a_parent_ends_when_its_children_have_heard(run, tmp_path):

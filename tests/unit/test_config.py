@@ -279,6 +279,16 @@ def test_task_options_in_all_their_forms(value: object) -> None:
     assert load(task_options=value).task_options == {"hidden": "64", "name": "a b"}
 
 
+def test_task_options_of_the_environment_may_be_json() -> None:
+    """Commas and lists in values cannot be said otherwise."""
+    text = '{"layers": [64, 32], "note": "a,b=c", "big": 1000000, "rate": 1e-4, "bias": false}'
+    assert load(environ={"ARMILLARY_TASK_OPTIONS": text}).task_options == {
+        "layers": "[64, 32]", "note": "a,b=c", "big": "1000000", "rate": "0.0001", "bias": "false",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"task_options = \{'a': 1\} .*: allowed: name=value"):
+        load(environ={"ARMILLARY_TASK_OPTIONS": "{'a': 1}"})
+
+
 def test_variables_of_commands_and_of_kubernetes_are_no_keys() -> None:
     environ = {
         "ARMILLARY_CONFIG": "x", "ARMILLARY_CONTROL": "h:1", "ARMILLARY_DATA": "folder",

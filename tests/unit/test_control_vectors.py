@@ -150,8 +150,11 @@ CHECKPOINT = {1: "step-000000345", 2: 345, 3: 115_832, 4: TIME, 5: SHA256, 6: "/
 MESSAGES: dict[str, tuple[str, dict[int, Any]]] = {
     "get_run_request": ("GetRunRequest", {}),
     "get_run_response": ("GetRunResponse", {1: RUN}),
-    "watch_run_request": ("WatchRunRequest", {1: 41}),
-    "watch_run_response": ("WatchRunResponse", {1: 42, 2: "step", 3: TIME, 4: '{"event": "step", "step": 345}'}),
+    "watch_run_request": ("WatchRunRequest", {1: 1_000_000_041}),
+    "watch_run_response": (
+        "WatchRunResponse",
+        {1: 1_000_000_042, 2: "step", 3: TIME, 4: '{"event": "step", "step": 345}'},
+    ),
     "list_spheres_request": ("ListSpheresRequest", {2: "2"}),
     "list_spheres_response": (
         "ListSpheresResponse",
@@ -290,9 +293,9 @@ def test_a_client_sends_the_golden_requests_and_understands_the_golden_answers(r
         try:
             async with asyncio.timeout(20), Client(f"127.0.0.1:{port}") as client:
                 assert (await client.status()).samples_count == 21_555
-                events = [event async for event in client.watch(41)]
+                events = [event async for event in client.watch(1_000_000_041)]
                 assert [(e.id, e.name, e.record["step"], e.time.timestamp()) for e in events] == [
-                    (42, "step", 345, 1_764_000_000.5)
+                    (1_000_000_042, "step", 345, 1_764_000_000.5)
                 ]
                 await client.spheres()
                 await client.spawn(2, "grow-1")

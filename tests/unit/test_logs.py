@@ -47,6 +47,20 @@ def test_an_exception_is_in_the_same_line():
     assert said["exception"].endswith("ValueError: of this kind")
 
 
+def test_the_stack_of_a_caller_is_in_the_same_line_too(caplog):
+    logging.getLogger("of.mine").warning("who calls?", stack_info=True)
+    (made,) = caplog.records
+    said = json.loads(JsonFormatter().format(made))
+    assert said["stack"].startswith("Stack (most recent call last):\n")
+    assert "test_the_stack_of_a_caller_is_in_the_same_line_too" in said["stack"]
+    assert "exception" not in said
+
+
+def test_an_exception_that_was_asked_for_where_there_is_none_is_left_out():
+    said = json.loads(JsonFormatter().format(record("all is well", exc_info=(None, None, None))))
+    assert said.keys() == {"time", "level", "logger", "message"}
+
+
 def test_text_is_the_default_and_other_kinds_are_refused():
     for kind in ("", "text"):
         assert formatter(kind, "%(levelname)s %(message)s").format(record("now")) == "WARNING now"

@@ -16,8 +16,8 @@
 
 {{/* Labels that never change, since selectors cannot: (dict "root" $ "component" "control"). */}}
 {{- define "armillary.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "armillary.name" .root }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/name: {{ include "armillary.name" .root | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
@@ -26,7 +26,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{ include "armillary.selectorLabels" . }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/part-of: armillary
-app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service | quote }}
 {{- end -}}
 
 {{- define "armillary.image" -}}
@@ -36,6 +36,11 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{- else -}}
 {{ $image.repository }}:{{ $image.tag | default .Chart.AppVersion }}
 {{- end -}}
+{{- end -}}
+
+{{/* Where a component listens, its port added. [::] takes IPv4 too, where the Pod has any. */}}
+{{- define "armillary.listen" -}}
+{{ eq .Values.ipFamily "IPv6" | ternary "[::]" "0.0.0.0" }}
 {{- end -}}
 
 {{/* The service account of a component: (dict "root" $ "component" "control" "values" .Values.control). */}}
@@ -49,7 +54,7 @@ default
 {{- end -}}
 {{- end -}}
 
-{{/* A value of `config` as one types it in the environment. JSON writes 1000000, and not 1e+06. */}}
+{{/* A value as one types it. Numbers of a values file are floating: JSON writes 1000000, and not 1e+06. */}}
 {{- define "armillary.text" -}}
 {{- if kindIs "string" . -}}
 {{- . -}}
@@ -58,16 +63,20 @@ default
 {{- end -}}
 {{- end -}}
 
-{{- define "armillary.options" -}}
-{{- $parts := list -}}
-{{- range $name, $value := . -}}
-{{- $parts = append $parts (printf "%s=%s" $name (include "armillary.text" $value)) -}}
+{{/* Fails where Helm has rounded a number as it read the values file: (dict "key" "seed" "value" 9007199254740992). */}}
+{{- define "armillary.checkNumber" -}}
+{{- if kindIs "float64" .value -}}
+{{- if or (gt .value 9007199254740991.0) (lt .value -9007199254740991.0) -}}
+{{- fail (printf "config.%s: Helm rounds numbers of this size: put it in quotes" .key) -}}
 {{- end -}}
-{{- join "," $parts -}}
+{{- end -}}
 {{- end -}}
 
 {{/* What values cannot say together, and the schema cannot see. */}}
 {{- define "armillary.check" -}}
+{{- if not (toYaml (omit .Values "config" "taskFiles")) -}}
+{{- fail "a value has a control character, for which Helm would write nothing at all" -}}
+{{- end -}}
 {{- if eq .Values.launcher "kubernetes" -}}
 {{- if .Values.autoscaling.enabled -}}
 {{- fail "launcher: kubernetes and autoscaling.enabled would both scale the spheres: choose one" -}}
@@ -76,11 +85,32 @@ default
 {{- fail "launcher: kubernetes scales one Deployment, and zones make one for each zone: choose one" -}}
 {{- end -}}
 {{- end -}}
-{{- if and .Values.autoscaling.enabled (gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas)) -}}
+{{- if and .Values.autoscaling.enabled (gt (int64 .Values.autoscaling.minReplicas) (int64 .Values.autoscaling.maxReplicas)) -}}
 {{- fail (printf "autoscaling.minReplicas (%d) is above autoscaling.maxReplicas (%d)" (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas)) -}}
 {{- end -}}
 {{- if and (hasKey .Values.config "epochs") (hasKey .Values.config "steps") -}}
 {{- fail "config: give either epochs or steps, not both" -}}
+{{- end -}}
+{{- range $key, $value := .Values.config -}}
+{{- include "armillary.checkNumber" (dict "key" $key "value" $value) -}}
+{{- if kindIs "map" $value -}}
+{{- range $name, $option := $value -}}
+{{- include "armillary.checkNumber" (dict "key" (printf "%s.%s" $key $name) "value" $option) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range $component, $values := dict "control" .Values.control "spheres" .Values.spheres -}}
+{{- range $label := list "name" "instance" "component" "part-of" -}}
+{{- if hasKey ($values.podLabels | default dict) (printf "app.kubernetes.io/%s" $label) -}}
+{{- fail (printf "%s.podLabels: app.kubernetes.io/%s is the chart's" $component $label) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $.Values.taskFiles (hasKey ($values.podAnnotations | default dict) "checksum/task") -}}
+{{- fail (printf "%s.podAnnotations: checksum/task is the chart's" $component) -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.zones (hasKey (.Values.spheres.podLabels | default dict) "topology.kubernetes.io/zone") -}}
+{{- fail "spheres.podLabels: with zones, topology.kubernetes.io/zone is the chart's" -}}
 {{- end -}}
 {{- end -}}
 
@@ -90,7 +120,7 @@ default
 annotations:
   {{- with .root.Values.taskFiles }}
   # other files are other Pods
-  checksum/task: {{ toJson . | sha256sum }}
+  checksum/task: {{ toJson . | sha256sum | quote }}
   {{- end }}
   {{- with .values.podAnnotations }}
   {{- toYaml . | nindent 2 }}
@@ -105,16 +135,16 @@ labels:
 {{- end -}}
 
 {{- define "armillary.podSettings" -}}
-serviceAccountName: {{ include "armillary.serviceAccountName" . }}
+serviceAccountName: {{ include "armillary.serviceAccountName" . | quote }}
 # the variables that Kubernetes makes of services are not needed, and many
 enableServiceLinks: false
-terminationGracePeriodSeconds: {{ .values.terminationGracePeriodSeconds }}
+terminationGracePeriodSeconds: {{ toJson .values.terminationGracePeriodSeconds }}
 {{- with .root.Values.imagePullSecrets }}
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .values.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with .root.Values.podSecurityContext }}
 securityContext:
@@ -138,7 +168,7 @@ topologySpreadConstraints:
 {{- end -}}
 
 {{- define "armillary.containerSettings" -}}
-image: {{ include "armillary.image" .root }}
+image: {{ include "armillary.image" .root | quote }}
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}
 {{- with .root.Values.securityContext }}
 securityContext:
@@ -156,7 +186,7 @@ startupProbe:
     service: ""
   periodSeconds: 2
   timeoutSeconds: 2
-  failureThreshold: {{ max 1 (div (int .values.startupSeconds) 2) }}
+  failureThreshold: {{ max 1 (div (int64 .values.startupSeconds) 2) }}
 # Alive is who answers. Whoever has lost its parent is alive: it looks for another, and must not be killed for that.
 livenessProbe:
   grpc:
@@ -218,9 +248,9 @@ readinessProbe:
 accessModes:
   {{- toYaml .Values.checkpoints.accessModes | nindent 2 }}
 {{- with .Values.checkpoints.storageClass }}
-storageClassName: {{ . }}
+storageClassName: {{ . | quote }}
 {{- end }}
 resources:
   requests:
-    storage: {{ .Values.checkpoints.size }}
+    storage: {{ include "armillary.text" .Values.checkpoints.size | quote }}
 {{- end -}}
