@@ -29,6 +29,7 @@ from spheres.summing import Expression, add_up
 from spheres.task import Sums
 from spheres.v1 import work_pb2 as pb
 from spheres.weights import Weights
+from spheres.worker import check_metrics, metrics_room
 
 __all__ = ["Batch", "Contribution", "Gradients", "Outgoing"]
 
@@ -90,6 +91,9 @@ class Gradients:
         #: block of a child -> its last chunk that came in this attempt
         self._last: dict[Block, int] = {}
         self._train, self._step = False, -1
+        # of this step, in what children sent
+        self._metrics: set[str] = set()
+        self._most_metrics = metrics_room(config)
         self._started = 0.0
         #: the root's: where the sum of the gradients goes, and what came with it
         self._out: Array | None = None
@@ -105,6 +109,7 @@ class Gradients:
         """A new step; ``out`` takes the root's sum of a training step."""
         self._step, self._train, self._out, self.sums, self.skipped = step, train, out, None, ()
         self._started = perf_counter()
+        self._metrics.clear()
         self.phases.clear()
 
     @property
@@ -122,9 +127,10 @@ class Gradients:
     # ---- from children
 
     def take_in(self, child: str, message: pb.WorkRequest, carrier: Carrier, payload: memoryview | None = None) -> None:
-        """Handle what a frame says of gradients. Raises StaleError for another attempt, ProtocolError and its kinds.
+        """Handle what a frame says of gradients. ``payload`` is the chunk's data where they are not in the message.
 
-        ``payload`` is the chunk's data where they are not in the message.
+        Raises StaleError for another attempt, ProtocolError and its kinds, GradientError where the metrics of all
+        children are too many for a message.
         """
         attempt = message.attempt
         if message.HasField("gradient_header"):
@@ -157,6 +163,7 @@ class Gradients:
                 if math.isnan(value) or (block.width == 1 and math.isinf(value)):
                     raise ProtocolError(f"{child}: {block} has {what} {value}; give finite sums over its samples")
             sums = Sums(header.loss_sum, header.samples_count, {m.name: m.value for m in header.metrics})
+            self._note_metrics(sums)
         skipped: tuple[NonFinite, ...] = ()
         if header.skipped:
             skipped = tuple(
@@ -165,6 +172,12 @@ class Gradients:
             self._check_skipped(child, block, [verdict.microbatch for verdict in skipped])
         self._check_count(child, block, header, [verdict.microbatch for verdict in skipped])
         self.reducer.header(block, sums, absent=header.absent, skipped=skipped)
+
+    def _note_metrics(self, sums: Sums) -> None:
+        """Raise GradientError where the metrics of a step are too many together, though each child's may fit."""
+        if not sums.metrics.keys() <= self._metrics:
+            self._metrics.update(sums.metrics)
+            check_metrics(self._metrics, "the microbatches of a step have", self._most_metrics)
 
     def _check_count(self, child: str, block: Block, header: pb.GradientHeader, skipped: list[int]) -> None:
         """Which samples a block has follows from the run and the step alone: a wrong count is of other samples."""

@@ -17,7 +17,7 @@ from spheres.computing import Computing, Outcome
 from spheres.config import NodeConfig
 from spheres.downward import Downward
 from spheres.environments import ANY, Environments, Range
-from spheres.errors import LinkClosedError, ProtocolError, StaleError, WrongRunError
+from spheres.errors import GradientError, LinkClosedError, ProtocolError, StaleError, WrongRunError
 from spheres.frames import blocks_from, capacities_from
 from spheres.gradients import Array, Batch, Gradients, Outgoing
 from spheres.ledger import Action, Ledger, SendAssign, SendBegin, SendCredit, SendReady, Stuck
@@ -422,7 +422,16 @@ class Hub:
                     idle_environments=ready.idle_environments,
                 )
             )
-        self.gradients.take_in(child.id, message, child.outbox.carrier, payload)
+        try:
+            self.gradients.take_in(child.id, message, child.outbox.carrier, payload)
+        except GradientError as error:  # of no microbatch alone: what they have together could not be sent
+            failure = pb.TaskFailure(sphere_id=child.id, microbatch=message.gradient_header.block.lo, error=str(error))
+            failure.invalid_gradient, failure.step = True, self.work.step
+            if self.work.kind == TRAIN:
+                failure.sample_ids.extend(
+                    self.config.sampler.microbatch(failure.step, failure.microbatch)[:64].tolist()
+                )
+            self.up.fail(failure)
         self.watchdog.progress(self.hooks.clock())
         self._flow()
 

@@ -10,7 +10,7 @@ import math
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from time import perf_counter
@@ -31,7 +31,7 @@ from spheres.task import Sums, Task
 from spheres.tensors import aligned_zeros
 from spheres.words import cut, encodable, raised
 
-__all__ = ["Computer", "Failure", "Pool", "Unit", "Worker", "limit_threads"]
+__all__ = ["Computer", "Failure", "Pool", "Unit", "Worker", "check_metrics", "limit_threads", "metrics_room"]
 
 Array = npt.NDArray[np.float32]
 
@@ -104,8 +104,7 @@ class Computer:
 
     def __init__(self, config: NodeConfig, task: Task) -> None:
         self._config, self._task, self._sampler = config, task, config.sampler
-        room = MAX_MESSAGE_BYTES - config.chunk_bytes - 24 * config.microbatches - 2_048
-        self._most_metrics = min(_MOST_METRICS, room)
+        self._most_metrics = metrics_room(config)
         self._overwrites = bool(getattr(task, "overwrites_out", False))
         # out's id -> its views, for as long as somebody has it: these must not keep the memory of a buffer that is gone
         self._views: dict[int, tuple[weakref.ref[Array], dict[str, Array]]] = {}
@@ -184,7 +183,7 @@ class Computer:
         """Return left + right. Raises GradientError where that has more metrics than fit into a message."""
         sums = add_sums(left, right)
         if len(sums.metrics) > max(len(left.metrics), len(right.metrics)):
-            _check_size(sums, "the microbatches of a step have", self._most_metrics)
+            check_metrics(sums.metrics, "the microbatches of a step have", self._most_metrics)
         return sums
 
 
@@ -206,16 +205,22 @@ def _checked(sums: object, method: str, count: int, most_metrics: int) -> Sums:
             raise GradientError(f"{method}() returned a metric named {name!r}: name each metric with a str")
         if encodable(name) != name:
             raise GradientError(f"{method}() returned a metric named {name!r}, which is no UTF-8: name it otherwise")
-    _check_size(sums, f"{method}() returned", most_metrics)
+    check_metrics(sums.metrics, f"{method}() returned", most_metrics)
     metrics = {name: _number(value, f"{method}() returned {name} =") for name, value in sums.metrics.items()}
     return Sums(_number(sums.loss, f"{method}() returned loss"), count, metrics)
 
 
-def _check_size(sums: Sums, whose: str, most: int) -> None:
-    size = sum(len(name.encode()) + _METRIC_BYTES for name in sums.metrics)
+def metrics_room(config: NodeConfig) -> int:
+    """Return the bytes that all metrics of a step may take, by their names."""
+    return min(_MOST_METRICS, MAX_MESSAGE_BYTES - config.chunk_bytes - 24 * config.microbatches - 2_048)
+
+
+def check_metrics(names: Collection[str], whose: str, most: int) -> None:
+    """Raise GradientError where metrics of these names take more than ``most`` bytes."""
+    size = sum(len(name.encode()) + _METRIC_BYTES for name in names)
     if size > most:
         raise GradientError(
-            f"{whose} {len(sums.metrics):,} metrics, {size:,} bytes of names and values; a message has room for "
+            f"{whose} {len(names):,} metrics, {size:,} bytes of names and values; a message has room for "
             f"{most:,}: give fewer metrics, the same ones for every microbatch, or shorter names"
         )
 

@@ -18,6 +18,7 @@ from control.config import RunConfig
 from control.reference import reference
 from control.testing import local_tree
 from spheres.errors import GradientError, LinkClosedError, StaleError
+from spheres.task import Sums
 from spheres.testing.memory import MemoryNetwork, MemoryTransport
 from spheres.testing.synthetic import Synthetic
 from spheres.v1 import control_pb2
@@ -396,3 +397,24 @@ def test_a_task_whose_state_cannot_be_had_is_trained_and_saved_without_it(state,
     assert [(record.report.sphere_id, record.task_state) for record in saved.spheres] == [
         (f"s-{n}", b"") for n in range(1, 7)
     ]
+
+
+class MetricsOfSamples(Synthetic):
+    """Each microbatch has few enough metrics, but others than the next one."""
+
+    def _sums(self, weights, samples, *more):
+        sums = super()._sums(weights, samples, *more)
+        own = {f"{int(samples[0])} {i} {'x' * 200}": 1.0 for i in range(13)}
+        return Sums(sums.loss, sums.count, {**sums.metrics, **own})
+
+
+def test_metrics_that_do_not_fit_into_a_message_together_halt_the_run(run, tmp_path):
+    """Those of each block of up to 8 microbatches do; an inner sphere could not send those of many, on any link."""
+
+    async def main():
+        task = MetricsOfSamples(parameters=PARAMETERS, samples=SAMPLES)
+        async with tree_of(tmp_path, task=task) as tree:
+            await tree.run()
+
+    with pytest.raises(GradientError, match="the same ones for every microbatch"):
+        run(main(), timeout=30)
