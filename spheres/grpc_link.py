@@ -63,7 +63,7 @@ _ENDED = (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError)
 #: seconds in which a dialled address must take the connection
 DIAL_SECONDS = 5.0
 #: seconds that handlers have to end in order, and their last words to leave, when their listener closes
-_LAST_WORDS_SECONDS = 0.2
+_LAST_WORDS_SECONDS = 1.0
 #: seconds in which a client that has gone, and not only ended its side, becomes known as such
 _GONE_SECONDS = 0.2
 
