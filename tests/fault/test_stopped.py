@@ -62,6 +62,7 @@ def test_a_stopped_sphere_is_passed_over_and_comes_back(inner, run, tmp_path):
     assert name in who[11]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.timeout(120)
 def test_a_control_that_was_stopped_takes_its_spheres_back(run, tmp_path):

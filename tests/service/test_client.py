@@ -416,6 +416,7 @@ def test_a_control_that_goes_silent_is_noticed_and_the_watch_goes_on_once_it_is_
     assert control.requests == [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("at_once", "often")
 def test_control_bears_the_pings_of_a_watch_that_hears_nothing_for_long(run: Any) -> None:
     async def watch(request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:

@@ -317,6 +317,7 @@ ELSEWHERE = """
 """
 
 
+@pytest.mark.slow
 def test_a_task_that_no_sphere_can_load_any_more_ends_the_run_after_some_tries(run, tmp_path, monkeypatch):
     monkeypatch.setattr(restarts, "_FIRST_PAUSE", 0.001)
     (tmp_path / "stubborn.py").write_text(textwrap.dedent(STUBBORN))
@@ -332,6 +333,7 @@ def test_a_task_that_no_sphere_can_load_any_more_ends_the_run_after_some_tries(r
     assert summary.steps == 5
 
 
+@pytest.mark.slow
 def test_why_a_sphere_has_ended_is_known_from_json_logs_too(run, tmp_path, monkeypatch):
     """The line has a traceback as well, here one of some ten thousand characters."""
     monkeypatch.setenv("ARMILLARY_LOG_FORMAT", "json")

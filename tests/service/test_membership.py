@@ -207,6 +207,7 @@ def test_who_does_not_move_is_late_and_training_goes_on(run, tmp_path, monkeypat
     run(main())
 
 
+@pytest.mark.slow
 def test_the_end_of_a_log_comes_up_the_tree(run, tmp_path, monkeypatch):
     monkeypatch.setattr(tree_module, "_LOG_SECONDS", 0.1)
 

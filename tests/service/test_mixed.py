@@ -151,6 +151,7 @@ def test_the_last_of_its_environment_is_replaced_by_another_and_that_is_counted(
     assert warning.startswith(f"step {at}: 4 microbatches")
 
 
+@pytest.mark.slow
 def test_a_step_done_again_by_others_is_counted_and_the_run_goes_on(run, tmp_path):
     """A checkpoint, two steps, control lost; what comes back has no "b" any more."""
 

@@ -298,7 +298,7 @@ LOADING_TASK = """
 """
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_ends_a_sphere_that_still_loads_its_task(sign, tmp_path):
     """Nobody counts on it yet: it does not load to the end first."""
     (tmp_path / "loading.py").write_text(textwrap.dedent(LOADING_TASK))
@@ -351,6 +351,7 @@ def test_a_second_signal_ends_a_sphere_whatever_its_threads_are_at(tmp_path):
         sphere.communicate()
 
 
+@pytest.mark.slow
 def test_spheres_end_by_themselves_after_control_was_killed_and_the_run_goes_on(run, tmp_path):
     flags = (
         "--spheres",
@@ -397,6 +398,7 @@ UNGUARDED = """
 """
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_is_told_so_and_starts_no_runs_of_its_own(tmp_path):
     (tmp_path / "script.py").write_text(textwrap.dedent(UNGUARDED))
     ended = subprocess.run(

@@ -13,6 +13,7 @@ from itertools import pairwise
 import pytest
 
 import control.tree
+import spheres.computing
 from control.checkpoint import read_snapshot
 from control.config import RunConfig
 from control.reference import reference
@@ -293,6 +294,13 @@ def test_a_task_that_raises_on_one_sphere_is_computed_elsewhere(who, run, tmp_pa
     assert "set aside" in activity or "done" in activity
 
 
+@pytest.fixture
+def short_rest(monkeypatch):
+    """A sphere whose task has failed tries again soon."""
+    monkeypatch.setattr(spheres.computing, "ASIDE_SECONDS", 0.1)
+
+
+@pytest.mark.usefixtures("short_rest")
 def test_a_task_that_raises_on_two_spheres_halts_the_run(run, tmp_path):
     bad = Fails(parameters=PARAMETERS, samples=SAMPLES)
     bad.times = 100
@@ -309,6 +317,7 @@ def test_a_task_that_raises_on_two_spheres_halts_the_run(run, tmp_path):
     assert tried <= 12, "never a run through all microbatches on all spheres"
 
 
+@pytest.mark.usefixtures("short_rest")
 def test_a_task_that_raises_where_there_is_nobody_else_halts_the_run(run, tmp_path):
     bad = Fails(parameters=PARAMETERS, samples=SAMPLES)
     bad.times = 100
@@ -334,6 +343,7 @@ class NoWordsError(Exception):
         return self.args[0]
 
 
+@pytest.mark.usefixtures("short_rest")
 @pytest.mark.parametrize(
     ("error", "said"),
     [

@@ -48,7 +48,7 @@ def _journal(directory: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (directory / "run" / "journal.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("checkpoint_every", ["none", "10steps"])
+@pytest.mark.parametrize("checkpoint_every", ["none", pytest.param("10steps", marks=pytest.mark.slow)])
 def test_one_command_line_begins_goes_on_and_knows_when_it_is_done(checkpoint_every, tmp_path):
     flags = ("--steps", "60", "--checkpoint-every", checkpoint_every, "--orphan-timeout", "1s")
     first = _start(tmp_path, *flags, "--spheres", "2")
