@@ -23,6 +23,7 @@ from spheres.errors import ChecksumError, LinkClosedError, RunStateError, Unreac
 from spheres.status import from_rpc_error
 from spheres.v1 import control_pb2 as pb
 from spheres.v1.control_pb2_grpc import ControlServiceStub
+from spheres.words import encodable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,7 +151,9 @@ class Client:
 
     async def stop(self, reason: str = "asked to stop") -> pb.Run:
         """Finish the step, checkpoint, end. Returns when it is asked for, not when it is done: see ``watch``."""
-        return (await self._call(self._stub.StopRun(pb.StopRunRequest(reason=reason), timeout=self._deadline))).run
+        return (
+            await self._call(self._stub.StopRun(pb.StopRunRequest(reason=encodable(reason)), timeout=self._deadline))
+        ).run
 
     async def watch(self, after_event_id: int = 0, *, patience: float = WATCH_PATIENCE) -> AsyncIterator[RunEvent]:
         """Yield events until the run is over. A cut stream is taken up again after the last event seen.
@@ -209,12 +212,12 @@ class Client:
 
     async def drain(self, sphere: str, reason: str = "") -> None:
         """Let a sphere finish its step and leave. Returns when it is told. Raises ConfigError where there is none."""
-        request = pb.DrainSphereRequest(sphere_id=sphere, reason=reason)
+        request = pb.DrainSphereRequest(sphere_id=encodable(sphere), reason=encodable(reason))
         await self._call(self._stub.DrainSphere(request, timeout=self._deadline))
 
     async def terminate(self, sphere: str, reason: str = "") -> None:
         """End a sphere at once. Returns when it is told. Raises ConfigError where there is none."""
-        request = pb.TerminateSphereRequest(sphere_id=sphere, reason=reason)
+        request = pb.TerminateSphereRequest(sphere_id=encodable(sphere), reason=encodable(reason))
         await self._call(self._stub.TerminateSphere(request, timeout=self._deadline))
 
     async def rebalance(self) -> tuple[list[str], list[str]]:
@@ -224,7 +227,7 @@ class Client:
 
     async def logs(self, sphere: str, lines: int = 100) -> list[str]:
         """Return the last lines of a sphere's log. Raises ConfigError where no such sphere can be asked."""
-        request = pb.GetSphereLogRequest(sphere_id=sphere, lines=lines)
+        request = pb.GetSphereLogRequest(sphere_id=encodable(sphere), lines=lines)
         return list((await self._call(self._stub.GetSphereLog(request, timeout=self._deadline))).lines)
 
     # --- checkpoints and weights

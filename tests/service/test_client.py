@@ -107,6 +107,22 @@ def test_what_control_answers(run: Any) -> None:
     assert ids[2] == "mine"
 
 
+def test_words_that_are_no_utf_8_are_sent_as_well_as_can_be(run: Any) -> None:
+    """A terminal gives what it was given: bytes that are no text come as lone surrogates."""
+
+    async def drain(request: pb.DrainSphereRequest, context: Any) -> pb.DrainSphereResponse:
+        control.requests.append((request.sphere_id, request.reason))
+        return pb.DrainSphereResponse()
+
+    async def call() -> None:
+        async with serving(control) as client:
+            await client.drain("s-\udcff", "caf\udce9")
+
+    control = Control(DrainSphere=drain)
+    run(call())
+    assert control.requests == [("s-\\udcff", "caf\\udce9")]
+
+
 @pytest.mark.parametrize(
     ("code", "details", "error", "exit_code"),
     [
