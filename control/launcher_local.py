@@ -16,6 +16,7 @@ from typing import Protocol
 
 from control.lives import Lives, Outcome, RunFacts, Started
 from control.processes import is_sphere, log_of, spheres_of
+from control.starting import start_process
 from spheres.logs import said_error
 
 __all__ = ["LocalSpheres"]
@@ -177,7 +178,7 @@ class LocalSpheres:
         with path.open("ab") as file:
             log_start = file.tell()
             # A session of its own: Ctrl+C reaches control alone, which ends the spheres in order.
-            process = await asyncio.create_subprocess_exec(
+            process = await start_process(
                 *command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=file,

@@ -14,6 +14,7 @@ from control.client import Client
 from control.config import RunConfig
 from control.lives import Ended
 from control.reference import reference
+from control.starting import start_process
 from control.training import Summary, Training
 from spheres.task import load_task
 
@@ -36,7 +37,7 @@ async def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> No
 
 async def cli(*words: str) -> tuple[int, str, str]:
     """Return exit code, output and errors of ``control-cli``."""
-    process = await asyncio.create_subprocess_exec(
+    process = await start_process(
         sys.executable, "-m", "control", *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
     out, err = await process.communicate()

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from control.starting import start_process
 from spheres.errors import ConfigError
 
 __all__ = ["WorkerProcess"]
@@ -27,7 +28,7 @@ class WorkerProcess:
         with self.log.open("ab") as output:
             try:
                 starting = asyncio.ensure_future(
-                    asyncio.create_subprocess_exec(
+                    start_process(
                         *self.command,
                         stdin=asyncio.subprocess.DEVNULL,
                         stdout=output,

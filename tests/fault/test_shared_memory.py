@@ -24,6 +24,7 @@ import spheres.batches
 import spheres.carrier
 from control.config import RunConfig
 from control.reference import reference
+from control.starting import start_process
 from control.training import Training
 from spheres.task import load_task
 
@@ -250,9 +251,7 @@ def test_a_sphere_in_another_container(wire, run, tmp_path):
             await training.step(1)
             command = [*NAMESPACE, sys.executable, "-m", "spheres", "start", "--control", tree.address]
             command += ["--orphan-timeout", "4s"]  # for so long one that is refused looks for another place
-            other = await asyncio.create_subprocess_exec(
-                *command, stdout=subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
-            )
+            other = await start_process(*command, stdout=subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE)
             assert other.stderr is not None
             try:
                 if wire == "shm":

@@ -3,7 +3,6 @@
 Real processes and real signals; the weights are the undisturbed run's, bit for bit.
 """
 
-import asyncio
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ import pytest
 
 from control.config import RunConfig
 from control.reference import reference
+from control.starting import start_process
 from control.training import Training
 from spheres.task import load_task
 
@@ -76,7 +76,7 @@ def test_a_control_that_was_stopped_takes_its_spheres_back(run, tmp_path):
             sessions = {name: tree.spheres[name].link for name in tree.names()}
             # SIGSTOP of this very process, for longer than the lease, by one that is outside of it
             stop = f"kill -STOP {os.getpid()}; sleep 2.5; kill -CONT {os.getpid()}"
-            outside = await asyncio.create_subprocess_exec("sh", "-c", stop)
+            outside = await start_process("sh", "-c", stop)
             await training.step(3)
             assert await outside.wait() == 0
             await training.step(3)

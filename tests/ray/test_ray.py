@@ -17,6 +17,7 @@ import pytest
 from control import restarts
 from control.config import RunConfig
 from control.reference import reference
+from control.starting import start_process
 from control.training import run as run_training
 from spheres.errors import TaskError, UnreachableError
 from spheres.testing.synthetic import Synthetic
@@ -144,7 +145,7 @@ def test_a_node_that_is_removed_takes_its_spheres_along_and_they_come_back_elsew
                 if (gone := {p for p in second if parent(p) == node.all_processes["raylet"][0].process.pid})
             ]
             place = next(s.member.address for s in tree.spheres.values() if s.active)
-            process = await asyncio.create_subprocess_exec(
+            process = await start_process(
                 sys.executable,
                 "-m",
                 "spheres",

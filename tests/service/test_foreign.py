@@ -16,6 +16,7 @@ import pytest
 
 from control.config import RunConfig
 from control.reference import CanonicalSum, reference
+from control.starting import start_process
 from control.testing import local_tree
 from control.training import Training
 from spheres import children
@@ -319,7 +320,7 @@ def test_what_a_foreign_worker_is_written_in_is_shown(run, tmp_path):
 
     async def shown(*flags):
         command = [sys.executable, "-m", "control", "spheres", "--run-dir", str(tmp_path / "run"), *flags]
-        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        process = await start_process(*command, stdout=asyncio.subprocess.PIPE)
         out, _ = await process.communicate()
         assert process.returncode == 0
         return out.decode()

@@ -21,6 +21,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from control.config import RunConfig
+from control.starting import start_process
 from control.testing import local_tree
 from control.training import Training
 from spheres.grpc_link import GrpcListener, GrpcTransport
@@ -226,7 +227,7 @@ def test_the_command_says_that_a_sphere_is_not_ready_and_what_hangs_is_waited_fo
 
 async def ask(address: str, *words: str) -> tuple[int, str]:
     """Run ``sphere health``."""
-    process = await asyncio.create_subprocess_exec(
+    process = await start_process(
         *(sys.executable, "-m", "spheres", "health", address, *words), stdout=asyncio.subprocess.PIPE
     )
     out, _ = await process.communicate()
