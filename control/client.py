@@ -151,9 +151,8 @@ class Client:
 
     async def stop(self, reason: str = "asked to stop") -> pb.Run:
         """Finish the step, checkpoint, end. Returns when it is asked for, not when it is done: see ``watch``."""
-        return (
-            await self._call(self._stub.StopRun(pb.StopRunRequest(reason=encodable(reason)), timeout=self._deadline))
-        ).run
+        request = pb.StopRunRequest(reason=encodable(reason))
+        return (await self._call(self._stub.StopRun(request, timeout=self._deadline))).run
 
     async def watch(self, after_event_id: int = 0, *, patience: float = WATCH_PATIENCE) -> AsyncIterator[RunEvent]:
         """Yield events until the run is over. A cut stream is taken up again after the last event seen.

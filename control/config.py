@@ -23,7 +23,7 @@ from pydantic import (
 from control.units import Every, parse_duration, parse_size
 from spheres.errors import ConfigError
 from spheres.exposure import is_loopback
-from spheres.words import encodable
+from spheres.words import is_encodable
 
 __all__ = [
     "OptimizerConfig",
@@ -265,7 +265,7 @@ class RunConfig(_Model):
     def _can_be_sent(cls, value: Any) -> Any:
         # a file name that is no UTF-8 fits neither into a message nor into JSON
         words = [*value, *value.values()] if isinstance(value, dict) else [str(value)]
-        if any(encodable(word) != word for word in words):
+        if not all(map(is_encodable, words)):
             raise ValueError("give text in UTF-8; a file of another name can have a link to it")
         return value
 

@@ -33,7 +33,7 @@ from spheres.trace import Recorder
 from spheres.transport import Handlers, Listener, Transport
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
-from spheres.words import cut
+from spheres.words import MOST_REASON, cut
 
 __all__ = ["Sphere", "Tree"]
 
@@ -51,8 +51,6 @@ _REST_SECONDS = 30.0
 _REBALANCE_MOVES, _REBALANCE_SECONDS = 256, 5.0
 #: seconds that a sphere has to send the end of its log
 _LOG_SECONDS = 5.0
-#: bytes of why a sphere is told to leave
-_MOST_REASON = 1_000
 
 
 class Tree:
@@ -335,11 +333,11 @@ class Tree:
 
     def drain(self, sphere: str, reason: str) -> None:
         """Let a sphere finish its step and leave. Idempotent. Raises ConfigError where no such one can be reached."""
-        self._dismiss(sphere, cut(reason, _MOST_REASON) or "drained by request", at_once=False)
+        self._dismiss(sphere, cut(reason, MOST_REASON) or "drained by request", at_once=False)
 
     def terminate(self, sphere: str, reason: str) -> None:
         """End a sphere at once. Idempotent. Raises ConfigError where no such one can be reached."""
-        self._dismiss(sphere, cut(reason, _MOST_REASON) or "terminated by request", at_once=True)
+        self._dismiss(sphere, cut(reason, MOST_REASON) or "terminated by request", at_once=True)
 
     def _dismiss(self, id: str, reason: str, *, at_once: bool) -> None:
         sphere = self._known(id)

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from spheres.errors import ArmillaryError, ConfigError, GradientError, TaskLoadError, UnreachableError
 from spheres.exposure import insecure_warning, is_loopback
 from spheres.logs import VARIABLE, formatter, is_json
-from spheres.words import cut, encodable
+from spheres.words import cut, is_encodable
 
 __all__ = ["LogTail", "main", "make_parser"]
 
@@ -302,7 +302,7 @@ def _is_on(variable: str) -> bool:
 
 
 def _text(text: str) -> str:
-    if encodable(text) != text:
+    if not is_encodable(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no UTF-8")
     return text
 

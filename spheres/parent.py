@@ -92,7 +92,8 @@ class Parent:
         #: why there was no link, or the last one ended
         self._last_error: ArmillaryError | None = None
         self._wake = asyncio.Event()
-        self._linked, self._unlinked = asyncio.Event(), asyncio.Event()
+        self._unlinked = asyncio.Event()
+        self._unlinked.set()
         #: set once the first welcome has come: only then is there a path to hand on
         self.placed = asyncio.Event()
         #: where the run is traced
@@ -109,7 +110,7 @@ class Parent:
 
     @property
     def linked(self) -> bool:
-        return self._linked.is_set()
+        return not self._unlinked.is_set()
 
     @property
     def id(self) -> str:
@@ -180,7 +181,6 @@ class Parent:
             reason = error
         finally:
             was_linked = self.linked
-            self._linked.clear()
             self._unlinked.set()
             self.link_changed(False)
         self._last_error = reason
@@ -281,7 +281,6 @@ class Parent:
         self._ancestors = self._path(answer.welcome, ancestor)
         self._hear()
         hub.relinked(self._session, self._ancestors, carrier)
-        self._linked.set()
         self._unlinked.clear()
         self.link_changed(True)
         self._alone_since = None
@@ -412,8 +411,7 @@ class Parent:
         """Wait until the parent has ended the link, for so many seconds at most."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self.linked:
-                    await self._unlinked.wait()
+                await self._unlinked.wait()
 
     async def flush(self, seconds: float) -> None:
         """Send up the spans that wait, at once; what has not gone up after so many seconds stays here."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spheres.errors import TaskError
-from spheres.words import encodable
+from spheres.words import is_encodable
 
 __all__ = ["ALIGNMENT", "Manifest", "TensorSpec", "aligned_zeros"]
 
@@ -68,7 +68,7 @@ class Manifest:
         specs: list[TensorSpec] = []
         offset = 0
         for name, array in arrays.items():
-            if not isinstance(name, str) or encodable(name) != name:
+            if not isinstance(name, str) or not is_encodable(name):
                 raise TaskError(f"weights are named {name!r}: name each with a str that is UTF-8")
             if not isinstance(array, np.ndarray) or array.dtype != np.float32:
                 kind = getattr(array, "dtype", type(array).__name__)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["cut", "encodable", "raised"]
+__all__ = ["MOST_REASON", "cut", "encodable", "is_encodable", "raised"]
+
+#: bytes of why a link has ended, or why a sphere is told to leave
+MOST_REASON = 1_000
 
 
 def encodable(text: str) -> str:
     r"""Return text that UTF-8 can hold: a lone surrogate, as in a file name that is no UTF-8, becomes ``\udcXX``."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def is_encodable(text: str) -> bool:
+    """Whether UTF-8 can hold it as it is."""
+    return encodable(text) == text
 
 
 def cut(text: str, most: int, *, end: bool = False) -> str:

@@ -11,12 +11,10 @@ from spheres.blocks import Block
 from spheres.outbox import Outbox
 from spheres.v1 import common_pb2
 from spheres.v1 import work_pb2 as pb
-from spheres.words import cut
+from spheres.words import MOST_REASON, cut
 
 __all__ = ["EVALUATE", "TRAIN", "Child", "Counts", "Hooks", "Work"]
 
-#: bytes of why a link has ended
-_MOST_REASON = 1_000
 TRAIN, EVALUATE = common_pb2.WORK_KIND_TRAIN, common_pb2.WORK_KIND_EVALUATE
 
 
@@ -59,7 +57,7 @@ class Child:
     def lost(self, parent: str, reason: str, *, step: int, computing: Block | None) -> pb.SphereChange:
         """Return what control is told where this link to ``parent`` ends; ``computing`` is what the child was at."""
         change = self._change(parent)
-        change.lost, change.reason = True, cut(reason, _MOST_REASON)  # what a peer sent may be quoted in it
+        change.lost, change.reason = True, cut(reason, MOST_REASON)  # what a peer sent may be quoted in it
         if computing is not None:
             change.step = step
             change.computing.lo, change.computing.hi = computing

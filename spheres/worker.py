@@ -29,7 +29,7 @@ from spheres.sampling import evaluation_slice
 from spheres.segments import Mark
 from spheres.task import Sums, Task
 from spheres.tensors import aligned_zeros
-from spheres.words import cut, encodable, raised
+from spheres.words import cut, is_encodable, raised
 
 __all__ = ["Computer", "Failure", "Pool", "Unit", "Worker", "check_metrics", "limit_threads", "metrics_room"]
 
@@ -203,7 +203,7 @@ def _checked(sums: object, method: str, count: int, most_metrics: int) -> Sums:
     for name in sums.metrics:
         if not isinstance(name, str):
             raise GradientError(f"{method}() returned a metric named {name!r}: name each metric with a str")
-        if encodable(name) != name:
+        if not is_encodable(name):
             raise GradientError(f"{method}() returned a metric named {name!r}, which is no UTF-8: name it otherwise")
     check_metrics(sums.metrics, f"{method}() returned", most_metrics)
     metrics = {name: _number(value, f"{method}() returned {name} =") for name, value in sums.metrics.items()}
