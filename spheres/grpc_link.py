@@ -64,6 +64,7 @@ _ENDED = (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError)
 DIAL_SECONDS = 5.0
 #: seconds that handlers have to end in order, and their last words to leave, when their listener closes
 _LAST_WORDS_SECONDS = 1.0
+_CLOSING = "the listener has closed"
 #: seconds in which a client that has gone, and not only ended its side, becomes known as such
 _GONE_SECONDS = 0.2
 
@@ -181,17 +182,26 @@ class _ServerLink:
 class GrpcListener:
     """A grpc.aio server with SphereService, and what else its owner adds before it starts.
 
-    Mutable state: the links that live, by the tasks of their handlers.
+    Mutable state: the links that live, by the tasks of their handlers; whether the listener closes.
     """
 
     def __init__(self, server: grpc.aio.Server) -> None:
         self.address = ""
         self._server = server
         self._live: dict[asyncio.Task[None], Closed] = {}
+        self._closing = False
 
     def serve(self, handler: LinkHandler) -> Callable[[Any, Any], Awaitable[None]]:
         async def method(_requests: Any, context: Any) -> None:
+            # Where headers leave with a first message that is cancelled on its way, the library sends them once more
+            # with the status, and neither arrives (grpc/grpc, aio/server.pyx.pxi: metadata_sent).
+            try:
+                await context.send_initial_metadata(())
+            except _ENDED:
+                return
             link = _ServerLink(context)
+            if self._closing:
+                close(link.closed, LinkClosedError(_CLOSING))
             # A task of its own: the library cancels its task when the client goes, and when the server's time is up.
             handling = asyncio.create_task(handler(link))
             self._live[handling] = link.closed
@@ -204,8 +214,9 @@ class GrpcListener:
         return method
 
     async def aclose(self) -> None:
+        self._closing = True
         for closed in self._live.values():
-            close(closed, LinkClosedError("the listener has closed"))
+            close(closed, LinkClosedError(_CLOSING))
         await self._server.stop(grace=_LAST_WORDS_SECONDS)
         if self._live:
             await asyncio.wait(self._live)

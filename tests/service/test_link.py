@@ -509,6 +509,28 @@ def test_a_listener_that_closes_says_so(transport, run):
     run(main())
 
 
+def test_a_link_that_ends_while_its_first_message_leaves_says_why(transport, run):
+    """Headers that the library sends with a first message would go out once more with the status, and undo it."""
+    reason = RefusedError("another time")
+
+    async def handler(link):
+        sending = asyncio.create_task(link.send(b"first"))
+        await asyncio.sleep(0)
+        sending.cancel()
+        raise reason
+
+    async def main():
+        async with link_to(transport, handler) as link:
+            await ends_with(_read_on(link), reason)
+
+    run(main())
+
+
+async def _read_on(link):
+    while await link.receive():
+        pass
+
+
 def test_a_listener_closes_although_a_peer_does_not_read(transport, run):
     async def main():
         async with listening(transport, _flood) as listener:
