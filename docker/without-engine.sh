@@ -17,7 +17,9 @@ loud() {
 }
 
 install_podman() {
-    command -v podman runc mmdebstrap > /dev/null && [[ -x /usr/lib/podman/netavark ]] && return
+    # one by one: `command -v` is content with the first it finds
+    command -v podman > /dev/null && command -v runc > /dev/null && command -v mmdebstrap > /dev/null \
+        && [[ -x /usr/lib/podman/netavark ]] && return
     command -v apt-get > /dev/null || { loud "neither podman nor apt-get"; return 1; }
     printf 'without-engine: installing %s\n' "${packages[*]}" >&2
     local get=(timeout 300 apt-get -qq -o DPkg::Lock::Timeout=120)
