@@ -166,7 +166,7 @@ def master_digest(config: RunConfig, manifest: Manifest, flat: Array) -> str | N
 def overall(manifest: Manifest, flat: Array) -> dict[str, float]:
     """Return norm, min, max, mean and variance over all tensors together.
 
-    Tensor by tensor, and safer against cancellation, is ``numerics.statistics``; this one is for every step.
+    Tensor by tensor is ``numerics.statistics``; this one is for every step.
     """
     total = squares = 0.0
     for start in range(0, flat.size, BLOCK_ELEMENTS):

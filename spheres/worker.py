@@ -43,18 +43,14 @@ _MOST_ERROR, _MOST_TRACEBACK = 4_096, 65_536
 _limiter: Any = None
 
 
-def limit_threads() -> int:
-    """Pin BLAS and OpenMP in this process to one thread, for good; bits differ between one thread and two.
-
-    Returns the number of libraries found.
-    """
+def limit_threads() -> None:
+    """Pin BLAS and OpenMP in this process to one thread, for good; bits differ between one thread and two."""
     global _limiter  # noqa: PLW0603 - the limit lasts as long as this object
     from threadpoolctl import ThreadpoolController
 
     controller = ThreadpoolController()
     if any(library.num_threads != 1 for library in controller.lib_controllers):
         _limiter = controller.limit(limits=1)
-    return len(controller.lib_controllers)
 
 
 @dataclass(frozen=True)
