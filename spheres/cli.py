@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from spheres import set_environment
 from spheres.errors import ArmillaryError, ConfigError, GradientError, TaskLoadError, UnreachableError
-from spheres.exposure import insecure_warning, is_loopback
+from spheres.exposure import insecure_warning, is_address, is_loopback
 from spheres.logs import VARIABLE, formatter, is_json
 from spheres.words import cut, is_encodable
 
@@ -32,8 +33,6 @@ it. See docs/cli.md."""
 _MOST_LINE_BYTES = 16 * 1024
 #: seconds that a sphere which is told to end at once has for its links
 _END_SECONDS = 1.0
-#: read once, when numpy is first imported
-_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 class LogTail(logging.Handler):
@@ -227,9 +226,7 @@ def _health(options: argparse.Namespace) -> int:
 
 
 def _start(options: argparse.Namespace, tail: LogTail, names: dict[str, str]) -> int:
-    for name in _THREADS:  # bits differ between one BLAS thread and two
-        os.environ[name] = "1"
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it logs by itself, its errors say too
+    set_environment()
     import uvloop
 
     from spheres.environment import allow_many_files, tune_malloc
@@ -308,8 +305,7 @@ def _text(text: str) -> str:
 
 
 def _address(text: str) -> str:
-    host, _, port = _text(text).rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65_535:
+    if not is_address(_text(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is no address; give HOST:PORT, such as 127.0.0.1:5000")
     return text
 

@@ -19,6 +19,7 @@ import typer
 from control.cli.output import Command, JsonFlag, VerboseFlag, console, log_to_stderr, put_json, rows, shows_json
 from control.config import RunConfig, flat_paths, flatten
 from control.config_sources import allowed, default_text, help_text, load_config
+from spheres import set_environment
 from spheres.errors import ConfigError
 from spheres.logs import VARIABLE
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from control.events import Event, RunHandle
     from control.training import Summary
 
-__all__ = ["ConfigFlag", "WithResume", "panels", "set_environment", "show_config", "start", "with_flags"]
+__all__ = ["ConfigFlag", "WithResume", "panels", "show_config", "start", "with_flags"]
 
 #: first key of each part of --help
 _PANELS = {
@@ -148,15 +149,6 @@ def start(
     if summary.reason in signal.Signals.__members__:
         # stopped in order, but not done: what comes after it in a script is not to run
         raise typer.Exit(128 + signal.Signals[summary.reason])
-
-
-def set_environment() -> None:
-    """Set what libraries read once, when they are first imported."""
-    # bits differ between one BLAS thread and two
-    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-        os.environ[name] = "1"
-    # what gRPC logs by itself, its errors say too
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 class _Naming:
