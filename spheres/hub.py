@@ -390,7 +390,7 @@ class Hub:
         if message.HasField("capacity"):
             said = message.capacity
             capacities = capacities_from(said.capacity, said.capacities, child.environment)
-            self._do(self.ledger.child_changed(child.id, capacity=capacities))
+            self._do(self.ledger.child_changed(child.id, capacities=capacities))
             self._tell_capacity()
             return
         if message.HasField("leaving"):
