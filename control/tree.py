@@ -116,9 +116,9 @@ class Tree:
         """Take spheres. Raises ConfigError where the address cannot be bound."""
         loop = asyncio.get_running_loop()
         self.hub.hooks.clock, self.hub.hooks.call_later = loop.time, loop.call_later
-        self._keeping = loop.create_task(self.children.keep(fence=lambda _: None, look=self.hub.watch))
         handlers = Handlers(self.children.work, self.children.heartbeat, self.enroll)
         self._listener = await self._transport.listen(address, handlers)
+        self._keeping = loop.create_task(self.children.keep(fence=lambda _: None, look=self.hub.watch))
         self.address = self.hub.address = self._listener.address
         self.hub.renewed([])
 
