@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -190,15 +190,8 @@ class Client:
 
     async def spheres(self) -> list[pb.Sphere]:
         """Return all spheres, in order of their ids."""
-        spheres: list[pb.Sphere] = []
-        token = ""
-        while True:
-            request = pb.ListSpheresRequest(page_token=token)
-            page = await self._call(self._stub.ListSpheres(request, timeout=self._deadline))
-            spheres += page.spheres
-            token = page.next_page_token
-            if not token:
-                return spheres
+        pages = await self._pages(lambda: self._stub.ListSpheres, pb.ListSpheresRequest())
+        return [sphere for page in pages for sphere in page.spheres]
 
     async def spawn(self, count: int = 1, request_id: str = "") -> list[int] | list[str]:
         """Let control's launcher start so many more spheres. They join when they are ready.
@@ -238,15 +231,8 @@ class Client:
 
     async def checkpoints(self) -> list[pb.Checkpoint]:
         """Return all checkpoints of the run directory, newest first."""
-        checkpoints: list[pb.Checkpoint] = []
-        token = ""
-        while True:
-            request = pb.ListCheckpointsRequest(page_token=token)
-            page = await self._call(self._stub.ListCheckpoints(request, timeout=self._deadline))
-            checkpoints += page.checkpoints
-            token = page.next_page_token
-            if not token:
-                return checkpoints
+        pages = await self._pages(lambda: self._stub.ListCheckpoints, pb.ListCheckpointsRequest())
+        return [checkpoint for page in pages for checkpoint in page.checkpoints]
 
     async def restore(self, name: str = "", request_id: str = "") -> pb.Run:
         """Go to a checkpoint of this run (the newest where no name is given); the run goes on from there."""
@@ -294,6 +280,14 @@ class Client:
         if self._closed:
             raise self._ended()
         return self._calls
+
+    async def _pages(self, method: Callable[[], Any], request: Any) -> list[Any]:
+        """Return all pages of a list; ``method`` is looked up for each, since the client may be closed meanwhile."""
+        pages: list[Any] = []
+        while not pages or pages[-1].next_page_token:
+            pages.append(await self._call(method()(request, timeout=self._deadline)))
+            request.page_token = pages[-1].next_page_token
+        return pages
 
     async def _call(self, call: Awaitable[T]) -> T:
         try:

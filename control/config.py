@@ -22,7 +22,7 @@ from pydantic import (
 
 from control.units import Every, parse_duration, parse_size
 from spheres.errors import ConfigError
-from spheres.exposure import is_loopback
+from spheres.exposure import is_address, is_loopback
 from spheres.words import is_encodable
 
 __all__ = [
@@ -279,18 +279,16 @@ class RunConfig(_Model):
 
     @model_validator(mode="after")
     def _loopback_unless_insecure(self) -> Self:
-        host, _, port = self.listen.rpartition(":")
-        if not host or not port.isdecimal() or int(port) > 65_535:
+        if not is_address(self.listen):
             raise ValueError("listen: an address is HOST:PORT with a port from 0 to 65535, such as 127.0.0.1:0")
-        if not self.insecure and not is_loopback(host):
+        if not self.insecure and not is_loopback(self.listen.rpartition(":")[0]):
             raise ValueError("listen: an address beyond loopback needs insecure (--insecure); nothing is encrypted")
         return self
 
     @field_validator("ray_address")
     @classmethod
     def _cluster_that_is_there(cls, value: str) -> str:
-        host, _, port = value.rpartition(":")
-        if value != "auto" and not (host and port.isdecimal() and int(port) <= 65_535 and "/" not in host):
+        if value != "auto" and ("/" in value or not is_address(value)):
             raise ValueError(
                 "give the head of a cluster as HOST:PORT, or auto; none is started here: that is `ray start --head`"
             )

@@ -14,10 +14,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from spheres.numerics import clip_value, global_norm, mean, scale
-from spheres.tensors import Manifest
+from spheres.numerics import clip_value, mean, scale
 
-__all__ = ["MOST_SKIPPED_STEPS", "GradientDecision", "Outcome", "Policy", "decide", "outcome", "prepare"]
+__all__ = ["MOST_SKIPPED_STEPS", "GradientDecision", "Outcome", "Policy", "decide", "outcome"]
 
 Array = npt.NDArray[np.float32]
 
@@ -91,13 +90,3 @@ def decide(sum_norm: float, count: int, *, clip_norm: float | None, clip_value: 
     norm = sum_norm * float(np.float32(1.0 / count))
     factor = clip_norm / norm if clip_norm is not None and clip_norm < norm < math.inf else 1.0
     return GradientDecision(math.isfinite(norm), norm, count, factor, clip_value)
-
-
-def prepare(
-    manifest: Manifest, flat: Array, count: int, *, clip_norm: float | None, clip_value: float | None
-) -> GradientDecision:
-    """Decide, and turn the whole sum into the clipped mean; a sum that is not finite is left as it is."""
-    decision = decide(global_norm(manifest, flat), count, clip_norm=clip_norm, clip_value=clip_value)
-    if decision.finite:
-        decision.apply(flat, 0, flat.size)
-    return decision

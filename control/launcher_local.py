@@ -15,18 +15,15 @@ from pathlib import Path
 from typing import Protocol
 
 from control.lives import Lives, Outcome, RunFacts, Started
-from control.processes import is_sphere, log_of, spheres_of
+from control.processes import end_of, is_sphere, log_of, spheres_of
 from control.starting import start_process
+from spheres import SINGLE_THREAD
 from spheres.logs import said_error
 
 __all__ = ["LocalSpheres"]
 
 log = logging.getLogger(__name__)
 
-#: BLAS and OpenMP read these once, when numpy is first imported
-SINGLE_THREAD = dict.fromkeys(
-    ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
-)
 #: seconds in which spheres of a control that was killed come back: they dial again with pauses of up to a second, and
 #: control's start has taken some of that time already
 _COME_BACK_SECONDS = 3.0
@@ -58,15 +55,10 @@ class _Adopted:
 
     async def wait(self) -> int:
         """Wait for its end; whose child it is not, that is all that can be known: -1 stands for any code."""
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
-        loop.add_reader(self._descriptor, ended.set)
         try:
-            await ended.wait()
+            await end_of(self._descriptor)
         finally:
-            loop.remove_reader(self._descriptor)
             self.returncode = -1
-            os.close(self._descriptor)
         return self.returncode
 
     def send_signal(self, sign: int) -> None:

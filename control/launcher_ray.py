@@ -18,6 +18,7 @@ from typing import Any
 
 from control.config import RunConfig
 from control.lives import Lives, Outcome, RunFacts, Started
+from spheres import SINGLE_THREAD
 from spheres.errors import ArmillaryError, ConfigError, GradientError, TaskLoadError, UnreachableError
 from spheres.exposure import insecure_warning, is_loopback
 from spheres.task import IN_SPHERE
@@ -26,12 +27,8 @@ __all__ = ["RaySpheres", "ray_launcher"]
 
 log = logging.getLogger(__name__)
 
-#: of the actors' processes, before they import anything: bits differ between one BLAS thread and two
-_VARIABLES = {
-    **dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"),
-    "GRPC_VERBOSITY": "NONE",
-    IN_SPHERE: "1",
-}
+#: of the actors' processes, before they import anything
+_VARIABLES = {**SINGLE_THREAD, "GRPC_VERBOSITY": "NONE", IN_SPHERE: "1"}
 #: seconds within which the head of a cluster must answer: Ray itself would try for two minutes
 _CONNECT_SECONDS = 5.0
 #: seconds after which an actor without a place is spoken of

@@ -83,7 +83,7 @@ class RunFacts:
     #: host and process id of the spheres that have a way to control
     linked: Callable[[], AbstractSet[tuple[str, int]]] = _nobody
     #: waits until a condition holds that may change whenever a sphere comes or goes; None: nobody comes
-    until: Callable[[Callable[[], bool]], Awaitable[None]] | None = None
+    until: Callable[[Callable[[], bool]], Awaitable[object]] | None = None
     #: seconds that spheres wait for a control that is gone
     orphan_timeout: float = 60.0
     #: folders that spheres import from, besides the working directory

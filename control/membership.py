@@ -28,7 +28,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from control.placement import CONTROL, Member, order
@@ -82,10 +82,6 @@ class Sphere:
     @property
     def id(self) -> str:
         return self.member.id
-
-    @property
-    def relay(self) -> bool:
-        return self.member.relay
 
     @property
     def state(self) -> str:
@@ -228,7 +224,7 @@ class Membership:
             self._take_off(before)
             self._drop(before)
         self._lives += 1
-        member = Member(id, member.host, member.zone, member.capacity, member.relay, member.address)
+        member = replace(member, id=id)
         sphere = Sphere(member, term * _LIVES_PER_TERM + self._lives, pid, request_id=request_id, agent=agent)
         if before is not None:
             sphere.link = before.link
@@ -287,8 +283,7 @@ class Membership:
     def _take_up(self, change: pb.SphereChange, known: Sphere | None) -> Sphere:
         """Take up what a link says of its child."""
         said = change.member
-        host, capacity = said.host, 1.0 if known is None else known.member.capacity
-        member = Member(change.sphere_id, host, said.zone, capacity, said.relay, change.address)
+        member = Member(change.sphere_id, said.host, said.zone, said.relay, change.address)
         if known is None:
             known = self.spheres[change.sphere_id] = Sphere(member, change.incarnation, said.pid)
         else:
@@ -407,7 +402,7 @@ class Membership:
         if sphere.active:
             self.living += by
             self._most_living = max(self._most_living, self.living)
-            self.relays += by * sphere.relay
+            self.relays += by * sphere.member.relay
             self.levels[sphere.level] += by
             if not self.levels[sphere.level]:
                 del self.levels[sphere.level]

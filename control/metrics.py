@@ -157,8 +157,7 @@ class Totals:
     compute: float = 0.0
     up_bytes: int = 0
     down_bytes: int = 0
-    #: steps that were skipped, and how many of them are the last ones in a row
-    skipped_steps: int = 0
+    #: steps that were skipped, the last ones in a row
     skipped_in_a_row: int = 0
     #: phase -> seconds, summed over the spheres; ``optimizer`` is control's own
     phase_seconds: dict[str, float] = field(default_factory=dict)
@@ -169,9 +168,7 @@ class Totals:
         """Count one committed step."""
         self.steps += 1
         self.recent.append({key: record[key] for key in ("seconds", "phases")})
-        skipped = record["decision"] == Outcome.SKIPPED_STEP
-        self.skipped_steps += skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record["decision"] == Outcome.SKIPPED_STEP else 0
         self.samples += record["batch_samples"]
         self.seconds += record["seconds"]["step"]
         self.compute += record["seconds"]["step"] * (1 - record["sync_fraction"])

@@ -28,8 +28,6 @@ class Member:
     #: machine; spheres with one ``host`` share its memory and network card
     host: str
     zone: str = ""
-    #: declared speed compared with others; the faster are nearer to the root
-    capacity: float = 1.0
     #: sums and passes on only, so it stands above those that compute
     relay: bool = False
     #: where children can dial it; without one it can only be a leaf
@@ -99,9 +97,9 @@ def levels(tree: Mapping[str, str]) -> dict[str, int]:
     return found
 
 
-def order(member: Member) -> tuple[bool, bool, float, list[tuple[int, str]]]:
+def order(member: Member) -> tuple[bool, bool, list[tuple[int, str]]]:
     """Who comes first is nearer to the root."""
-    return (not member.address, not member.relay, -member.capacity, natural(member.id))
+    return (not member.address, not member.relay, natural(member.id))
 
 
 def natural(id: str) -> list[tuple[int, str]]:

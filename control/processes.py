@@ -1,14 +1,16 @@
-"""What can be learnt of a process by its id, before anybody sends it a signal: ids are used again.
+"""What can be learnt of a process by its id, before anybody sends it a signal: ids are used again. And of its end.
 
 Linux only (/proc): elsewhere nothing is known, and so nothing is done.
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
 from itertools import pairwise
 from pathlib import Path
 
-__all__ = ["command_of", "environment_of", "folder_of", "is_sphere", "log_of", "spheres_of"]
+__all__ = ["command_of", "end_of", "environment_of", "folder_of", "is_sphere", "log_of", "spheres_of"]
 
 _PROC = Path("/proc")
 
@@ -65,3 +67,14 @@ def spheres_of(control: str) -> list[int]:
     """Return the processes on this machine that are spheres of the control at this address."""
     pids = [int(entry.name) for entry in _PROC.iterdir() if entry.name.isdecimal()] if _PROC.is_dir() else []
     return [pid for pid in pids if is_sphere(pid, control)]
+
+
+async def end_of(descriptor: int) -> None:
+    """Wait for the end of a process that need be nobody's child, held by this descriptor; then close that."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)

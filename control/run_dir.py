@@ -24,6 +24,8 @@ __all__ = ["RunDirectory", "find", "log_lines", "meant", "process_of", "saved_co
 logger = logging.getLogger(__name__)
 
 BASE = Path("runs")
+#: the run that is meant where none is named
+LATEST = BASE / "latest"
 #: of each log, the end that is searched; and what a sphere says first
 _MOST_LOG_BYTES = 4 << 20
 _BEGINS = "looking for control at"
@@ -92,7 +94,7 @@ class RunDirectory:
     @classmethod
     def open(cls, path: Path | None) -> Self:
         """Open the directory of a run that exists; None: the latest. Raises ConfigError."""
-        shown = path or BASE / "latest"
+        shown = path or LATEST
         chosen = shown.resolve()
         if not (chosen / "run.json").exists():
             raise ConfigError(f"{shown} holds no run to resume; start without --resume")
@@ -175,7 +177,7 @@ def find(address: str | None, run_dir: Path | None) -> str:
     address, run_dir = meant(address, run_dir)
     if address:
         return address
-    path = run_dir or BASE / "latest"
+    path = run_dir or LATEST
     if not path.is_dir():
         raise ConfigError(f"no run directory at {path}; give --address HOST:PORT or --run-dir DIR")
     found, pid = _read_address(path)

@@ -16,7 +16,7 @@ from typing import Any
 
 from control.chaos import Fault, Outcome, Target, choose, table
 from control.client import Client
-from control.processes import command_of, environment_of, folder_of, is_sphere
+from control.processes import command_of, end_of, environment_of, folder_of, is_sphere
 from control.run_dir import find, meant, process_of
 from spheres.errors import ArmillaryError, RunStateError
 
@@ -154,7 +154,6 @@ class Storm:
     # ---- what is done to it
 
     async def _carry_out(self, fault: Fault, jobs: list[asyncio.Task[None]]) -> None:
-
         if fault.kind == "control":
             jobs.append(asyncio.create_task(self._kill_control(fault)))
             return
@@ -184,7 +183,6 @@ class Storm:
         return None
 
     def _note(self, fault: Fault, target: Target) -> None:
-
         at = asyncio.get_running_loop().time() - self._began
         outcome = Outcome(at, fault.kind, target.sphere, target.role, target.pid, self._step)
         if self._here:
@@ -199,9 +197,8 @@ class Storm:
             async with Client(self._address) as client:
                 spheres = await client.spheres()
         except ArmillaryError:
-            return [
-                target for target in self._last_seen if target.pid not in self._stopped
-            ]  # control is being killed itself
+            # control is being killed itself
+            return [target for target in self._last_seen if target.pid not in self._stopped]
         found = []
         for sphere in spheres:
             said = sphere.report
@@ -270,7 +267,7 @@ class Storm:
         descriptor = os.pidfd_open(pid)
         signal.pidfd_send_signal(descriptor, signal.SIGKILL)
         self._note(fault, Target("control", pid, "control"))
-        await _end_of(descriptor)  # and so of its lock
+        await end_of(descriptor)  # and so of its lock
         command = [sys.executable, "-m", "control", "start", "--json", "--resume", str(self._run_dir)]
         with (self._run_dir / "logs" / "control.log").open("ab") as log:
             process = subprocess.Popen(  # noqa: ASYNC220 - it does not wait
@@ -284,14 +281,3 @@ class Storm:
             )
         self._controls.append(process)
         self._say({"event": "control_started", "pid": process.pid})
-
-
-async def _end_of(descriptor: int) -> None:
-    """Wait for the end of a process, and close its descriptor."""
-    loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(descriptor, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)

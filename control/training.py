@@ -33,10 +33,12 @@ from control.servicers import ControlServicer
 from control.summary import Summary, completed_at, summarize, write_results
 from control.trace import traced
 from control.tree import Tree
+from spheres.config import NodeConfig
 from spheres.environment import allow_many_files, tune_malloc
 from spheres.errors import ArmillaryError, ConfigError, RefusedError, RunStateError, TaskError, TaskLoadError
 from spheres.exposure import insecure_warning, is_loopback
 from spheres.grpc_link import GrpcTransport
+from spheres.hub import Array
 from spheres.server import Health
 from spheres.task import IN_SPHERE, Task, load_task
 
@@ -215,45 +217,9 @@ class Training:
         self._stack.callback(directory.close)
         await beginning.find()
         node = replace(node, run_id=directory.run_id)
-        settings = config.model_dump(mode="json")
         servicer = ControlServicer()
-        transport = GrpcTransport(lambda server: add_services(server, servicer, self._health))
-        self._tree = Tree(
-            node,
-            transport,
-            host=socket.gethostname(),
-            term=int(directory.info["term"]) + 1,
-            hosts_per_host=config.hosts_per_host,
-        )
-        await self._stack.enter_async_context(
-            traced(self._tree.recorder, directory.path, run_id=directory.run_id, term=self._tree.term)
-        )
-        await self._listen(directory.last_address)
-        self._stack.push_async_callback(self._tree.aclose)
-        self._stack.callback(servicer.close)
-        directory.raise_term(settings)
-        journal, events = Journal(directory.path / "journal.jsonl"), EventLog(directory.path / "events.jsonl")
-        self._stack.callback(journal.close)
-        self._stack.callback(events.close)
-        self.controller = Controller(
-            config,
-            node,
-            self._tree,
-            run_dir=directory.path,
-            journal=journal,
-            events=events,
-            checkpoints=beginning.checkpoints,
-            callbacks=self.callbacks,
-            raise_term=lambda: directory.raise_term(settings),
-        )
-        self.controller.start_from(flat)
-        if beginning.snapshot is not None:
-            self.controller.tell_passed_over(beginning.passed_over)
-            ended = completed_at(directory.path, beginning.snapshot.run.step)
-            self.controller.load(beginning.snapshot, evaluated=ended is not None)
-            self._completed = ended if self.controller.complete else None
-        self._first_step = self.controller.step
-        beginning.allow_another_total(journal, node.sampler.steps_per_epoch, self._first_step)
+        await self._open_tree(node, servicer)
+        self._make_controller(node, beginning, flat)
         self._tree.changed = self._sphere_changed
         self._tree.dismissed = self._sphere_dismissed
         directory.write_address(self._tree.address)
@@ -280,6 +246,51 @@ class Training:
         if self._completed is None:
             await self._launcher.begin(config.spheres, came_back=self._came_back)
         self._health.set_ready(True)
+
+    async def _open_tree(self, node: NodeConfig, servicer: ControlServicer) -> None:
+        """Listen for spheres and clients, in a new term that is not raised yet."""
+        directory = self._directory
+        transport = GrpcTransport(lambda server: add_services(server, servicer, self._health))
+        self._tree = Tree(
+            node,
+            transport,
+            host=socket.gethostname(),
+            term=int(directory.info["term"]) + 1,
+            hosts_per_host=self.config.hosts_per_host,
+        )
+        await self._stack.enter_async_context(
+            traced(self._tree.recorder, directory.path, run_id=directory.run_id, term=self._tree.term)
+        )
+        await self._listen(directory.last_address)
+        self._stack.push_async_callback(self._tree.aclose)
+        self._stack.callback(servicer.close)
+
+    def _make_controller(self, node: NodeConfig, beginning: Beginning, flat: Array) -> None:
+        """Raise the term, and make the run as it begins, or stands in its checkpoint."""
+        directory, settings = self._directory, self.config.model_dump(mode="json")
+        directory.raise_term(settings)
+        journal, events = Journal(directory.path / "journal.jsonl"), EventLog(directory.path / "events.jsonl")
+        self._stack.callback(journal.close)
+        self._stack.callback(events.close)
+        self.controller = Controller(
+            self.config,
+            node,
+            self._tree,
+            run_dir=directory.path,
+            journal=journal,
+            events=events,
+            checkpoints=beginning.checkpoints,
+            callbacks=self.callbacks,
+            raise_term=lambda: directory.raise_term(settings),
+        )
+        self.controller.start_from(flat)
+        if beginning.snapshot is not None:
+            self.controller.tell_passed_over(beginning.passed_over)
+            ended = completed_at(directory.path, beginning.snapshot.run.step)
+            self.controller.load(beginning.snapshot, evaluated=ended is not None)
+            self._completed = ended if self.controller.complete else None
+        self._first_step = self.controller.step
+        beginning.allow_another_total(journal, node.sampler.steps_per_epoch, self._first_step)
 
     def _linked(self) -> set[tuple[str, int]]:
         """Return host and process id of the spheres that have a way to control."""

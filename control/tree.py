@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
@@ -117,9 +116,9 @@ class Tree:
         """Take spheres. Raises ConfigError where the address cannot be bound."""
         loop = asyncio.get_running_loop()
         self.hub.hooks.clock, self.hub.hooks.call_later = loop.time, loop.call_later
-        self._keeping = loop.create_task(self.children.keep(fence=lambda _: None, look=self.hub.watch))
         handlers = Handlers(self.children.work, self.children.heartbeat, self.enroll)
         self._listener = await self._transport.listen(address, handlers)
+        self._keeping = loop.create_task(self.children.keep(fence=lambda _: None, look=self.hub.watch))
         self.address = self.hub.address = self._listener.address
         self.hub.renewed([])
 
@@ -173,9 +172,7 @@ class Tree:
                 # Between two parents, by a move or a loss, a sphere has not heard that the run is over: it comes back,
                 # and is told then.
                 while (left := max(self._absent.values(), default=0.0) + _BACK_SECONDS - now()) > 0:
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(left):
-                            await self.until(lambda: bool(self.hub.children))
+                    await self.until(lambda: bool(self.hub.children), left)
                     await self.until(lambda: not self.hub.children)
         except TimeoutError:
             return False
@@ -256,17 +253,22 @@ class Tree:
         if len(ledger.shares) < 2:
             return
         # Of a run that goes on: without them other environments would do their part, to other bits (N22).
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_BACK_SECONDS):
-                await self.until(lambda: not ledger.shares.keys() - ledger.capacities.keys())
-                return
-        log.warning("some spheres of this run's mixed tree have not come back: others take their microbatches over")
+        if not await self.until(lambda: not ledger.shares.keys() - ledger.capacities.keys(), _BACK_SECONDS):
+            log.warning("some spheres of this run's mixed tree have not come back: others take their microbatches over")
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until ``condition`` holds; it is asked whenever a sphere has come, gone, moved or answered."""
-        while not condition():
-            self._arrivals.clear()
-            await self._arrivals.wait()
+    async def until(self, condition: Callable[[], bool], seconds: float | None = None) -> bool:
+        """Wait until ``condition`` holds; it is asked whenever a sphere has come, gone, moved or answered.
+
+        Returns whether it holds: False after so many seconds.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                while not condition():
+                    self._arrivals.clear()
+                    await self._arrivals.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def _resized(self) -> None:
         self._arrivals.set()
@@ -440,9 +442,7 @@ class Tree:
                     reason=reason,
                 )
             )
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                await self.until(lambda: not any(self.members.moving_to(id) is not None for id in goal))
+        await self.until(lambda: not any(self.members.moving_to(id) is not None for id in goal), timeout)
         late = {id for id, parent in goal.items() if self.members.parent_of(id) != parent}
         for id in late:
             self.members.arrived(id)  # given up: its place is free again
@@ -487,10 +487,7 @@ class Tree:
         self._states = {}
         wanted = self._asked = {sphere.id for sphere in self.spheres.values() if sphere.active}
         self.hub.direct(pb.Directive(kind=pb.DIRECTIVE_KIND_REPORT_STATE, request_id=self._request_id))
-        try:
-            async with asyncio.timeout(timeout):
-                await self.until(lambda: wanted <= self._states.keys())
-        except TimeoutError:
+        if not await self.until(lambda: wanted <= self._states.keys(), timeout):
             log.warning("no state from %s", ", ".join(sorted(wanted - self._states.keys())))
         return [self._states[name] for name in sorted(self._states)]
 

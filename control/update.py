@@ -23,7 +23,7 @@ from spheres.task import Sums
 from spheres.tensors import Manifest
 from spheres.weights import Weights
 
-__all__ = ["Update", "Updater", "master_digest", "overall"]
+__all__ = ["Update", "Updater", "master_digest"]
 
 Array = npt.NDArray[np.float32]
 
@@ -86,15 +86,42 @@ class Updater:
         config, manifest = self._config, self._manifest
         if rate is None:
             rate = learning_rate(config.schedule, config.learning_rate, step, self._total_steps)
-        checksum, decision = 0, None
+        decided, decision, checksum = self._decide(gradient, sums, skipped, run)
+        if decided is None:
+            weights.publish(term=term, version=step)  # as they were
+            raise GradientError(
+                f"the summed gradient of step {step} is not finite, though each microbatch's is: "
+                "the loss has grown too large; lower the learning rate"
+            )
+        weights.announce(term=term, version=step + 1)
+        announce()
+        if decision is not None:
+            self.optimizer.begin()
+        self._renew(weights, gradient, decision, rate, step=step, progress=progress, run=run)
+        weights.seal()
+        progress()
+        wanted = manifest.size <= _STATISTICS_ELEMENTS or step % _STATISTICS_EVERY == 0
+        return Update(
+            decided,
+            decision,
+            rate,
+            checksum,
+            _overall(manifest, gradient) if wanted and decision is not None else None,
+            _overall(manifest, weights.flat) if wanted else None,
+            master_digest(config, manifest, weights.flat),
+        )
+
+    def _decide(
+        self, gradient: Array, sums: Sums | None, skipped: int, run: Run
+    ) -> tuple[Outcome | None, GradientDecision | None, int]:
+        """Return what becomes of the step (None: the run halts), how the sum is applied, if it is, and its CRC-32C."""
+        config, checksum, decision = self._config, [0], None
         if sums is not None:
-            checksums = [0]
 
             def check() -> None:
-                checksums[0] = crc32c(gradient)
+                checksum[0] = crc32c(gradient)
 
-            norm = global_norm(manifest, gradient, lambda works: run([check, *works]))
-            checksum = checksums[0]
+            norm = global_norm(self._manifest, gradient, lambda works: run([check, *works]))
             decision = decide(norm, sums.count, clip_norm=config.clip_norm, clip_value=config.clip_value)
         decided = outcome(
             config.on_nonfinite,
@@ -102,23 +129,24 @@ class Updater:
             count=0 if sums is None else sums.count,
             finite=decision is not None and sums is not None and decision.finite and math.isfinite(sums.loss),
         )
-        if decided is None:
-            weights.publish(term=term, version=step)  # as they were
-            raise GradientError(
-                f"the summed gradient of step {step} is not finite, though each microbatch's is: "
-                "the loss has grown too large; lower the learning rate"
-            )
-        if decided is Outcome.SKIPPED_STEP:
-            decision = None
-        weights.announce(term=term, version=step + 1)
-        announce()
-        if decision is not None:
-            self.optimizer.begin()
+        return decided, None if decided is Outcome.SKIPPED_STEP else decision, checksum[0]
+
+    def _renew(
+        self,
+        weights: Weights,
+        gradient: Array,
+        decision: GradientDecision | None,
+        rate: float,
+        *,
+        step: int,
+        progress: Callable[[], None],
+        run: Run,
+    ) -> None:
+        """Make the new version, some chunks at a time; each may be read from then on."""
         finite = [True] * LANES
         chunk, count = weights.config.chunk_elements, weights.config.chunk_count
 
-        def renew(first: int, lane: int) -> None:
-            """Make some chunks of the new version."""
+        def some(first: int, lane: int) -> None:
             for index in range(first, min(first + _CHUNKS, count)):
                 if decision is not None:
                     end = min((index + 1) * chunk, gradient.size)
@@ -131,24 +159,12 @@ class Updater:
                 weights.prepare(index, index + 1)
 
         for first in range(0, count, LANES * _CHUNKS):
-            starts = range(first, min(first + LANES * _CHUNKS, count), _CHUNKS)
-            run([partial(renew, start, lane) for lane, start in enumerate(starts)])
+            end = min(first + LANES * _CHUNKS, count)
+            run([partial(some, start, lane) for lane, start in enumerate(range(first, end, _CHUNKS))])
             if not all(finite):
                 raise GradientError(f"the weights are not finite after step {step}; lower the learning rate or clip")
-            weights.offer(min(first + LANES * _CHUNKS, count))
+            weights.offer(end)
             progress()
-        weights.seal()
-        progress()
-        wanted = manifest.size <= _STATISTICS_ELEMENTS or step % _STATISTICS_EVERY == 0
-        return Update(
-            decided,
-            decision,
-            rate,
-            checksum,
-            overall(manifest, gradient) if wanted and decision is not None else None,
-            overall(manifest, weights.flat) if wanted else None,
-            master_digest(config, manifest, weights.flat),
-        )
 
 
 def master_digest(config: RunConfig, manifest: Manifest, flat: Array) -> str | None:
@@ -163,10 +179,10 @@ def master_digest(config: RunConfig, manifest: Manifest, flat: Array) -> str | N
     return version_digest(manifest.digest, checksums).hex()
 
 
-def overall(manifest: Manifest, flat: Array) -> dict[str, float]:
+def _overall(manifest: Manifest, flat: Array) -> dict[str, float]:
     """Return norm, min, max, mean and variance over all tensors together.
 
-    Tensor by tensor, and safer against cancellation, is ``numerics.statistics``; this one is for every step.
+    Tensor by tensor is ``numerics.statistics``; this one is for every step.
     """
     total = squares = 0.0
     for start in range(0, flat.size, BLOCK_ELEMENTS):

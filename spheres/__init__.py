@@ -11,6 +11,17 @@ os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_li
 
 __all__ = ["ArmillaryError", "Sums", "Task"]
 
+#: of the environment, read once, when numpy is first imported: bits differ between one BLAS thread and two
+SINGLE_THREAD = dict.fromkeys(
+    ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
+)
+
+
+def set_environment() -> None:
+    """Set what libraries read once, when they are first imported."""
+    os.environ.update(SINGLE_THREAD)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what gRPC logs by itself, its errors say too
+
 
 def __getattr__(name: str) -> object:
     # imported when used: a command that prints its help must not wait for numpy

@@ -17,7 +17,6 @@ from spheres.config import PROTOCOL_VERSION
 from spheres.errors import (
     ArmillaryError,
     FingerprintError,
-    LinkClosedError,
     ProtocolError,
     RefusedError,
     StaleError,
@@ -99,8 +98,8 @@ class Children:
     def look(self, now: float) -> None:
         """End the links of children whose lease has run out (N10)."""
         for child in list(self._hub.children.values()):
-            if self._lease.silent(child.heard, now):
-                error = LinkClosedError(f"{child.id} gave no sign of life for {now - child.heard:.1f} s (--patience)")
+            error = self._lease.silent(child.id, child.heard, now)
+            if error is not None:
                 log.warning("%s: %s", self._hub.id, error)
                 self._end(child, error)
 

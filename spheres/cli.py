@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from spheres import set_environment
 from spheres.errors import ArmillaryError, ConfigError, GradientError, TaskLoadError, UnreachableError
-from spheres.exposure import insecure_warning, is_loopback
+from spheres.exposure import insecure_warning, is_address, is_loopback
 from spheres.logs import VARIABLE, formatter, is_json
 from spheres.words import cut, is_encodable
 
@@ -32,8 +33,6 @@ it. See docs/cli.md."""
 _MOST_LINE_BYTES = 16 * 1024
 #: seconds that a sphere which is told to end at once has for its links
 _END_SECONDS = 1.0
-#: read once, when numpy is first imported
-_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 class LogTail(logging.Handler):
@@ -227,15 +226,10 @@ def _health(options: argparse.Namespace) -> int:
 
 
 def _start(options: argparse.Namespace, tail: LogTail, names: dict[str, str]) -> int:
-    for name in _THREADS:  # bits differ between one BLAS thread and two
-        os.environ[name] = "1"
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it logs by itself, its errors say too
+    set_environment()
     import uvloop
 
     from spheres.environment import allow_many_files, tune_malloc
-    from spheres.grpc_link import GrpcTransport
-    from spheres.server import Health, add_services
-    from spheres.sphere import Sphere, SphereOptions
     from spheres.task import IN_SPHERE
     from spheres.worker import limit_threads
 
@@ -246,6 +240,25 @@ def _start(options: argparse.Namespace, tail: LogTail, names: dict[str, str]) ->
     os.environ[IN_SPHERE] = "1"
     tune_malloc()
     allow_many_files()
+    limit_threads()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_take_part(options, tail, names))
+    return 0
+
+
+async def _take_part(options: argparse.Namespace, tail: LogTail, names: dict[str, str]) -> None:
+    """Be a sphere until the run is over, or a signal comes; at the second signal end at once."""
+    from spheres.grpc_link import GrpcTransport
+    from spheres.server import Health, add_services
+    from spheres.sphere import Sphere, SphereOptions
+
+    health = Health()
+
+    def link_changed(up: bool) -> None:
+        if up and sphere.hub is not None:
+            names.update(sphere_id=sphere.hub.id, run_id=sphere.hub.config.run_id)
+        health.set_ready(up)
+
     sphere_options = SphereOptions(
         control=options.control,
         listen=options.listen,
@@ -255,46 +268,32 @@ def _start(options: argparse.Namespace, tail: LogTail, names: dict[str, str]) ->
         orphan_timeout=options.orphan_timeout,
         host=options.host,
     )
+    transport = GrpcTransport(lambda server: add_services(server, health))
+    sphere = Sphere(sphere_options, transport, log_lines=tail.last, link_changed=link_changed)
+    told = False
 
-    async def run() -> None:
-        health = Health()
+    def stop() -> None:
+        nonlocal told
+        if sphere.hub is None:
+            # Nobody counts on it yet; the thread that loads the task would be waited for.
+            log.info("a signal before this sphere takes part: it ends")
+            _end(0)
+        if told:
+            sphere.stop()
+            loop.call_later(_END_SECONDS, _end, 0)  # whatever a thread is at, or a link waits for
+        else:
+            sphere.drain("a signal; once more to end at once")
+        told = True
 
-        def link_changed(up: bool) -> None:
-            if up and sphere.hub is not None:
-                names.update(sphere_id=sphere.hub.id, run_id=sphere.hub.config.run_id)
-            health.set_ready(up)
-
-        transport = GrpcTransport(lambda server: add_services(server, health))
-        sphere = Sphere(sphere_options, transport, log_lines=tail.last, link_changed=link_changed)
-        told = False
-
-        def stop() -> None:
-            nonlocal told
-            if sphere.hub is None:
-                # Nobody counts on it yet; the thread that loads the task would be waited for.
-                log.info("a signal before this sphere takes part: it ends")
-                _end(0)
-            if told:
-                sphere.stop()
-                loop.call_later(_END_SECONDS, _end, 0)  # whatever a thread is at, or a link waits for
-            else:
-                sphere.drain("a signal; once more to end at once")
-            told = True
-
-        loop = asyncio.get_running_loop()
-        for sign in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(sign, stop)
-        log.info("looking for control at %s, for up to %g s", options.control, options.orphan_timeout)
-        try:
-            await sphere.run()
-        except UnreachableError:
-            if not told:  # to go, before it had found control
-                raise
-
-    limit_threads()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run())
-    return 0
+    loop = asyncio.get_running_loop()
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sign, stop)
+    log.info("looking for control at %s, for up to %g s", options.control, options.orphan_timeout)
+    try:
+        await sphere.run()
+    except UnreachableError:
+        if not told:  # to go, before it had found control
+            raise
 
 
 def _is_on(variable: str) -> bool:
@@ -308,8 +307,7 @@ def _text(text: str) -> str:
 
 
 def _address(text: str) -> str:
-    host, _, port = _text(text).rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65_535:
+    if not is_address(_text(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is no address; give HOST:PORT, such as 127.0.0.1:5000")
     return text
 

@@ -16,10 +16,24 @@ from spheres.weights import Weights
 from spheres.work import TRAIN, Counts, Work
 from spheres.worker import Failure, Unit, Worker
 
-__all__ = ["Computing", "Outcome"]
+__all__ = ["Computing", "Outcome", "told"]
 
 #: seconds for which a sphere whose task has failed computes nothing, doubled each time up to the longest
 ASIDE_SECONDS, LONGEST_ASIDE = 2.0, 64.0
+
+
+def told(failure: Failure, *, sphere: str, step: int, count: int = 0) -> pb.TaskFailure:
+    """Return what control is told of a failure on ``sphere``, the ``count``-th there."""
+    return pb.TaskFailure(
+        failures_count=count,
+        sphere_id=sphere,
+        microbatch=failure.microbatch,
+        error=failure.error,
+        traceback=failure.traceback,
+        sample_ids=failure.sample_ids,
+        invalid_gradient=failure.invalid,
+        step=step,
+    )
 
 
 class Outcome(Enum):
@@ -119,16 +133,7 @@ class Computing:
         self._counts.samples += unit.samples
         if isinstance(result, Failure):
             self.failures += 1
-            self.failure = pb.TaskFailure(
-                failures_count=self.failures,
-                sphere_id=self._id,
-                microbatch=result.microbatch,
-                error=result.error,
-                traceback=result.traceback,
-                sample_ids=result.sample_ids,
-                invalid_gradient=result.invalid,
-                step=unit.step,
-            )
+            self.failure = told(result, sphere=self._id, step=unit.step, count=self.failures)
             return Outcome.FAILED
         assert result is not None  # only a cancelled unit gives nothing, and that is not self.unit
         self._gradients.reducer.cache[unit.block] = result

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from spheres.errors import DecodeError
+from spheres.errors import DecodeError, GradientError
 from spheres.sampling import Sampler
 from spheres.tensors import Manifest, TensorSpec
 from spheres.v1 import common_pb2, control_pb2
@@ -18,6 +18,10 @@ PROTOCOL_VERSION = 1
 
 #: no message on the wire is larger, 1.1 MiB: a chunk of at most 1 MiB and what goes around it
 MAX_MESSAGE_BYTES = 1_153_433
+
+#: Bytes of all metrics of some sums, and of each besides its name. In steps of very many microbatches it is less: they
+#: share a message with a chunk and who computed what, which is up to 24 bytes for each microbatch.
+_MOST_METRICS, _METRIC_BYTES = 32_768, 16
 
 #: sums that wait in the shared memory of one node for its parent, per block
 _SHARED_WINDOW_BYTES = 64 << 20
@@ -93,6 +97,16 @@ class NodeConfig:
     @cached_property
     def sampler(self) -> Sampler:
         return Sampler(seed=self.seed, size=self.train_size, batch_size=self.batch_size, microbatches=self.microbatches)
+
+    def check_metrics(self, names: Collection[str], whose: str) -> None:
+        """Raise GradientError where metrics of these names take more room than a message has for those of a step."""
+        most = min(_MOST_METRICS, MAX_MESSAGE_BYTES - self.chunk_bytes - 24 * self.microbatches - 2_048)
+        size = sum(len(name.encode()) + _METRIC_BYTES for name in names)
+        if size > most:
+            raise GradientError(
+                f"{whose} {len(names):,} metrics, {size:,} bytes of names and values; a message has room for "
+                f"{most:,}: give fewer metrics, the same ones for every microbatch, or shorter names"
+            )
 
     def to_proto(self) -> control_pb2.SphereConfiguration:
         message = control_pb2.SphereConfiguration(

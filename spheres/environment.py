@@ -99,12 +99,10 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def tune_malloc() -> bool:
-    """Keep buffers of chunk size out of mmap: page faults cost more than copies. False where this is not glibc."""
-    try:
-        libc = ctypes.CDLL(None)
-        mallopt = libc.mallopt
-    except (OSError, AttributeError):
-        return False
+def tune_malloc() -> None:
+    """Keep buffers of chunk size out of mmap: page faults cost more than copies. Nothing where this is not glibc."""
     m_trim_threshold, m_mmap_threshold = -1, -3
-    return bool(mallopt(m_mmap_threshold, 32 << 20)) and bool(mallopt(m_trim_threshold, 512 << 20))
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        if mallopt(m_mmap_threshold, 32 << 20):
+            mallopt(m_trim_threshold, 512 << 20)

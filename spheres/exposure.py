@@ -1,10 +1,16 @@
-"""Who can reach an address, and what is said of one that others than this machine can. No socket is opened here."""
+"""What an address is, who can reach it, and what is said of one beyond this machine. No socket is opened here."""
 
 from __future__ import annotations
 
 from ipaddress import ip_address
 
-__all__ = ["insecure_warning", "is_loopback"]
+__all__ = ["insecure_warning", "is_address", "is_loopback"]
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is HOST:PORT, with a port from 0 to 65535: gRPC itself takes port 99999 for another one."""
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isdecimal() and int(port) <= 65_535
 
 
 def is_loopback(host: str) -> bool:

@@ -29,7 +29,6 @@ from spheres.summing import Expression, add_up
 from spheres.task import Sums
 from spheres.v1 import work_pb2 as pb
 from spheres.weights import Weights
-from spheres.worker import check_metrics, metrics_room
 
 __all__ = ["Batch", "Contribution", "Gradients", "Outgoing"]
 
@@ -93,7 +92,6 @@ class Gradients:
         self._train, self._step = False, -1
         # of this step, in what children sent
         self._metrics: set[str] = set()
-        self._most_metrics = metrics_room(config)
         self._started = 0.0
         #: the root's: where the sum of the gradients goes, and what came with it
         self._out: Array | None = None
@@ -177,7 +175,7 @@ class Gradients:
         """Raise GradientError where the metrics of a step are too many together, though each child's may fit."""
         if not sums.metrics.keys() <= self._metrics:
             self._metrics.update(sums.metrics)
-            check_metrics(self._metrics, "the microbatches of a step have", self._most_metrics)
+            self._config.check_metrics(self._metrics, "the microbatches of a step have")
 
     def _check_count(self, child: str, block: Block, header: pb.GradientHeader, skipped: list[int]) -> None:
         """Which samples a block has follows from the run and the step alone: a wrong count is of other samples."""

@@ -13,7 +13,7 @@ from time import perf_counter
 from spheres.batches import Batches
 from spheres.blocks import Block, checked
 from spheres.carrier import Carrier, Inline
-from spheres.computing import Computing, Outcome
+from spheres.computing import Computing, Outcome, told
 from spheres.config import NodeConfig
 from spheres.downward import Downward
 from spheres.environments import ANY, Environments, Range
@@ -31,7 +31,7 @@ from spheres.v1 import work_pb2 as pb
 from spheres.watchdog import Watchdog
 from spheres.weights import Weights
 from spheres.work import EVALUATE, TRAIN, Child, Counts, Hooks, Work
-from spheres.worker import Failure, Unit, Worker
+from spheres.worker import Failure, Unit, Worker, sample_ids
 
 __all__ = ["EVALUATE", "TRAIN", "Array", "Child", "Hub", "Outgoing", "Work"]
 
@@ -390,7 +390,7 @@ class Hub:
         if message.HasField("capacity"):
             said = message.capacity
             capacities = capacities_from(said.capacity, said.capacities, child.environment)
-            self._do(self.ledger.child_changed(child.id, capacity=capacities))
+            self._do(self.ledger.child_changed(child.id, capacities=capacities))
             self._tell_capacity()
             return
         if message.HasField("leaving"):
@@ -425,13 +425,9 @@ class Hub:
         try:
             self.gradients.take_in(child.id, message, child.outbox.carrier, payload)
         except GradientError as error:  # of no microbatch alone: what they have together could not be sent
-            failure = pb.TaskFailure(sphere_id=child.id, microbatch=message.gradient_header.block.lo, error=str(error))
-            failure.invalid_gradient, failure.step = True, self.work.step
-            if self.work.kind == TRAIN:
-                failure.sample_ids.extend(
-                    self.config.sampler.microbatch(failure.step, failure.microbatch)[:64].tolist()
-                )
-            self.up.fail(failure)
+            index, step = message.gradient_header.block.lo, self.work.step
+            ids = sample_ids(self.config, step, index) if self.work.kind == TRAIN else ()
+            self.up.fail(told(Failure(index, str(error), "", ids, invalid=True), sphere=child.id, step=step))
         self.watchdog.progress(self.hooks.clock())
         self._flow()
 

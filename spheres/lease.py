@@ -32,25 +32,28 @@ class Lease:
 
     def check(self, now: float) -> None:
         """Raise LinkClosedError where this node was away for longer than its lease and has not ticked since."""
-        if self._ticked is not None and now - self._ticked > self.seconds:
-            raise self.away(now)
-
-    def away(self, now: float) -> LinkClosedError:
-        gap = now - (self._ticked if self._ticked is not None else now)
-        return LinkClosedError(
-            f"this node was stopped for {gap:.1f} s, longer than --patience: its links are over (N10)"
-        )
+        if (error := self._away(now)) is not None:
+            raise error
 
     def tick(self, now: float) -> LinkClosedError | None:
         """Note that this node runs. Return why all its links are over, None where they are not."""
-        error = self.away(now) if self._ticked is not None and now - self._ticked > self.seconds else None
-        self._ticked = now
+        error, self._ticked = self._away(now), now
         return error
+
+    def _away(self, now: float) -> LinkClosedError | None:
+        gap = 0.0 if self._ticked is None else now - self._ticked
+        if gap <= self.seconds:
+            return None
+        return LinkClosedError(
+            f"this node was stopped for {gap:.1f} s, longer than --patience: its links are over (N10)"
+        )
 
     def judges(self, now: float) -> bool:
         """Whether this node was attentive enough to say of others that they are silent: else they may wait unread."""
         return self._ticked is not None and now - self._ticked <= 3 * self.interval
 
-    def silent(self, heard: float, now: float) -> bool:
-        """Whether somebody last heard of then has been silent for longer than the lease."""
-        return now - heard > self.seconds
+    def silent(self, name: str, heard: float, now: float) -> LinkClosedError | None:
+        """Return why the link of a neighbour last heard of then is over: its lease has run out. None: it has not."""
+        if now - heard <= self.seconds:
+            return None
+        return LinkClosedError(f"{name} gave no sign of life for {now - heard:.1f} s (--patience)")

@@ -174,7 +174,7 @@ class Ledger:
     def child_joined(
         self,
         child: str,
-        capacity: float | Mapping[str, float],
+        capacities: Mapping[str, float],
         *,
         holds: bool,
         leaving: bool = False,
@@ -182,9 +182,9 @@ class Ledger:
     ) -> list[Action]:
         """A link to a child opened. An attempt only where it brings blocks, or work lies unassigned (N13).
 
-        ``capacity`` is by environment, or all of this node's own.
+        ``capacities``: what it computes at once, by environment.
         """
-        edge = self.edges[child] = Edge(self._by_environment(capacity), window or self.window, leaving=leaving)
+        edge = self.edges[child] = Edge(capacities, window or self.window, leaving=leaving)
         if not self.active:
             return []
         if self.waiting is not None:
@@ -247,13 +247,13 @@ class Ledger:
         return self._gathered()
 
     def child_changed(
-        self, child: str, *, capacity: float | Mapping[str, float] | None = None, leaving: bool = False
+        self, child: str, *, capacities: Mapping[str, float] | None = None, leaving: bool = False
     ) -> list[Action]:
         """A child's subtree grew or shrank, or the child wants to go."""
         edge = self.edges[child]
         edge.leaving = edge.leaving or leaving
-        if capacity is not None:
-            edge.capacities, edge.aside = self._by_environment(capacity), set()
+        if capacities is not None:
+            edge.capacities, edge.aside = capacities, set()
         if self.active and self.stuck and edge.able:
             return self._gather(self.frontier)
         return []
@@ -421,9 +421,6 @@ class Ledger:
     def _void(self) -> None:
         self.obligations, self.assigned, self.allowed, self.stuck = {}, False, -1, False
         self.slots, self.queue, self.environments = {}, [], ANY
-
-    def _by_environment(self, capacity: float | Mapping[str, float]) -> Mapping[str, float]:
-        return capacity if isinstance(capacity, Mapping) else {self.environment: capacity}
 
     def _open(self, slot: Block) -> bool:
         """Whether chunks of a slot are still to be sent up."""

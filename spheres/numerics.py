@@ -116,13 +116,11 @@ def global_norm(manifest: Manifest, flat: Array, run: Run = in_turn) -> float:
 
 @dataclass(frozen=True, slots=True)
 class TensorStatistics:
-    """One tensor in five numbers; ``variance`` is that of the population. All 0 for a tensor without elements."""
+    """One tensor in three numbers. All 0 for a tensor without elements."""
 
     norm: float
     minimum: float
     maximum: float
-    mean: float
-    variance: float
 
 
 def statistics(manifest: Manifest, flat: Array) -> dict[str, TensorStatistics]:
@@ -134,8 +132,8 @@ def statistics(manifest: Manifest, flat: Array) -> dict[str, TensorStatistics]:
 
 def _tensor_statistics(flat: Array, offset: int, size: int, scratch: Wide) -> TensorStatistics:
     if size == 0:
-        return TensorStatistics(0.0, 0.0, 0.0, 0.0, 0.0)
-    squares, count, average, spread = 0.0, 0, 0.0, 0.0
+        return TensorStatistics(0.0, 0.0, 0.0)
+    squares = 0.0
     lows: list[float] = []
     highs: list[float] = []
     for piece in _blocks(offset, size):
@@ -143,19 +141,8 @@ def _tensor_statistics(flat: Array, offset: int, size: int, scratch: Wide) -> Te
         lows.append(float(block.min()))
         highs.append(float(block.max()))
         squares += _square_sum(block, scratch)
-        # spread around each block's own mean, then combined: a large mean must not eat a small variance
-        wide = scratch[: block.size]
-        np.copyto(wide, block)
-        block_mean = float(np.add.reduce(wide)) / block.size
-        wide -= block_mean
-        np.multiply(wide, wide, out=wide)
-        both = count + block.size
-        delta = block_mean - average
-        spread += float(np.add.reduce(wide)) + delta * delta * count * block.size / both
-        average += delta * block.size / both
-        count = both
     # np.min, unlike min(), passes a NaN on
-    return TensorStatistics(math.sqrt(squares), float(np.min(lows)), float(np.max(highs)), average, spread / size)
+    return TensorStatistics(math.sqrt(squares), float(np.min(lows)), float(np.max(highs)))
 
 
 def scale(flat: Array, factor: float) -> None:

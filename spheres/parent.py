@@ -209,9 +209,9 @@ class Parent:
 
     def look(self, now: float) -> None:
         """End the link where the parent's lease has run out (N10)."""
-        if self.linked and self._lease.silent(self._heard, now):
+        if self.linked and (error := self._lease.silent(self.id, self._heard, now)) is not None:
             self._silent = self.id
-            self.cut(LinkClosedError(f"{self.id} gave no sign of life for {now - self._heard:.1f} s (--patience)"))
+            self.cut(error)
 
     def alone(self) -> float:
         """Return the seconds for which there has been no way to control; 0 where there is one."""

@@ -66,7 +66,6 @@ class Segment:
         self.__array_interface__ = payload.__array_interface__
         #: address of the payload
         self.address = int(payload.ctypes.data)
-        self.bytes = 4 * elements
 
     @property
     def array(self) -> Array:

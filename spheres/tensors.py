@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -124,10 +124,7 @@ class Manifest:
     def sha256(self, flat: Array) -> str:
         """SHA-256 over all tensors back to back in manifest order, little-endian, without padding."""
         digest = hashlib.sha256()
-        for part in self._unpadded(flat):
+        for spec in self.tensors:
+            part = flat[spec.offset : spec.offset + spec.size]
             digest.update(np.ascontiguousarray(part, dtype="<f4").data.cast("B"))
         return digest.hexdigest()
-
-    def _unpadded(self, flat: Array) -> Iterator[Array]:
-        for spec in self.tensors:
-            yield flat[spec.offset : spec.offset + spec.size]

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from spheres.config import MAX_MESSAGE_BYTES
 from spheres.errors import ArmillaryError, ConfigError, LinkClosedError, MessageTooLargeError
+from spheres.exposure import is_address
 
 __all__ = [
     "GONE",
@@ -137,10 +138,10 @@ def check_size(message: bytes) -> None:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Return host and port to listen on. Raises ConfigError: gRPC itself takes port 99999 for another one."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65_535:
+    """Return host and port to listen on. Raises ConfigError."""
+    if not is_address(address):
         raise ConfigError(f"cannot listen on {address!r}: an address is HOST:PORT with a port from 0 to 65535")
+    host, _, port = address.rpartition(":")
     return host, int(port)
 
 

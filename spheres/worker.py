@@ -10,7 +10,7 @@ import math
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from time import perf_counter
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spheres.blocks import Block, halves
-from spheres.config import MAX_MESSAGE_BYTES, NodeConfig
+from spheres.config import NodeConfig
 from spheres.errors import GradientError
 from spheres.narrow import add_rounded, round_and_check
 from spheres.numerics import add_sums, crc32c
@@ -31,7 +31,7 @@ from spheres.task import Sums, Task
 from spheres.tensors import aligned_zeros
 from spheres.words import cut, is_encodable, raised
 
-__all__ = ["Computer", "Failure", "Pool", "Unit", "Worker", "check_metrics", "limit_threads", "metrics_room"]
+__all__ = ["Computer", "Failure", "Pool", "Unit", "Worker", "limit_threads", "sample_ids"]
 
 Array = npt.NDArray[np.float32]
 
@@ -39,25 +39,18 @@ Array = npt.NDArray[np.float32]
 _MOST_TENSORS, _MOST_SAMPLES = 16, 64
 #: bytes of what is said of a failure: in one line, and the end of the traceback
 _MOST_ERROR, _MOST_TRACEBACK = 4_096, 65_536
-#: Bytes of all metrics of some sums, and of each besides its name. In steps of very many microbatches it is less: they
-#: share a message with a chunk and who computed what, which is up to 24 bytes for each microbatch.
-_MOST_METRICS, _METRIC_BYTES = 32_768, 16
 
 _limiter: Any = None
 
 
-def limit_threads() -> int:
-    """Pin BLAS and OpenMP in this process to one thread, for good; bits differ between one thread and two.
-
-    Returns the number of libraries found.
-    """
+def limit_threads() -> None:
+    """Pin BLAS and OpenMP in this process to one thread, for good; bits differ between one thread and two."""
     global _limiter  # noqa: PLW0603 - the limit lasts as long as this object
     from threadpoolctl import ThreadpoolController
 
     controller = ThreadpoolController()
     if any(library.num_threads != 1 for library in controller.lib_controllers):
         _limiter = controller.limit(limits=1)
-    return len(controller.lib_controllers)
 
 
 @dataclass(frozen=True)
@@ -104,7 +97,6 @@ class Computer:
 
     def __init__(self, config: NodeConfig, task: Task) -> None:
         self._config, self._task, self._sampler = config, task, config.sampler
-        self._most_metrics = metrics_room(config)
         self._overwrites = bool(getattr(task, "overwrites_out", False))
         # out's id -> its views, for as long as somebody has it: these must not keep the memory of a buffer that is gone
         self._views: dict[int, tuple[weakref.ref[Array], dict[str, Array]]] = {}
@@ -147,7 +139,7 @@ class Computer:
             # A task that binds a new array instead of writing into the view is told so, not trained on zeros.
             if given.get(name) is not view:
                 raise GradientError(f"gradient() replaced out[{name!r}]; write into it: out[{name!r}][...] = value")
-        sums = _checked(sums, "gradient", samples.size, self._most_metrics)
+        sums = _checked(sums, "gradient", samples.size, self._config)
         # after rounding, which makes infinite what the narrower type cannot hold (N21)
         finite, crc = round_and_check(out, self._config.gradient_dtype, checksum=checksum)
         bad = [] if finite else [name for name, view in views.items() if not np.isfinite(view).all()]
@@ -174,7 +166,7 @@ class Computer:
         if samples.size == 0:
             return None
         sums = self._task.evaluate(weights, samples)
-        sums = _checked(sums, "evaluate", samples.size, self._most_metrics)
+        sums = _checked(sums, "evaluate", samples.size, self._config)
         for said in _not_finite(sums).values():
             raise GradientError(f"evaluate() returned {said}")
         return sums
@@ -183,11 +175,11 @@ class Computer:
         """Return left + right. Raises GradientError where that has more metrics than fit into a message."""
         sums = add_sums(left, right)
         if len(sums.metrics) > max(len(left.metrics), len(right.metrics)):
-            check_metrics(sums.metrics, "the microbatches of a step have", self._most_metrics)
+            self._config.check_metrics(sums.metrics, "the microbatches of a step have")
         return sums
 
 
-def _checked(sums: object, method: str, count: int, most_metrics: int) -> Sums:
+def _checked(sums: object, method: str, count: int, config: NodeConfig) -> Sums:
     """Return what a task returned in Python's own numbers: those of others may be added with other bits.
 
     Raises GradientError where it is not what was asked for, or cannot be sent.
@@ -205,24 +197,14 @@ def _checked(sums: object, method: str, count: int, most_metrics: int) -> Sums:
             raise GradientError(f"{method}() returned a metric named {name!r}: name each metric with a str")
         if not is_encodable(name):
             raise GradientError(f"{method}() returned a metric named {name!r}, which is no UTF-8: name it otherwise")
-    check_metrics(sums.metrics, f"{method}() returned", most_metrics)
+    config.check_metrics(sums.metrics, f"{method}() returned")
     metrics = {name: _number(value, f"{method}() returned {name} =") for name, value in sums.metrics.items()}
     return Sums(_number(sums.loss, f"{method}() returned loss"), count, metrics)
 
 
-def metrics_room(config: NodeConfig) -> int:
-    """Return the bytes that all metrics of a step may take, by their names."""
-    return min(_MOST_METRICS, MAX_MESSAGE_BYTES - config.chunk_bytes - 24 * config.microbatches - 2_048)
-
-
-def check_metrics(names: Collection[str], whose: str, most: int) -> None:
-    """Raise GradientError where metrics of these names take more than ``most`` bytes."""
-    size = sum(len(name.encode()) + _METRIC_BYTES for name in names)
-    if size > most:
-        raise GradientError(
-            f"{whose} {len(names):,} metrics, {size:,} bytes of names and values; a message has room for "
-            f"{most:,}: give fewer metrics, the same ones for every microbatch, or shorter names"
-        )
+def sample_ids(config: NodeConfig, step: int, index: int) -> tuple[int, ...]:
+    """Return the first samples of a microbatch, as many as are named in a failure."""
+    return tuple(config.sampler.microbatch(step, index)[:_MOST_SAMPLES].tolist())
 
 
 def _number(value: Any, said: str) -> float:
@@ -396,9 +378,7 @@ class Worker:
         return Held(left.array, sums, skipped, crc)
 
     def _failure(self, unit: Unit, index: int, error: BaseException) -> Failure:
-        ids: tuple[int, ...] = ()
-        if unit.train:
-            ids = tuple(int(i) for i in self._config.sampler.microbatch(unit.step, index)[:_MOST_SAMPLES])
+        ids = sample_ids(self._config, unit.step, index) if unit.train else ()
         invalid = isinstance(error, GradientError)
         text = raised(error)
         if invalid:

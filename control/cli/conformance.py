@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from control.cli.output import JsonFlag, VerboseFlag, log_to_stderr, put_json
+from spheres import set_environment
 from spheres.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +62,6 @@ def conformance(
     COMMAND is started anew for each case, with ARMILLARY_CONTROL set to the address where control is played. Exit
     code 0: all cases passed; 1: one has failed, and what was expected and what came is said.
     """
-    from control.cli.start import set_environment
     from control.config_sources import load_config
     from control.conformance import CASES
     from control.units import parse_duration

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from control.cli.output import JsonFlag, VerboseFlag, log_to_stderr, put_json
-from control.cli.start import ConfigFlag, set_environment, with_flags
+from control.cli.start import ConfigFlag, with_flags
 from control.config import RunConfig
 from control.config_sources import load_config
+from spheres import set_environment
 from spheres.errors import ConfigError, GradientError
 
 if TYPE_CHECKING:

@@ -83,7 +83,7 @@ def logs(
     verbose: VerboseFlag = 0,
 ) -> None:
     """Print the end of a sphere's log, wherever it runs; of a local one that is gone, what its file has."""
-    from control.run_dir import BASE, log_lines, meant
+    from control.run_dir import LATEST, log_lines, meant
 
     address, run_dir = meant(address, run_dir)
 
@@ -100,7 +100,7 @@ def logs(
         found = ask(address, run_dir, question)
     except (UnreachableError, RefusedError):
         # the run is over, perhaps: its files are there still
-        found = [] if address else log_lines(run_dir or BASE / "latest", sphere, lines)
+        found = [] if address else log_lines(run_dir or LATEST, sphere, lines)
         if not found:
             raise
     if json:

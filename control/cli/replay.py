@@ -37,10 +37,10 @@ def replay(
     run directory. Exit code 0: every digest is the recorded one; 1: one is not, and where it went wrong is said.
     """
     from control.replay import Replay
-    from control.run_dir import BASE
+    from control.run_dir import LATEST
 
     log_to_stderr(verbose)
-    made = Replay(run_dir or BASE / "latest", step, until, anyway=anyway)
+    made = Replay(run_dir or LATEST, step, until, anyway=anyway)
     shown: list[ReplayedStep] = []
     if not json:
         for note in made.notes:

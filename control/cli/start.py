@@ -19,6 +19,7 @@ import typer
 from control.cli.output import Command, JsonFlag, VerboseFlag, console, log_to_stderr, put_json, rows, shows_json
 from control.config import RunConfig, flat_paths, flatten
 from control.config_sources import allowed, default_text, help_text, load_config
+from spheres import set_environment
 from spheres.errors import ConfigError
 from spheres.logs import VARIABLE
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from control.events import Event, RunHandle
     from control.training import Summary
 
-__all__ = ["ConfigFlag", "WithResume", "panels", "set_environment", "show_config", "start", "with_flags"]
+__all__ = ["ConfigFlag", "WithResume", "panels", "show_config", "start", "with_flags"]
 
 #: first key of each part of --help
 _PANELS = {
@@ -132,13 +133,15 @@ def start(
     with contextlib.suppress(ValueError):  # not the main thread: the caller's signals are the caller's
         signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     set_environment()
+    from control.run_dir import LATEST
+
     if log_format is not None:
         os.environ[VARIABLE] = log_format  # for local spheres too
     naming = _Naming()
     log_to_stderr(verbose, naming.names.copy)
     saved = None
     if resume == "auto":
-        resume = "" if ((_given_run_dir(flags["run_dir"], config) or _latest()) / "run.json").exists() else None
+        resume = "" if ((_given_run_dir(flags["run_dir"], config) or LATEST) / "run.json").exists() else None
     if resume is not None:
         saved, resume, flags["run_dir"] = _resumed("" if resume == "latest" else resume, flags["run_dir"], config)
     run_config, _ = load_config(flags, os.environ, config, saved)
@@ -148,15 +151,6 @@ def start(
     if summary.reason in signal.Signals.__members__:
         # stopped in order, but not done: what comes after it in a script is not to run
         raise typer.Exit(128 + signal.Signals[summary.reason])
-
-
-def set_environment() -> None:
-    """Set what libraries read once, when they are first imported."""
-    # bits differ between one BLAS thread and two
-    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-        os.environ[name] = "1"
-    # what gRPC logs by itself, its errors say too
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 class _Naming:
@@ -208,25 +202,19 @@ def _given_run_dir(run_dir: str | None, file: Path | None) -> Path | None:
     return load_config({"run_dir": run_dir}, variable, file)[0].run_dir
 
 
-def _latest() -> Path:
-    from control.run_dir import BASE
-
-    return BASE / "latest"
-
-
 def _resumed(resume: str, run_dir: str | None, file: Path | None) -> tuple[dict[str, Any], str, str | None]:
     """Return the keys of the run that goes on, the checkpoint ("": its newest) and the run directory.
 
     Of the keys, all that are not given now stay as they were.
     """
     from control.checkpoint import read_snapshot
-    from control.run_dir import saved_config
+    from control.run_dir import LATEST, saved_config
     from control.store_fsspec import is_url
 
     given = _given_run_dir(run_dir, file)
     if is_url(resume):
         return flatten(RunConfig.from_json(read_snapshot(resume).run.config_json)), resume, run_dir
-    path = Path(resume) if resume else given or _latest()
+    path = Path(resume) if resume else given or LATEST
     if (path / "run.json").exists():
         if given is not None and given.resolve() != path.resolve():
             raise ConfigError(

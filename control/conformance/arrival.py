@@ -72,19 +72,6 @@ class Arrival:
     def done(self) -> bool:
         return all(part.next >= self.chunks and part.footer is not None for part in self.parts.values())
 
-    @property
-    def missing(self) -> str:
-        """What has not come, in words."""
-        said = []
-        for block, part in self.parts.items():
-            if part.header is None:
-                said.append(f"all of {block}")
-            elif part.next < self.chunks:
-                said.append(f"chunks {part.next} to {self.chunks - 1} of {block}")
-            elif part.footer is None:
-                said.append(f"the footer of {block}")
-        return ", ".join(said) or "nothing"
-
     def take(self, message: pb.WorkRequest) -> None:
         """Hold a frame to the protocol, and keep what it brings. Raises BreachError."""
         tag = message.tag

@@ -65,7 +65,6 @@ def breach_unless(holds: object, rule: str, expected: str, came: object) -> None
 class Version:
     """One version of the weights, as it goes over the wire."""
 
-    number: int
     #: what the task sees: rounded where the run rounds weights
     flat: Array
     chunks: tuple[bytes, ...]
@@ -142,7 +141,7 @@ class Script:
         parts = [flat[index * size : (index + 1) * size] for index in range(node.chunk_count)]
         chunks = tuple(bytes(to_wire(part, node.weights_dtype)) for part in parts)
         checksums = tuple(crc32c(chunk) for chunk in chunks)
-        return Version(number, flat, chunks, checksums, version_digest(node.manifest.digest, checksums))
+        return Version(flat, chunks, checksums, version_digest(node.manifest.digest, checksums))
 
     def gradient(self, version: int, step: int, block: Block) -> tuple[Array, Sums | None]:
         """Return the Python gradient of a block, zeros where it is absent, and its sums."""

@@ -13,11 +13,12 @@ from control import tree as tree_module
 from control.config import RunConfig
 from control.placement import CONTROL
 from control.reference import reference
-from control.testing import HOST, LocalTree, local_tree
+from control.testing import HOST, LocalTree, control_node, local_tree
 from spheres.errors import ConfigError, UnreachableError
 from spheres.sphere import Sphere, SphereOptions
 from spheres.testing.memory import MemoryNetwork, MemoryTransport
 from spheres.testing.synthetic import Synthetic
+from spheres.transport import Handlers, Link
 from spheres.v1 import control_pb2
 from spheres.v1 import work_pb2 as pb
 
@@ -264,3 +265,23 @@ def test_nobody_enrolls_in_a_run_that_is_over(run, tmp_path):
                 local.tree.grant(control_pb2.EnrollSphereRequest(protocol_version=1))
 
     run(main())
+
+
+def test_an_address_that_is_taken_leaves_no_second_keeper_of_leases(run, tmp_path):
+    """Control tries the address of the control before it first, and its own where that is another's by now."""
+
+    async def scenario() -> None:
+        network = MemoryNetwork()
+        control = control_node(config(), TASK, MemoryTransport(network, "control"), directory=tmp_path)
+        other = await MemoryTransport(network, "other").listen("127.0.0.1:7000", Handlers(never, never))
+        before = asyncio.all_tasks()
+        with pytest.raises(ConfigError):
+            await control.tree.listen("127.0.0.1:7000")
+        assert asyncio.all_tasks() == before
+        await other.aclose()
+        control.close()
+
+    async def never(_: Link) -> None:
+        raise AssertionError
+
+    run(scenario())

@@ -80,7 +80,7 @@ class VirtualSegment(Segment):
         self._words = np.zeros(1, np.int64)
         self._payload = aligned_zeros(max(elements, 1))[:elements]
         self.__array_interface__ = self._payload.__array_interface__
-        self.address, self.bytes = int(self._payload.ctypes.data), 4 * elements
+        self.address = int(self._payload.ctypes.data)
 
 
 class VirtualAttached(Attached):

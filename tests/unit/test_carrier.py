@@ -199,7 +199,7 @@ def test_a_ring_keeps_what_two_windows_hold_and_no_more(window: int, dtype: str)
         found |= receive(receiver, made, send(sender, made, index, index, *sources))
         for known in range(max(0, index + 1 - 2 * window), index + 1):
             assert found[known].tobytes() == chunk_of(made, expected, known).tobytes(), f"{known} at {index}"
-    assert sum(ring.bytes for ring in sender._rings) == 4 * 2 * window * made.chunk_elements
+    assert sum(ring.array.nbytes for ring in sender._rings) == 4 * 2 * window * made.chunk_elements
     assert found[0].tobytes() == chunk_of(made, expected, (CHUNKS - 1) // (2 * window) * 2 * window).tobytes()
 
 

@@ -180,7 +180,7 @@ def test_one_that_flaps_between_two_steps_keeps_its_part() -> None:
 
 def test_a_capacity_that_fell_to_next_to_nothing_ends_nothing() -> None:
     made = tree(x="a", p="b")
-    made.child_changed("p", capacity={"b": 1e-6})
+    made.child_changed("p", capacities={"b": 1e-6})
     made.start(8, CHUNKS, [ALL])
     assert meant(made) == "aaaabbbb"
 

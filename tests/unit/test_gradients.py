@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from control.gradients import decide, prepare
+from control.gradients import GradientDecision, decide
 from spheres.numerics import global_norm
 from spheres.tensors import Manifest
 
@@ -14,6 +14,16 @@ MANIFEST = Manifest.of({name: np.zeros(shape, np.float32) for name, shape in SHA
 def summed(seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return MANIFEST.pack({name: (9 * rng.standard_normal(shape)).astype(np.float32) for name, shape in SHAPES.items()})
+
+
+def prepare(
+    manifest: Manifest, flat: np.ndarray, count: int, *, clip_norm: float | None, clip_value: float | None
+) -> GradientDecision:
+    """Decide, and turn the whole sum into the clipped mean; a sum that is not finite is left as it is."""
+    decision = decide(global_norm(manifest, flat), count, clip_norm=clip_norm, clip_value=clip_value)
+    if decision.finite:
+        decision.apply(flat, 0, flat.size)
+    return decision
 
 
 def test_mean_without_clipping() -> None:

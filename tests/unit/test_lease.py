@@ -26,5 +26,5 @@ def test_only_an_attentive_node_judges_others() -> None:
 
 
 def test_silence_is_longer_than_the_lease() -> None:
-    assert not Lease(4.0).silent(1.0, 5.0)
-    assert Lease(4.0).silent(1.0, 5.01)
+    assert Lease(4.0).silent("s-1", 1.0, 5.0) is None
+    assert "s-1 gave no sign of life for 4.1 s" in str(Lease(4.0).silent("s-1", 1.0, 5.1))

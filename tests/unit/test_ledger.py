@@ -19,7 +19,7 @@ def ledger(*children: str, computes: bool = True, root: bool = False) -> Ledger:
     """A node whose children joined before the step; each is as fast as one sphere."""
     made = Ledger(WINDOW, computes=computes, root=root)
     for child in children:
-        assert made.child_joined(child, 1.0, holds=False) == []
+        assert made.child_joined(child, {"": 1.0}, holds=False) == []
     return made
 
 
@@ -63,7 +63,7 @@ def test_start_drops_all_of_the_step_before() -> None:
     made.start(8, CHUNKS, [ALL])
     made.next_unit()
     made.computed(Block(0, 4))
-    made.child_joined("b", 1.0, holds=True)
+    made.child_joined("b", {"": 1.0}, holds=True)
     assert made.waiting == {"a", "b"}
     assert made.edges["b"].attempt == 1
     made.start(8, CHUNKS, None)
@@ -94,7 +94,7 @@ def test_an_evaluation_has_one_unit_per_block() -> None:
 
 def test_nobody_to_give_it_to_is_stuck_and_nothing_is_given_out() -> None:
     made = ledger("a", computes=False)
-    made.child_changed("a", capacity=0.0)
+    made.child_changed("a", capacities={"": 0.0})
     assert made.start(8, CHUNKS, [ALL]) == [Stuck((ALL,))]
     assert made.stuck
     assert made.slots == {}
@@ -133,7 +133,7 @@ def test_after_resume_the_parent_counts_its_attempts_from_0() -> None:
 def test_begin_is_passed_on_with_own_numbers_and_the_same_chunk() -> None:
     """N4."""
     made = started("a", "b")
-    made.child_joined("c", 1.0, holds=True)
+    made.child_joined("c", {"": 1.0}, holds=True)
     assert made.begin(5, 7) == [SendBegin("a", 2, 7), SendBegin("b", 2, 7), SendBegin("c", 2, 7)]
     assert (made.slots, made.obligations, made.frontier) == ({}, {}, 7)
     assert made.sendable(lambda *_: True) is None
@@ -231,7 +231,7 @@ def test_an_assignment_that_comes_while_children_are_asked_waits_for_them() -> N
     made = started("a", blocks=None)
     made.begin(1, 0)
     ready(made, "a")
-    assert made.child_joined("b", 1.0, holds=True) == [SendBegin("a", 2, 0), SendBegin("b", 1, 0)]
+    assert made.child_joined("b", {"": 1.0}, holds=True) == [SendBegin("a", 2, 0), SendBegin("b", 1, 0)]
     assert made.assign(1, 0, [ALL]) == []
     assert ready(made, "b", Block(4, 8)) == []  # Ready is not said twice
     assert made.sendable(lambda *_: True) is None
@@ -246,7 +246,7 @@ def test_one_who_joined_after_ready_is_asked_before_the_parent_is_given_notice()
     made = started("a", blocks=None)
     made.begin(1, 0)
     ready(made, "a")
-    assert made.child_joined("b", 1.0, holds=False) == []  # N13
+    assert made.child_joined("b", {"": 1.0}, holds=False) == []  # N13
     assert made.child_lost("a") == []
     assert made.assign(1, 0, [ALL]) == [SendBegin("b", 1, 0)]
     assert ready(made, "b") == [SendAssign("b", 1, 0, (ALL,))]
@@ -295,14 +295,14 @@ def test_relinked_voids_what_is_owed_and_raises_the_attempts_below() -> None:
 def test_a_joiner_that_holds_nothing_starts_no_attempt() -> None:
     """N13."""
     made = started("a")
-    assert made.child_joined("b", 1.0, holds=False) == []
+    assert made.child_joined("b", {"": 1.0}, holds=False) == []
     assert made.slots == {ALL: "a"}
 
 
 def test_a_joiner_that_holds_blocks_starts_one() -> None:
     """N4."""
     made = started("a")
-    assert made.child_joined("b", 1.0, holds=True) == [SendBegin("a", 1, 0), SendBegin("b", 1, 0)]
+    assert made.child_joined("b", {"": 1.0}, holds=True) == [SendBegin("a", 1, 0), SendBegin("b", 1, 0)]
     assert made.attempts == 1
 
 
@@ -311,8 +311,8 @@ def test_a_joiner_takes_part_in_what_is_being_gathered() -> None:
     made = started("a", "b")
     made.child_lost("a")
     assert made.waiting == {"b"}
-    assert made.child_joined("c", 1.0, holds=True) == [SendBegin("c", 1, 0)]
-    assert made.child_joined("d", 1.0, holds=False) == [SendBegin("d", 1, 0)]
+    assert made.child_joined("c", {"": 1.0}, holds=True) == [SendBegin("c", 1, 0)]
+    assert made.child_joined("d", {"": 1.0}, holds=False) == [SendBegin("d", 1, 0)]
     ready(made, "c", Block(4, 8), idle=False)
     assert made.child_lost("b") == []
     assert ready(made, "d") == [SendAssign("c", 1, 0, (Block(4, 8),)), SendAssign("d", 1, 0, (Block(0, 4),))]
@@ -323,7 +323,7 @@ def test_a_joiner_gets_work_that_lies_unassigned() -> None:
     """N13."""
     made = started(root=True)
     assert made.stuck
-    assert made.child_joined("a", 1.0, holds=False) == [SendBegin("a", 1, 0)]
+    assert made.child_joined("a", {"": 1.0}, holds=False) == [SendBegin("a", 1, 0)]
     assert ready(made, "a") == [SendAssign("a", 1, 0, (ALL,))]
     assert not made.stuck
 
@@ -334,9 +334,9 @@ def test_between_steps_and_after_the_last_chunk_a_joiner_changes_nothing() -> No
     made.credit(0, CHUNKS)
     send_up(made, CHUNKS)
     assert made.finished
-    assert made.child_joined("b", 1.0, holds=True) == []
+    assert made.child_joined("b", {"": 1.0}, holds=True) == []
     made.active = False
-    assert made.child_joined("c", 1.0, holds=True) == []
+    assert made.child_joined("c", {"": 1.0}, holds=True) == []
     assert made.child_lost("a") == []
 
 
@@ -356,7 +356,7 @@ def test_a_lost_child_that_owed_something_starts_an_attempt_from_the_frontier() 
 
 def test_a_lost_child_that_owed_nothing_starts_none() -> None:
     made = started("a")
-    made.child_joined("b", 1.0, holds=False)
+    made.child_joined("b", {"": 1.0}, holds=False)
     assert made.child_lost("b") == []
     assert made.child_lost("b") == []
 
@@ -398,9 +398,9 @@ def test_what_a_lost_child_had_offered_is_not_counted_on() -> None:
 )
 def test_ready_is_refused(event: Callable[[Ledger], object]) -> None:
     made = started("a", "b")
-    made.child_joined("c", 1.0, holds=True)
+    made.child_joined("c", {"": 1.0}, holds=True)
     made.child_lost("b")
-    made.child_joined("d", 1.0, holds=True)
+    made.child_joined("d", {"": 1.0}, holds=True)
     made.begin(1, 0)
     assert made.edges["a"].attempt == 2
     with pytest.raises(StaleError):
@@ -420,7 +420,7 @@ def test_ready_merges_what_the_subtree_holds() -> None:
 
 def test_capacity_counts_for_what_is_cut_next() -> None:
     made = ledger("a", "b", computes=False)
-    assert made.child_changed("a", capacity=3.0) == []
+    assert made.child_changed("a", capacities={"": 3.0}) == []
     assert made.capacity == 4.0
     made.start(8, CHUNKS, [ALL])
     assert made.slots == {Block(0, 4): "a", Block(4, 6): "a", Block(6, 8): "b"}
@@ -439,11 +439,11 @@ def test_one_that_leaves_gets_nothing_more_but_may_give_what_it_holds() -> None:
 
 def test_work_that_lies_unassigned_goes_to_a_subtree_that_grew() -> None:
     made = ledger("a", computes=False, root=True)
-    made.child_changed("a", capacity=0.0)
+    made.child_changed("a", capacities={"": 0.0})
     made.start(8, CHUNKS, [ALL])
     assert made.stuck
-    assert made.child_changed("a", capacity=2.0) == [SendBegin("a", 1, 0)]
-    assert made.child_changed("a", capacity=3.0) == []
+    assert made.child_changed("a", capacities={"": 2.0}) == [SendBegin("a", 1, 0)]
+    assert made.child_changed("a", capacities={"": 3.0}) == []
 
 
 # ---- next_unit, computed

@@ -13,7 +13,7 @@ def root(*children: tuple[str, float]) -> Ledger:
     """Control in a step of 8 microbatches, given out to these children."""
     made = Ledger(2, computes=False, root=True)
     for child, capacity in children:
-        made.child_joined(child, capacity, holds=False)
+        made.child_joined(child, {"": capacity}, holds=False)
     made.start(8, CHUNKS, [ALL])
     return made
 
@@ -47,7 +47,7 @@ def test_who_has_not_given_the_frontiers_chunk_is_late_where_another_is_done() -
 
 def test_a_spare_is_idle_and_one_that_leaves_is_not() -> None:
     made = root(("a", 1.0))
-    made.child_joined("spare", 1.0, holds=False)
+    made.child_joined("spare", {"": 1.0}, holds=False)
     assert made.laggards(nobody) == {"a"}
     made.child_changed("spare", leaving=True)
     assert made.laggards(nobody) == frozenset()
@@ -55,7 +55,7 @@ def test_a_spare_is_idle_and_one_that_leaves_is_not() -> None:
 
 def test_a_node_can_be_late_itself() -> None:
     made = Ledger(2, computes=True)
-    made.child_joined("a", 1.0, holds=False)
+    made.child_joined("a", {"": 1.0}, holds=False)
     made.start(8, CHUNKS, [ALL])
     made.next_unit()
     assert made.laggards(everybody_but(Block(0, 4))) == {SELF}
@@ -100,13 +100,13 @@ def test_lateness_is_of_one_attempt() -> None:
     ready(made, "a", Block(0, 4))
     ready(made, "b", computing=(Block(4, 8),), idle=False)
     assert made.late == {"b"}
-    made.child_joined("d", 1.0, holds=True)
+    made.child_joined("d", {"": 1.0}, holds=True)
     assert made.late == frozenset()
 
 
 def test_own_compute_is_given_away_where_it_is_late() -> None:
     made = Ledger(2, computes=True)
-    made.child_joined("a", 1.0, holds=False)
+    made.child_joined("a", {"": 1.0}, holds=False)
     made.start(8, CHUNKS, [ALL])
     assert made.next_unit() == Block(0, 4)
     made.hurry({SELF})
@@ -118,7 +118,7 @@ def test_own_compute_is_given_away_where_it_is_late() -> None:
 
 def test_ready_tells_what_is_computed_from_what_is_held() -> None:
     made = Ledger(2, computes=True)
-    made.child_joined("a", 1.0, holds=False)
+    made.child_joined("a", {"": 1.0}, holds=False)
     made.start(8, CHUNKS, [ALL])
     made.next_unit()
     made.begin(1, 0)
@@ -143,9 +143,9 @@ def test_an_attempt_waits_for_the_children_of_a_lost_inner_sphere() -> None:
     assert made.child_lost("inner") == [SendBegin("b", 1, 0)]
     assert made.missing == 2.0
     assert ready(made, "b", Block(6, 8)) == []
-    assert made.child_joined("x", 1.0, holds=True) == [SendBegin("x", 1, 0)]
+    assert made.child_joined("x", {"": 1.0}, holds=True) == [SendBegin("x", 1, 0)]
     assert ready(made, "x", Block(0, 2)) == []  # one is still missing
-    assert made.child_joined("y", 1.0, holds=True) == [SendBegin("y", 1, 0)]
+    assert made.child_joined("y", {"": 1.0}, holds=True) == [SendBegin("y", 1, 0)]
     assert ready(made, "y", Block(2, 4)) != []
     assert (made.slots[Block(0, 2)], made.slots[Block(2, 4)]) == ("x", "y")
     assert made.attempts == 1
@@ -177,7 +177,7 @@ def test_a_new_step_or_link_waits_for_nobody() -> None:
 
 def test_a_node_that_is_unable_gives_what_it_owes_to_its_children() -> None:
     made = Ledger(2, computes=True)
-    made.child_joined("a", 1.0, holds=False)
+    made.child_joined("a", {"": 1.0}, holds=False)
     made.start(8, CHUNKS, [ALL])
     made.next_unit()
     assert made.unable() == [SendBegin("a", 1, 0)]

@@ -257,7 +257,7 @@ def newcomers(draw: st.DrawFn) -> list[Member]:
     hosts, zones = st.sampled_from([HOME, "host-1", "host-2"]), st.sampled_from(["", "east"])
     addresses = st.sampled_from(["a:1", "a:1", ""])
     count = draw(st.integers(0, 40))
-    return [Member(f"s-{n}", draw(hosts), draw(zones), 1.0, draw(st.booleans()), draw(addresses)) for n in range(count)]
+    return [Member(f"s-{n}", draw(hosts), draw(zones), draw(st.booleans()), draw(addresses)) for n in range(count)]
 
 
 @given(newcomers(), st.integers(1, 4))

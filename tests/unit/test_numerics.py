@@ -114,21 +114,13 @@ def test_statistics_of_each_tensor() -> None:
         assert found.minimum == wide.min()
         assert found.maximum == wide.max()
         assert found.norm == pytest.approx(np.sqrt((wide * wide).sum()), rel=1e-12)
-        assert found.mean == pytest.approx(wide.mean(), rel=1e-9)
-        assert found.variance == pytest.approx(wide.var(), rel=1e-9)
-
-
-def test_a_large_mean_does_not_eat_a_small_variance() -> None:
-    manifest, flat = model(3 * BLOCK_ELEMENTS)
-    flat[:] = 16_777_214 + np.arange(flat.size) % 3
-    assert statistics(manifest, flat)["t0"].variance == pytest.approx(2 / 3, rel=1e-9)
 
 
 def test_statistics_of_nothing_and_of_nan() -> None:
     manifest, flat = model(0, 4)
     flat[1] = np.nan
     found = statistics(manifest, flat)
-    assert (found["t0"].norm, found["t0"].minimum, found["t0"].variance) == (0.0, 0.0, 0.0)
+    assert (found["t0"].norm, found["t0"].minimum, found["t0"].maximum) == (0.0, 0.0, 0.0)
     assert math.isnan(found["t1"].minimum)
     assert math.isnan(found["t1"].maximum)
     assert math.isnan(found["t1"].norm)

@@ -311,7 +311,7 @@ def test_memory_knows_the_segment_of_an_array_by_where_it_lies() -> None:
     assert memory.segment_of(array[1:]) is None
     assert memory.segment_of(np.zeros(50, np.float32)) is None
     assert Memory().segment_of(array) is None
-    assert segment.bytes == 200
+    assert segment.array.nbytes == 200
 
 
 def test_an_allocated_array_lives_as_long_as_it_is_held() -> None:
