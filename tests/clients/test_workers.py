@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -109,6 +110,13 @@ class Run:
             if event["event"] == "step" and event["step"] >= step:
                 return
         pytest.fail(f"the run ended before step {step}: {(self.folder / 'control.err').read_text()}")
+
+    def until_stuck(self):
+        """Wait until no step ends any more, because somebody who takes part has stopped."""
+        journal, size = self.folder / "run" / "journal.jsonl", -1
+        while size != (now := journal.stat().st_size):
+            size = now
+            time.sleep(0.3)
 
     def summary(self):
         """Read to the end."""
@@ -210,6 +218,9 @@ def test_each_is_killed_in_mid_step_and_the_run_survives(name, tmp_path):
         worker = run.add(name)
         for step in (20, 120, 220):
             run.until_step(step)
+            if step == 20:  # those after it may not have joined yet
+                worker.send_signal(signal.SIGSTOP)
+                run.until_stuck()
             worker.send_signal(signal.SIGKILL)
             assert worker.wait(timeout=30) == -signal.SIGKILL
             worker = run.add(name)

@@ -257,7 +257,7 @@ def test_a_watch_that_finds_nobody_any_more_gives_up(run: Any) -> None:
     async def watch() -> None:
         control = watching([event(1), CUT], [CUT])
         async with serving(control) as client:
-            events = client.watch(patience=0.2)
+            events = client.watch(patience=1.0)
             assert (await anext(events)).id == 1
             with pytest.raises(UnreachableError):
                 await anext(events)
@@ -405,10 +405,11 @@ class Relay:
         writer.close()
 
 
-@pytest.fixture
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ping as often as gRPC does, about once a second, and wait half a second for the answer."""
-    times = {"grpc.keepalive_time_ms": 50, "grpc.keepalive_timeout_ms": 500, "grpc.http2.ping_timeout_ms": 500}
+@pytest.fixture(params=[500])
+def often(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Ping as often as gRPC does, about once a second, and wait half a second for the answer, or as said."""
+    wait = request.param
+    times = {"grpc.keepalive_time_ms": 50, "grpc.keepalive_timeout_ms": wait, "grpc.http2.ping_timeout_ms": wait}
     monkeypatch.setattr(client_module, "_KEEPALIVE", [(k, times.get(k, v)) for k, v in client_module._KEEPALIVE])
 
 
@@ -433,6 +434,7 @@ def test_a_control_that_goes_silent_is_noticed_and_the_watch_goes_on_once_it_is_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("often", [20_000], indirect=True)  # as long as they are answered at all
 @pytest.mark.usefixtures("at_once", "often")
 def test_control_bears_the_pings_of_a_watch_that_hears_nothing_for_long(run: Any) -> None:
     async def watch(request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:

@@ -596,10 +596,10 @@ async def gives_no_sign_of_life(made):
 @pytest.mark.parametrize("silent", [says_nothing, says_an_empty_hello, gives_no_sign_of_life])
 @pytest.mark.parametrize("parent", PARENTS)
 def test_one_that_is_silent_is_given_up(run, tmp_path, parent, silent, monkeypatch):
-    monkeypatch.setattr(children, "HELLO_SECONDS", 0.3)
-
     async def main():
         async with stage(tmp_path, parent, patience="1s") as made:
+            if silent is says_nothing:
+                monkeypatch.setattr(children, "HELLO_SECONDS", 0.3)
             code, reason = await silent(made)
             made.start()
             status, details = await made.foreign.status()

@@ -40,7 +40,7 @@ SERVING, NOT_SERVING, UNKNOWN = (
 
 def config(**changes: Any) -> RunConfig:
     settings = {"task": "synthetic", "microbatches": 4, "batch_size": 20, "spheres": 1, "checkpoint_every": None}
-    return RunConfig(**{**settings, "eval_every": None, "steps": 4, "patience": 1.0, **changes})
+    return RunConfig(**{**settings, "eval_every": None, "steps": 4, **changes})
 
 
 @contextlib.asynccontextmanager

@@ -253,21 +253,24 @@ async def _spheres(directory: Path) -> dict[str, int]:
 def test_spheres_of_a_control_that_was_killed_go_on_under_the_next(run, tmp_path):
     """DESIGN section 5: they keep their lives, their ids and their processes, and so do the weights their bits."""
     flags = ("--spheres", "4", "--fan-out", "2", "--steps", "160", "--checkpoint-every", "20steps")
-    process = _start(tmp_path, "--run-dir", "run", *flags)
-    _until(process, 50)
+    process = _start(tmp_path, "--run-dir", "run", *flags, "--log-every", "1steps")
+    _until(process, 1)
     before = run(_spheres(tmp_path))
+    _until(process, 50)
     process.kill()
     process.communicate(timeout=10)
     os.kill(before["s-4"], signal.SIGKILL)  # one does not come back, and is started anew
-    resumed = _start(tmp_path, "--resume", "run", "-v")
+    resumed = _start(tmp_path, "--resume", "run", "-v", "--hold")
     _until(resumed, 60)
-    after = run(_spheres(tmp_path))
-    out, err = resumed.communicate(timeout=60)
+    after = run(_spheres(tmp_path))  # by then the run may be over
+    assert resumed.stdout is not None
+    summary = next(record for record in map(json.loads, resumed.stdout) if record["event"] == "summary")
+    resumed.terminate()
+    _, err = resumed.communicate(timeout=60)
     assert resumed.returncode == 0, err
     assert {name: after[name] for name in ("s-1", "s-2", "s-3")} == {n: p for n, p in before.items() if n != "s-4"}
     assert set(after) == {"s-1", "s-2", "s-3", "s-2.1"}
     assert "adopted " in err
-    summary = json.loads(out.splitlines()[-1])
     wanted = reference(load_task("digits"), RunConfig(task="digits", steps=160)).weights_sha256
     assert summary["weights_sha256"] == wanted
     for pid in after.values():  # told to end, as if they had been this control's own

@@ -135,13 +135,15 @@ def test_losses_are_mended_without_a_command(run, tmp_path, monkeypatch):
     monkeypatch.setattr(tree_module, "_SETTLE_SECONDS", 0.05)
 
     async def main() -> None:
-        async with training(tmp_path, spheres=8, fan_out=2, steps=40) as (local, _, running):
+        async with training(tmp_path, spheres=8, fan_out=2, steps=2_000) as (local, _, running):
             await local.kill("s-1")
             await local.tree.until(lambda: local.tree.living == 7)
             assert local.tree.members.overfull  # s-3 and s-4 went to control, which had s-2
             mended = lambda: local.tree.living == 7 and not local.tree.members.overfull  # noqa: E731
             await local.tree.until(lambda: mended() or running.done())
             assert not running.done()
+            local.controller.request_stop("seen")
+            await running
 
     run(main())
 

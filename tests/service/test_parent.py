@@ -515,6 +515,7 @@ def test_a_fallback_is_dialled_beside_a_parent_from_whom_nothing_comes(small, ru
             near = "{}:{}".format(*silent.getsockname())
             async with serving(above) as up, child_of(small, ("control", up), ("s-9", near)) as (below, _):
                 await above.trained
+                await above.beating.wait()
                 assert below.parent.id == "control"
                 assert len(below.transport.open) == 2  # Work and Heartbeat: the other dial is over
 
@@ -523,8 +524,11 @@ def test_a_fallback_is_dialled_beside_a_parent_from_whom_nothing_comes(small, ru
     run(main())
 
 
-@pytest.mark.parametrize(("seconds", "taken"), [((0.4, 0.0), "control"), ((0.4, 2.0), "s-9"), ((0.0, 0.0), "s-9")])
-def test_of_two_that_are_dialled_who_answers_first_is_taken(small, run, monkeypatch, seconds, taken):
+@pytest.mark.parametrize(
+    ("next_after", "seconds", "taken"),
+    [(0.1, (60.0, 0.0), "control"), (0.1, (0.4, 60.0), "s-9"), (60.0, (0.0, 0.0), "s-9")],
+)
+def test_of_two_that_are_dialled_who_answers_first_is_taken(small, run, monkeypatch, next_after, seconds, taken):
     slow = {}
     dial = Dialling.dial
 
@@ -541,7 +545,7 @@ def test_of_two_that_are_dialled_who_answers_first_is_taken(small, run, monkeypa
                 assert below.parent.id == taken
                 assert len(above.hellos) + len(near.hellos) == 1
 
-    monkeypatch.setattr(parent_module, "_NEXT_SECONDS", 0.1)
+    monkeypatch.setattr(parent_module, "_NEXT_SECONDS", next_after)
     monkeypatch.setattr(Dialling, "dial", dial_slowly)
     run(main())
 
@@ -559,6 +563,7 @@ def test_an_orphan_ends_in_time_and_says_why(small, run):
 
 def test_a_parent_that_does_not_answer_a_hello_is_given_up(small, run, monkeypatch):
     async def silent(above, link):
+        monkeypatch.setattr(parent_module, "WELCOME_SECONDS", 20.0)  # of the next hello, which is answered
         await asyncio.Event().wait()
 
     async def main():
@@ -566,7 +571,7 @@ def test_a_parent_that_does_not_answer_a_hello_is_given_up(small, run, monkeypat
         async with serving(above) as address, child_of(small, ("control", address)):
             await above.trained
             assert len(above.hellos) == 2
-            assert above.left.is_set()
+            await above.left.wait()
 
     monkeypatch.setattr(parent_module, "WELCOME_SECONDS", 0.1)
     run(main())
@@ -604,9 +609,8 @@ def test_a_new_place_of_the_parent_is_handed_on(small, run):
 def test_heartbeats_have_a_stream_of_their_own_and_begin_at_once(small, run):
     async def main():
         above = Above(small, idle)
-        async with serving(above) as address, child_of(small, ("control", address)):
-            async with asyncio.timeout(small.config.heartbeat_seconds):
-                await above.beating.wait()
+        async with serving(above) as address, child_of(small, ("control", address), heartbeat_seconds=60.0):
+            await above.beating.wait()  # within the time of this test, which is less
             beat = above.beats[0]
             assert (beat.run_id, beat.sphere_id, beat.incarnation, beat.session) == ("r-small", "s-1", 1, 1)
             assert [report.sphere_id for report in beat.reports] == ["s-1"]

@@ -364,10 +364,13 @@ def test_spheres_end_by_themselves_after_control_was_killed_and_the_run_goes_on(
         "150",
         "--checkpoint-every",
         "20steps",
+        "--log-every",
+        "1steps",
     )
     process = _start(tmp_path, *flags)
-    _until_step(process, 45)
+    _until_step(process, 1)
     pids = run(_sphere_pids(tmp_path))
+    _until_step(process, 45)
     process.kill()
     process.communicate(timeout=10)
     _wait_for_end(pids, 15)

@@ -1,5 +1,6 @@
 """What a supervisor does that knows one command line: first start, start after a kill, start of a run that is over."""
 
+import fcntl
 import json
 import os
 import signal
@@ -51,7 +52,9 @@ def _journal(directory: Path) -> list[dict[str, object]]:
 @pytest.mark.parametrize("checkpoint_every", ["none", pytest.param("10steps", marks=pytest.mark.slow)])
 def test_one_command_line_begins_goes_on_and_knows_when_it_is_done(checkpoint_every, tmp_path):
     flags = ("--steps", "60", "--checkpoint-every", checkpoint_every, "--orphan-timeout", "1s")
-    first = _start(tmp_path, *flags, "--spheres", "2")
+    first = _start(tmp_path, *flags, "--spheres", "2", "--log-every", "1steps")
+    assert first.stdout is not None
+    fcntl.fcntl(first.stdout, fcntl.F_SETPIPE_SZ, 4096)  # some ten steps: it waits until they are read
     _until(first, "step", 25)
     first.kill()
     first.communicate(timeout=10)
