@@ -41,8 +41,8 @@ _HEARTBEAT_SECONDS = 0.25
 FLOAT32_TOLERANCE = 1e-5
 #: the same where each node of the sum is rounded to bfloat16
 BFLOAT16_NORM_TOLERANCE, BFLOAT16_ELEMENT_TOLERANCE = 2.0**-11, 2.0**-6
-#: there an element that lies between two numbers goes either way, and a large one alone is more than the norm may be off:
-#: of so many elements one is left out of it
+#: there an element that lies between two numbers goes either way, and a large one alone is more than the norm may be
+#: off: of so many elements one is left out of it
 BFLOAT16_ASIDE = 256
 
 
