@@ -249,7 +249,7 @@ class Arrival:
                 "zeros between tensors",
                 f"others, from {gap.start} on",
             )
-        off, allowed = deviation(flat[first:], gradient[first:]), self.script.tolerances
+        off, allowed = self.script.deviation(flat[first:], gradient[first:]), self.script.tolerances
         breach_unless(
             off.norm <= allowed.norm and off.element <= allowed.element,
             "A step (computing)",

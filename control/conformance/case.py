@@ -112,7 +112,7 @@ async def play_case(
         if failed is None:
             said = [text for text in (play.note, play.closeness) if text]
             return Result(case, "passed", took, "; ".join(said), exchange=tuple(play.lines))
-        output = play.worker.tail() if play.worker is not None else ()
+        output = await play.worker.last_words() if play.worker is not None else ()
         return Result(
             case,
             "failed",

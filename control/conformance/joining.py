@@ -11,6 +11,8 @@ from spheres.transport import split_address
 
 #: most reports on one heartbeat, and heartbeats that are looked at
 _MOST_REPORTS, _BEATS = 32, 4
+#: what a control that listens on every interface believes of itself; nobody is at this port
+_NOWHERE = "0.0.0.0:1"
 
 
 @case("enroll", "Joining (enroll)")
@@ -63,6 +65,24 @@ async def hello(play: Play) -> None:
     breach_unless(not said.leaving, rule, "a worker that has come to stay", "leaving")
     address = play.enrolments[0].address
     breach_unless(said.address == address, rule, f"address {address!r} as it enrolled", repr(said.address))
+
+
+@case("address", "Joining (dial: addresses)")
+async def own_address(play: Play) -> None:
+    """Control names an address of its own that is none from here: the worker dials the one where it enrolled."""
+    control, script = play.control, play.script
+    control.believed = _NOWHERE
+    control.path = [control.ancestor]
+    await play.start()
+    await play.enrolled()
+    wanted = f"a hello (to {control.address}, where it enrolled, and not to {_NOWHERE})"
+    edge = await play.dialled(what=wanted)
+    await edge.welcome()
+    await play.train(edge, script.tag(0, 0), [script.all])
+    edge.end(LinkClosedError("control goes away"))
+    again = await play.linked(what=f"{wanted}, also after a welcome that names that one,")
+    await again.have(script.tag(1, 0), [script.all])
+    await play.collect(again, again.arrival(script.tag(1, 0), [script.all]))
 
 
 @case("heartbeat", "Joining (heartbeat)")

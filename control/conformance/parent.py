@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic_ns
 from typing import Any
+
+from google.protobuf.message import Message
 
 from control.conformance.arrival import Arrival, order, said_of
 from control.conformance.script import BreachError, Script, breach_unless, fields, named
@@ -260,6 +263,8 @@ class Node:
         self._dialled = dialled
         self.id, self.incarnation, self._script, self._say = name, incarnation, script, say
         self.address = ""
+        #: where it believes that it listens, where that is of no use to others
+        self.believed = ""
         #: the nodes from control to this one
         self.path: list[pb.Ancestor] = []
         #: links that no case has looked at
@@ -302,7 +307,7 @@ class Node:
 
     @property
     def ancestor(self) -> pb.Ancestor:
-        return pb.Ancestor(id=self.id, incarnation=self.incarnation, address=self.address)
+        return pb.Ancestor(id=self.id, incarnation=self.incarnation, address=self.believed or self.address)
 
     async def link(self) -> Edge:
         """Return the next link that has said hello."""
@@ -314,7 +319,7 @@ class Node:
     async def _enroll(self, data: bytes) -> bytes:
         assert self.enroll is not None
         request = control_pb2.EnrollSphereRequest.FromString(data)
-        self._say(f"<- EnrollSphere {_text(request)}")
+        self._say(f"<- EnrollSphere {_shortened(request)}")
         try:
             answer = self.enroll(request)
         except ArmillaryError as error:
@@ -410,13 +415,32 @@ def _part(value: object) -> str:
         return f"{_blocks([value.block])} of {value.samples_count} samples"
     if isinstance(value, pb.GradientFooter):
         return _blocks([value.block])
-    return _text(value)
+    return _shortened(value)
 
 
 def _blocks(blocks: Sequence[pb.Block]) -> str:
     return named([Block(block.lo, block.hi) for block in blocks])
 
 
-def _text(message: object) -> str:
-    text = " ".join(str(message).split())
+def _shortened(message: object) -> str:
+    text = _text(message).removeprefix("{").removesuffix("}")
     return f"{{{text[:200]}{' ...' if len(text) > 200 else ''}}}"
+
+
+def _text(value: object) -> str:
+    """Return a field in words: bytes are digests, checksums and nonces, in hexadecimal as docs and logs have them."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, str):
+        return json.dumps(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_text(key)}: {_text(item)}' for key, item in value.items())}}}"
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(_text, value))}]"
+    if not isinstance(value, Message):
+        return str(value)
+    said = []
+    for field, item in value.ListFields():
+        kind = field.enum_type.values_by_number.get(item) if field.enum_type and isinstance(item, int) else None
+        said.append(f"{field.name}: {kind.name if kind else _text(item)}")
+    return f"{{{' '.join(said)}}}"

@@ -115,7 +115,7 @@ class Play:
             incarnation=incarnation,
             configuration=self.script.node.to_proto(),
             path_ids=[node.id for node in self.place],
-            path_addresses=[node.address for node in self.place],
+            path_addresses=[node.ancestor.address for node in self.place],
             path_incarnations=[node.incarnation for node in self.place],
             term=self.script.term,
         )
@@ -196,7 +196,7 @@ class Play:
         if not self.compared:
             return ""
         blocks = f"{self.compared} block{'s' if self.compared > 1 else ''}"
-        if not self.worst.norm:
+        if not self.worst.element:
             return f"{blocks} with the same bits as Python's"
         return f"{blocks}, off by {self.worst.norm:.1e} at most, an element by {self.worst.element:.1e}"
 

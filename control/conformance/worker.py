@@ -14,6 +14,9 @@ from spheres.errors import ConfigError
 
 __all__ = ["WorkerProcess"]
 
+#: seconds that a worker which failed has to say why
+_WORDS_SECONDS = 0.3
+
 
 class WorkerProcess:
     """One process, and what it has started, in a group of its own. What it prints goes to a file."""
@@ -67,6 +70,14 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         await self._process.wait()
+
+    async def last_words(self) -> list[str]:
+        """Return the last lines that it printed: why it did what failed may be said a moment after it is seen."""
+        if self._process is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_WORDS_SECONDS):
+                    await self._process.wait()
+        return self.tail()
 
     def tail(self, lines: int = 12) -> list[str]:
         """Return the last lines that it printed."""

@@ -173,6 +173,11 @@ def keeps_the_first_path():
 
 
 @fault
+def believes_every_address():
+    Parent._addresses = property(lambda self: {})
+
+
+@fault
 def dials_the_silent_first():
     Parent._in_order = lambda self: self._ancestors[::-1]
 

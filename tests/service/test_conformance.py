@@ -66,6 +66,7 @@ FAILS = {
     "a_flood_of_heartbeats": ("heartbeat", "in no less than"),
     "closes_circles": ("circle", "N11"),
     "keeps_the_first_path": ("fallbacks", "p-2"),
+    "believes_every_address": ("address", "also after a welcome that names that one"),
     "dials_the_silent_first": ("silent", "control, the parent's parent, first"),
     "waits_for_the_silent": ("silent", "N10"),
     "computes_before_the_footer": ("weights", "no frame before the footer"),
