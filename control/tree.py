@@ -34,7 +34,7 @@ from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
 from spheres.words import MOST_REASON, cut
 
-__all__ = ["Sphere", "Tree"]
+__all__ = ["Tree"]
 
 log = logging.getLogger(__name__)
 
