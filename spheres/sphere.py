@@ -32,7 +32,7 @@ from spheres.summing import Summer
 from spheres.task import Task, data_fingerprint, described, load_task, task_fingerprint
 from spheres.tensors import aligned_zeros
 from spheres.trace import Recorder
-from spheres.transport import Handlers, Link, Listener, Transport
+from spheres.transport import Handlers, Link, Listener, Transport, first_end
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
 from spheres.words import cut
@@ -207,17 +207,11 @@ class Sphere:
             parent.look(now)
             hub.watch(now)
 
-        keeping = children.keep(fence=parent.cut, look=look)
-        jobs = [asyncio.ensure_future(job) for job in (parent.run(), keeping, self._stop.wait())]
         try:
-            await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for job in jobs:
-                job.cancel()
-            results = await asyncio.gather(*jobs, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception) and not self._stop.is_set():
-                raise result
+            await first_end(parent.run(), children.keep(fence=parent.cut, look=look), self._stop.wait())
+        except Exception:
+            if not self._stop.is_set():
+                raise
 
     async def _leave(self, reason: str) -> None:
         """Tell the parent, wait until nobody needs this node, let the children go to their fallbacks, end."""
