@@ -116,8 +116,8 @@ def test_a_leaf_lost_at_a_named_point(point, run, tmp_path):
         assert parts[0][0] == 0
         assert parts[-1][1] == 12
         assert all(before[1] == after[0] for before, after in pairwise(parts))
-    # Control is told, though the leaf was not its child. After the last step the tree is taken down, one by one: whoever
-    # has lost its parent by then may come to control.
+    # Control is told, though the leaf was not its child. After the last step the tree is taken down, one after another:
+    # who has lost its parent by then may come to control.
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     events = [event for event in events if event["step"] < 5]
     assert [(e["sphere"], e["step"]) for e in events if e["event"] == "sphere_lost"] == [(LEAF, STEP)]
