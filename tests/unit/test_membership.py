@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import pytest
@@ -476,12 +476,12 @@ def test_the_deepest_are_moved_up_when_that_gains_two_levels() -> None:
 def test_ten_thousand_spheres_enroll_and_churn_in_time_that_follows_their_number() -> None:
     def seconds(count: int) -> float:
         tree, rng = Tree(12), random.Random(3)
-        began = perf_counter()
+        began = process_time()
         ids = [tree.joins(f"host-{n % 50}") for n in range(count)]
         for id in rng.sample(ids, count // 10):
             tree.ends(id)
             tree.joins(HOME)
-        return perf_counter() - began
+        return process_time() - began  # of this process: whatever else the machine does
 
     small, large = min(seconds(1_000) for _ in range(3)), seconds(10_000)
     assert large < 40 * small  # ten times as many; N^2 would be a hundred times as much
