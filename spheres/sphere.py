@@ -24,6 +24,7 @@ from spheres.errors import (
     TaskError,
     UnreachableError,
 )
+from spheres.exposure import is_loopback
 from spheres.hub import EVALUATE, Hub
 from spheres.lease import Lease
 from spheres.parent import Fingerprints, Parent
@@ -79,6 +80,10 @@ class SphereOptions:
     clock: Callable[[], int] = monotonic_ns
 
 
+#: what listens there is dialled elsewhere
+_EVERY_ADDRESS = ("0.0.0.0", "::", "[::]")
+
+
 class Sphere:
     """The life of one sphere. ``task`` is given by tests; otherwise it is loaded by the run's configuration.
 
@@ -104,7 +109,7 @@ class Sphere:
         self._leaving: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
-        self._warned_of_state = False
+        self._warned_of_state = self._told_of_address = False
         #: set once it has its place and serves children
         self.ready = asyncio.Event()
         self.hub: Hub | None = None
@@ -187,6 +192,7 @@ class Sphere:
             self._trace(hub, self.parent, children)
         self.ready.set()
         log.info("%s joins %s (incarnation %d)", hub.id, ancestors[-1].id, hub.incarnation)
+        self._tell_of_address()
         try:
             await self._live(hub, self.parent, children)
         finally:
@@ -195,6 +201,21 @@ class Sphere:
             if worker is not None:
                 worker.close()
             summer.close()
+
+    def _tell_of_address(self) -> None:
+        """Say once where spheres of other hosts cannot dial this one, though control is to be dialled from there."""
+        if (
+            self._told_of_address
+            or not (self._address and _is_local(self._address))
+            or _is_local(self._options.control)
+        ):
+            return
+        self._told_of_address = True
+        log.info(
+            "only this machine reaches %s: no sphere of another host is placed below this one. For children from there "
+            "give --listen 0.0.0.0:PORT --insecure, and --advertise HOST:PORT where they see another address",
+            self._address,
+        )
 
     def _trace(self, hub: Hub, parent: Parent, children: Children) -> None:
         clock = self._options.clock
@@ -428,13 +449,19 @@ class Sphere:
         return [self.report(), *self._children.oldest(most)]
 
 
+def _is_local(address: str) -> bool:
+    """Whether it leads to this machine, whoever dials it."""
+    host = address.rpartition(":")[0]
+    return is_loopback(host) or host in _EVERY_ADDRESS
+
+
 def _reachable(listening: str, control: str) -> str:
     """Return where others can dial what listens on ``listening``: for every address, that of the way to control.
 
     Raises UnreachableError where control's name is not known (yet), or there is no way to it.
     """
     host, _, port = listening.rpartition(":")
-    if host.strip("[]") not in ("0.0.0.0", "::"):
+    if host not in _EVERY_ADDRESS:
         return listening
     name, _, number = control.rpartition(":")
     try:

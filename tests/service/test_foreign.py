@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import re
+import socket
 import sys
 
 import grpc
@@ -17,7 +18,7 @@ import pytest
 from control.config import RunConfig
 from control.reference import CanonicalSum, reference
 from control.starting import start_process
-from control.testing import local_tree
+from control.testing import HOST, local_tree
 from control.training import Training
 from spheres import children
 from spheres.blocks import Block
@@ -63,8 +64,8 @@ def expected(chosen):
 class Foreign:
     """A worker that knows how it is done. Tests have it do otherwise."""
 
-    def __init__(self, control):
-        self.control, self.channels, self.beating = control, [], None
+    def __init__(self, control, *, host=HOST):
+        self.control, self.host, self.channels, self.beating = control, host, [], None
         self.chunks, self.tag, self.blocks, self.session = {}, None, [], 0
         self.evaluates = True
 
@@ -74,7 +75,7 @@ class Foreign:
         return channel
 
     async def enroll(self):
-        request = control_pb2.EnrollSphereRequest(protocol_version=1, request_id="a-1", host="elsewhere", agent="raw")
+        request = control_pb2.EnrollSphereRequest(protocol_version=1, request_id="a-1", host=self.host, agent="raw")
         call = self._channel(self.control).unary_unary("/spheres.v1.ControlService/EnrollSphere")
         self.place = control_pb2.EnrollSphereResponse.FromString(await call(request.SerializeToString(), timeout=10))
         self.config = NodeConfig.from_proto(self.place.configuration)
@@ -94,7 +95,7 @@ class Foreign:
             "data_fingerprint": self.config.data_fingerprint,
             "environment_fingerprint": "of another language",
             "capacity": 1.0,
-            "member": common_pb2.Member(host="elsewhere"),
+            "member": common_pb2.Member(host=self.host),
         }
         tag = pb.Tag(run_id=self.config.run_id if run_id is None else run_id)
         return pb.WorkRequest(tag=tag, session=self.session, hello=pb.Hello(**values | changes))
@@ -338,13 +339,13 @@ def test_what_a_foreign_worker_is_written_in_is_shown(run, tmp_path):
         here = (f"python {sys.version_info.major}.{sys.version_info.minor}", environment_fingerprint())
         async with Training(config(run_dir=tmp_path / "run", fan_out=1)) as training:
             await training.controller.tree.wait_for(1)
-            foreign = Foreign(training.controller.tree.address)
+            foreign = Foreign(training.controller.tree.address, host=socket.gethostname())
             await foreign.enroll()
             assert foreign.parent == "s-1"
             of_each, lines = await both()
             assert of_each == [here, ("raw", "")]
-            assert lines[1][:3] == ["s-2 joining", "on elsewhere:0", "raw"]
-            await foreign.join(member=common_pb2.Member(host="elsewhere", agent="raw 2"))
+            assert lines[1][:3] == ["s-2 joining", f"on {foreign.host}:0", "raw"]
+            await foreign.join(member=common_pb2.Member(host=foreign.host, agent="raw 2"))
             ending = asyncio.create_task(to_the_end(foreign))
             await training.controller.tree.wait_for(2)
             of_each, lines = await both()
