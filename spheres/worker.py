@@ -29,16 +29,14 @@ from spheres.sampling import evaluation_slice
 from spheres.segments import Mark
 from spheres.task import Sums, Task
 from spheres.tensors import aligned_zeros
-from spheres.words import cut, is_encodable, raised
+from spheres.words import MOST_ERROR, MOST_TRACEBACK, cut, is_encodable, raised
 
-__all__ = ["Computer", "Failure", "Pool", "Unit", "Worker", "limit_threads", "sample_ids"]
+__all__ = ["MOST_SAMPLES", "Computer", "Failure", "Pool", "Unit", "Worker", "limit_threads", "sample_ids"]
 
 Array = npt.NDArray[np.float32]
 
 #: in a verdict on a microbatch, or a failure: names of tensors, ids of samples
-_MOST_TENSORS, _MOST_SAMPLES = 16, 64
-#: bytes of what is said of a failure: in one line, and the end of the traceback
-_MOST_ERROR, _MOST_TRACEBACK = 4_096, 65_536
+_MOST_TENSORS, MOST_SAMPLES = 16, 64
 
 _limiter: Any = None
 
@@ -145,7 +143,7 @@ class Computer:
         bad = [] if finite else [name for name, view in views.items() if not np.isfinite(view).all()]
         wrong = _not_finite(sums)
         if wrong or bad:
-            verdict = NonFinite(index, tuple([*wrong, *bad][:_MOST_TENSORS]), tuple(samples[:_MOST_SAMPLES].tolist()))
+            verdict = NonFinite(index, tuple([*wrong, *bad][:_MOST_TENSORS]), tuple(samples[:MOST_SAMPLES].tolist()))
             said = [f"gradient() returned {text}" for text in list(wrong.values())[:_MOST_TENSORS]]
             if bad:
                 said.append(f"the gradient of {', '.join(bad[:_MOST_TENSORS])} is not finite")
@@ -204,7 +202,7 @@ def _checked(sums: object, method: str, count: int, config: NodeConfig) -> Sums:
 
 def sample_ids(config: NodeConfig, step: int, index: int) -> tuple[int, ...]:
     """Return the first samples of a microbatch, as many as are named in a failure."""
-    return tuple(config.sampler.microbatch(step, index)[:_MOST_SAMPLES].tolist())
+    return tuple(config.sampler.microbatch(step, index)[:MOST_SAMPLES].tolist())
 
 
 def _number(value: Any, said: str) -> float:
@@ -309,7 +307,7 @@ class Worker:
             try:
                 result = self._compute(unit, weights)
             except BaseException as error:  # noqa: BLE001 - what a failure's own words raised; this thread must go on
-                result = Failure(unit.block.lo, cut(type(error).__name__, _MOST_ERROR), "", (), invalid=False)
+                result = Failure(unit.block.lo, cut(type(error).__name__, MOST_ERROR), "", (), invalid=False)
             try:
                 loop.call_soon_threadsafe(done, unit, result)
             except RuntimeError:  # the loop has ended
@@ -383,9 +381,9 @@ class Worker:
         text = raised(error)
         if invalid:
             text = text.removeprefix(f"{type(error).__name__}: ")
-        line = " ".join(cut(text, _MOST_ERROR).split())
+        line = " ".join(cut(text, MOST_ERROR).split())
         try:
             details = "".join(traceback.format_exception(error))
         except Exception:  # noqa: BLE001 - it asks the exception, and what it came from, for their words
             details = ""
-        return Failure(index, line, cut(details, _MOST_TRACEBACK, end=True), ids, invalid)
+        return Failure(index, line, cut(details, MOST_TRACEBACK, end=True), ids, invalid)

@@ -662,3 +662,68 @@ def test_a_flood_of_heartbeats_and_reports_disturbs_nobody(run, tmp_path, parent
             await asyncio.gather(pouring, return_exceptions=True)
 
     run(main())
+
+
+# ---- what is passed on to control
+
+#: what fills a message to a few bytes below the limit; a sphere above has a tag and a session of its own to add
+FILLED = {
+    "the words of a failure": lambda most: {"task_failure": pb.TaskFailure(error="é" * (most // 2))},
+    "the traceback of a failure": lambda most: {"task_failure": pb.TaskFailure(error="no", traceback="x" * most)},
+    "the samples of a failure": lambda most: {"task_failure": pb.TaskFailure(error="no", sample_ids=[1] * most)},
+}
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_news_of_a_failure_is_made_to_fit_where_it_is_passed_on(run, tmp_path, name):
+    """The sphere above lives on, and control hears of it, once."""
+
+    async def main():
+        async with stage(tmp_path, "sphere") as made:
+            foreign = made.foreign
+            await foreign.join()
+            heard = []
+            failed = made.local.tree.hub.hooks.failed
+            made.local.tree.hub.hooks.failed = lambda failure: heard.append(failure) or failed(failure)
+            made.start()
+            assert await foreign.assigned()
+            message = pb.WorkRequest(**FILLED[name](MAX_MESSAGE_BYTES - 22))
+            message.task_failure.sphere_id, message.task_failure.step = foreign.place.sphere_id, foreign.tag.step
+            message.task_failure.failures_count = 1
+            assert MAX_MESSAGE_BYTES - 10 < message.ByteSize() <= MAX_MESSAGE_BYTES
+            await foreign.send(message)
+            await foreign.deliver()
+            working = asyncio.create_task(foreign.behave())
+            await made.ends_undisturbed()
+            await working
+            (failure,) = heard
+            assert failure.sphere_id == foreign.place.sphere_id
+            assert failure.ByteSize() < 100_000
+
+    run(main())
+
+
+LONG = "x" * (MAX_MESSAGE_BYTES - 300)
+LARGE = {
+    "state": lambda: {"state_report": pb.StateReport(task_state=LONG.encode() + b"y" * 292)},
+    "log": lambda: {"log_report": pb.LogReport(lines=[LONG + "y" * 289])},
+    "change": lambda: {"sphere_change": pb.SphereChange(sphere_id="s-9", lost=True, reason=LONG + "y" * 281)},
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_news_that_is_too_large_to_be_passed_on_ends_the_link_of_who_sent_it(run, tmp_path, name):
+    async def main():
+        async with stage(tmp_path, "sphere") as made:
+            foreign, above = made.foreign, made.local.spheres["s-1"]
+            await foreign.join()
+            message = pb.WorkRequest(**LARGE[name]())
+            assert MAX_MESSAGE_BYTES - 10 < message.ByteSize() <= MAX_MESSAGE_BYTES
+            await foreign.send(message)
+            code, details = await foreign.status()
+            assert (code, "to pass on to control; the limit is" in details) == ("RESOURCE_EXHAUSTED", True)
+            made.start()
+            await made.ends_undisturbed()
+            assert above.parent._session == 1
+
+    run(main())
