@@ -115,6 +115,7 @@ class Sphere:
         self.hub: Hub | None = None
         self.parent: Parent | None = None
         self._children: Children | None = None
+        self._worker: Worker | None = None
 
     def stop(self) -> None:
         """End: links are closed, children go to their fallbacks, work in hand is given up."""
@@ -156,6 +157,7 @@ class Sphere:
         worker: Worker | None = None
         if not options.relay and self._task is not None:
             worker = self._make_worker(config, self._task, aligned_zeros if memory is None else memory.allocate)
+        self._worker = worker
         summer = Summer()
         hub = self.hub = Hub(
             config,
@@ -371,9 +373,7 @@ class Sphere:
             else:
                 self._ending = self._ending or asyncio.get_running_loop().create_task(self._end())
         elif directive.kind == pb.DIRECTIVE_KIND_REPORT_STATE:
-            assert self.hub is not None
-            state = self._task_state()
-            self.hub.up.report(pb.StateReport(request_id=directive.request_id, report=self.report(), task_state=state))
+            self._report_state(directive.request_id)
         elif directive.kind == pb.DIRECTIVE_KIND_DRAIN:
             self.drain(directive.reason or "a directive")
         elif directive.kind == pb.DIRECTIVE_KIND_MOVE:
@@ -386,11 +386,25 @@ class Sphere:
         else:
             log.warning("directive %d is not known here", directive.kind)
 
-    def _task_state(self) -> bytes:
-        """Return the task's state as JSON; empty where it has none that can be sent. No weight depends on it."""
-        state = getattr(self._task, "state_dict", None)
+    def _report_state(self, request_id: int) -> None:
+        """Answer with what is known of this sphere, and the task's state: from the thread that computes with it."""
+        hub, state = self.hub, getattr(self._task, "state_dict", None)
+        assert hub is not None
+
+        def told(state: bytes) -> None:
+            if hub is self.hub:  # else it has enrolled anew
+                hub.up.report(pb.StateReport(request_id=request_id, report=self.report(), task_state=state))
+
         if not callable(state):
-            return b""
+            told(b"")
+        elif self._worker is not None:
+            self._worker.call(lambda: self._task_state(state), told)
+        else:  # a relay's task computes nothing
+            asking = asyncio.get_running_loop().run_in_executor(None, self._task_state, state)
+            asking.add_done_callback(lambda asked: None if asked.cancelled() else told(asked.result()))
+
+    def _task_state(self, state: Callable[[], object]) -> bytes:
+        """Return the task's state as JSON; empty where it has none that can be sent. No weight depends on it."""
         try:
             text = json.dumps(state()).encode()
             if len(text) <= _MOST_STATE_BYTES:

@@ -12,9 +12,10 @@ import traceback
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from queue import SimpleQueue
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +80,9 @@ class Unit:
 
 
 Done = Callable[[Unit, Held | Failure | None], None]
-_Job = tuple[asyncio.AbstractEventLoop, Unit, Mapping[str, Array], Done]
+T = TypeVar("T")
+#: what the compute thread does; it gives what is then called on the loop
+_Job = tuple[asyncio.AbstractEventLoop, Callable[[], Callable[[], object]]]
 
 
 class _NotFiniteError(GradientError):
@@ -276,7 +279,7 @@ class Worker:
         self._config = config
         self._computer = Computer(config, task)
         self._pool = Pool(config.manifest.size, allocate)
-        # at most one unit at a time: the hub gives the next when the one before is done or cancelled
+        # at most one unit that is not cancelled: the hub gives the next when the one before is done or cancelled
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         # a daemon: a task that is deep in its own code must not hold up the end of the process
         threading.Thread(target=self._work, name="compute", daemon=True).start()
@@ -286,7 +289,14 @@ class Worker:
 
         The buffer of what it gives goes back with ``release``.
         """
-        self._jobs.put((asyncio.get_running_loop(), unit, weights, done))
+        self._jobs.put((asyncio.get_running_loop(), lambda: partial(done, unit, self._computed(unit, weights))))
+
+    def call(self, work: Callable[[], T], done: Callable[[T], object]) -> None:
+        """Do what touches the task, once what was submitted before is over; ``done`` is called on the loop.
+
+        ``work`` must not raise.
+        """
+        self._jobs.put((asyncio.get_running_loop(), lambda: partial(done, work())))
 
     def release(self, held: Held) -> None:
         """The step is sealed: the buffer may be used again."""
@@ -303,15 +313,18 @@ class Worker:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            loop, unit, weights, done = job
+            loop, work = job
+            told = work()
             try:
-                result = self._compute(unit, weights)
-            except BaseException as error:  # noqa: BLE001 - what a failure's own words raised; this thread must go on
-                result = Failure(unit.block.lo, cut(type(error).__name__, MOST_ERROR), "", (), invalid=False)
-            try:
-                loop.call_soon_threadsafe(done, unit, result)
+                loop.call_soon_threadsafe(told)
             except RuntimeError:  # the loop has ended
                 return
+
+    def _computed(self, unit: Unit, weights: Mapping[str, Array]) -> Held | Failure | None:
+        try:
+            return self._compute(unit, weights)
+        except BaseException as error:  # noqa: BLE001 - what a failure's own words raised; this thread must go on
+            return Failure(unit.block.lo, cut(type(error).__name__, MOST_ERROR), "", (), invalid=False)
 
     def _compute(self, unit: Unit, weights: Mapping[str, Array]) -> Held | Failure | None:
         started = perf_counter()
