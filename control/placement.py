@@ -55,9 +55,9 @@ def place(
     ``fan_out`` children, the tree is as shallow as filling it level by level gets it, and ties go to the same zone.
     ``hosts_per_host`` limits how many other hosts hang on one host: 1 makes a chain of hosts.
 
-    Where too few spheres can be dialled, or only from their own host, the rules give way so that everyone reaches control: first that of
-    one edge per host and last, where there are no places at all, the fan-out, of control alone. Raises ValueError for
-    ids that are not unique.
+    A sphere on loopback has children of its own host only. Where too few spheres can be dialled for all that, the rules
+    give way so that everyone reaches control: first that of one edge per host and last, where there are no places at
+    all, the fan-out, of control alone. Raises ValueError for ids that are not unique.
     """
     members = sorted(spheres, key=order)
     ids = {member.id for member in members}
