@@ -360,6 +360,8 @@ def train(
 ) -> Summary:
     """Train and return the summary. Raises the error that the run ended with.
 
+    Where an event loop is running, as in a notebook, it raises ArmillaryError: ``await run(config)`` is the same there.
+
     ``task`` as for ``Training``; ``settings`` are keys of RunConfig (``learning_rate=0.05``), as the flags of
     ``control-cli start`` are. Call it under ``if __name__ == "__main__":`` where the task is defined in the script:
     spheres import that file too.
@@ -372,6 +374,12 @@ def train(
         raise TaskLoadError(
             "train() was called while a sphere imported this file for its task: "
             'put the call under if __name__ == "__main__":'
+        )
+    with contextlib.suppress(RuntimeError):  # none is running
+        asyncio.get_running_loop()
+        raise ArmillaryError(
+            "train() was called where an event loop is running, as in a notebook: write `await run(config)` there, or "
+            "`async with Training(config)`, both of control.training, with config = RunConfig(task=..., ...)"
         )
     name = task if isinstance(task, str) else task_spec(task)
     chosen = config or load_config({"task": name, **settings}, {})[0]

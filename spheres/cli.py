@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from spheres import set_environment
 from spheres.errors import ArmillaryError, ConfigError, GradientError, TaskLoadError, UnreachableError
 from spheres.exposure import insecure_warning, is_address, is_loopback
-from spheres.logs import VARIABLE, formatter, is_json
+from spheres.logs import VARIABLE, JsonFormatter, formatter, is_json, json_asked
 from spheres.words import cut, is_encodable
 
 __all__ = ["LogTail", "main", "make_parser"]
@@ -61,10 +61,14 @@ class LogTail(logging.Handler):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line, as ``control-cli`` has them."""
+    """Errors in one line, as ``control-cli`` has them; with JSON the one line of the log."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
+        line = f"{message}; see `{self.prog} --help`"
+        if not json_asked(sys.argv[1:]):
+            self.exit(2, f"error: {line}\n")
+        sys.stdout.write(JsonFormatter().format(log.makeRecord(log.name, logging.ERROR, "", 0, line, (), None)) + "\n")
+        self.exit(2)
 
 
 class _Version(argparse.Action):

@@ -24,6 +24,7 @@ from spheres.errors import (
     TaskError,
     UnreachableError,
 )
+from spheres.exposure import is_loopback
 from spheres.hub import EVALUATE, Hub
 from spheres.lease import Lease
 from spheres.parent import Fingerprints, Parent
@@ -79,6 +80,10 @@ class SphereOptions:
     clock: Callable[[], int] = monotonic_ns
 
 
+#: what listens there is dialled elsewhere
+_EVERY_ADDRESS = ("0.0.0.0", "::", "[::]")
+
+
 class Sphere:
     """The life of one sphere. ``task`` is given by tests; otherwise it is loaded by the run's configuration.
 
@@ -104,12 +109,13 @@ class Sphere:
         self._leaving: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
-        self._warned_of_state = False
+        self._warned_of_state = self._told_of_address = False
         #: set once it has its place and serves children
         self.ready = asyncio.Event()
         self.hub: Hub | None = None
         self.parent: Parent | None = None
         self._children: Children | None = None
+        self._worker: Worker | None = None
 
     def stop(self) -> None:
         """End: links are closed, children go to their fallbacks, work in hand is given up."""
@@ -151,6 +157,7 @@ class Sphere:
         worker: Worker | None = None
         if not options.relay and self._task is not None:
             worker = self._make_worker(config, self._task, aligned_zeros if memory is None else memory.allocate)
+        self._worker = worker
         summer = Summer()
         hub = self.hub = Hub(
             config,
@@ -187,6 +194,7 @@ class Sphere:
             self._trace(hub, self.parent, children)
         self.ready.set()
         log.info("%s joins %s (incarnation %d)", hub.id, ancestors[-1].id, hub.incarnation)
+        self._tell_of_address()
         try:
             await self._live(hub, self.parent, children)
         finally:
@@ -195,6 +203,21 @@ class Sphere:
             if worker is not None:
                 worker.close()
             summer.close()
+
+    def _tell_of_address(self) -> None:
+        """Say once where spheres of other hosts cannot dial this one, though control is to be dialled from there."""
+        if (
+            self._told_of_address
+            or not (self._address and _is_local(self._address))
+            or _is_local(self._options.control)
+        ):
+            return
+        self._told_of_address = True
+        log.info(
+            "only this machine reaches %s: no sphere of another host is placed below this one. For children from there "
+            "give --listen 0.0.0.0:PORT --insecure, and --advertise HOST:PORT where they see another address",
+            self._address,
+        )
 
     def _trace(self, hub: Hub, parent: Parent, children: Children) -> None:
         clock = self._options.clock
@@ -344,9 +367,7 @@ class Sphere:
             else:
                 self._ending = self._ending or asyncio.get_running_loop().create_task(self._end())
         elif directive.kind == pb.DIRECTIVE_KIND_REPORT_STATE:
-            assert self.hub is not None
-            state = self._task_state()
-            self.hub.up.report(pb.StateReport(request_id=directive.request_id, report=self.report(), task_state=state))
+            self._report_state(directive.request_id)
         elif directive.kind == pb.DIRECTIVE_KIND_DRAIN:
             self.drain(directive.reason or "a directive")
         elif directive.kind == pb.DIRECTIVE_KIND_MOVE:
@@ -359,11 +380,25 @@ class Sphere:
         else:
             log.warning("directive %d is not known here", directive.kind)
 
-    def _task_state(self) -> bytes:
-        """Return the task's state as JSON; empty where it has none that can be sent. No weight depends on it."""
-        state = getattr(self._task, "state_dict", None)
+    def _report_state(self, request_id: int) -> None:
+        """Answer with what is known of this sphere, and the task's state: from the thread that computes with it."""
+        hub, state = self.hub, getattr(self._task, "state_dict", None)
+        assert hub is not None
+
+        def told(state: bytes) -> None:
+            if hub is self.hub:  # else it has enrolled anew
+                hub.up.report(pb.StateReport(request_id=request_id, report=self.report(), task_state=state))
+
         if not callable(state):
-            return b""
+            told(b"")
+        elif self._worker is not None:
+            self._worker.call(lambda: self._task_state(state), told)
+        else:  # a relay's task computes nothing
+            asking = asyncio.get_running_loop().run_in_executor(None, self._task_state, state)
+            asking.add_done_callback(lambda asked: None if asked.cancelled() else told(asked.result()))
+
+    def _task_state(self, state: Callable[[], object]) -> bytes:
+        """Return the task's state as JSON; empty where it has none that can be sent. No weight depends on it."""
         try:
             text = json.dumps(state()).encode()
             if len(text) <= _MOST_STATE_BYTES:
@@ -422,13 +457,19 @@ class Sphere:
         return [self.report(), *self._children.oldest(most)]
 
 
+def _is_local(address: str) -> bool:
+    """Whether it leads to this machine, whoever dials it."""
+    host = address.rpartition(":")[0]
+    return is_loopback(host) or host in _EVERY_ADDRESS
+
+
 def _reachable(listening: str, control: str) -> str:
     """Return where others can dial what listens on ``listening``: for every address, that of the way to control.
 
     Raises UnreachableError where control's name is not known (yet), or there is no way to it.
     """
     host, _, port = listening.rpartition(":")
-    if host.strip("[]") not in ("0.0.0.0", "::"):
+    if host not in _EVERY_ADDRESS:
         return listening
     name, _, number = control.rpartition(":")
     try:
