@@ -462,6 +462,8 @@ class Controller:
             self.load(snapshot)
             self._standing.begin()
         finally:
+            # published anew, in another generation, also where nothing was put back: nobody holds them any more (N20)
+            self._hub.seal()
             self._hub.weights.publish(term=self.tree.term, version=self.step)
             self._move(before)
 

@@ -16,7 +16,7 @@ from control.config import RunConfig
 from control.reference import reference
 from control.run_state import RunState
 from control.testing import LocalTree, local_tree
-from spheres.errors import CheckpointError, GradientError, RunStateError
+from spheres.errors import ArmillaryError, CheckpointError, ConfigError, GradientError, RunStateError
 from spheres.task import Sums, load_task
 from spheres.testing.memory import MemoryNetwork, MemoryTransport
 
@@ -154,6 +154,36 @@ def test_a_restore_goes_back_and_the_replay_is_compared_with_the_journal(run, tm
     assert run(train()) == reference(DIGITS, config()).weights_sha256
     steps = [(r["step"], r["term"], r["replayed"]) for r in records(tmp_path)]
     assert steps == [(s, 1, False) for s in range(8)] + [(s, 2, s < 8) for s in range(3, 12)]
+
+
+@pytest.mark.parametrize("wire", ["shm", "inline"])
+@pytest.mark.parametrize("at_fault", ["no such checkpoint", "the term cannot be raised"])
+def test_a_restore_that_fails_after_an_evaluation_leaves_the_run_as_it_was(at_fault, wire, run, tmp_path):
+    """Spheres hold the version since the evaluation; the next step must not count on that (N20)."""
+    chosen = config(eval_every="1steps", wire=wire)
+
+    async def train() -> str:
+        async with tree_of(chosen, tmp_path) as tree:
+            running = asyncio.create_task(tree.run())
+            await tree.controller.advance(3)
+            name = None
+            if at_fault == "no such checkpoint":
+                name = "step-777777777"
+            else:
+                await tree.controller.save()
+                tree.controller._raise_term = _full
+            with pytest.raises(ArmillaryError, match=r"no checkpoint|No space left on device"):
+                await tree.controller.restore(name)
+            tree.controller.resume()
+            sha256 = await running
+            assert not [r for r in records(tmp_path, "events.jsonl") if r["event"] == "sphere_lost"]
+            return sha256
+
+    assert run(train()) == reference(DIGITS, chosen).weights_sha256
+
+
+def _full() -> int:
+    raise ConfigError("cannot write run.json: No space left on device")
 
 
 def test_a_replay_that_differs_ends_the_run(run, tmp_path):

@@ -20,6 +20,7 @@ from spheres.numerics import crc32c
 from spheres.outbox import Outbox
 from spheres.phases import PhaseTimes
 from spheres.reducer import Held, NonFinite
+from spheres.segments import node_memory
 from spheres.task import Sums
 from spheres.tensors import Manifest
 from spheres.v1 import common_pb2
@@ -149,6 +150,34 @@ def test_a_header_of_the_past_is_dropped_with_what_follows_it() -> None:
     assert leaf.counts.refused["stale"] == 3
     assert leaf.weights.complete
     assert leaf.ledger.obligations == {Block(0, 4): 0}
+
+
+def test_a_late_step_on_weights_that_were_overwritten_ends_the_link() -> None:
+    """N20: the parent takes them for held; it can learn that they are not by a hello only."""
+    now, memory = 100.0, node_memory("shm")
+    control = Hub(config(), "control", memory=memory)
+    leaf = Hub(config(), "leaf", worker=Patient(), memory=memory)  # type: ignore[arg-type]
+    told: list[float] = []
+    leaf.hooks.clock, leaf.hooks.stuck = lambda: now, lambda: told.append(now)
+    leaf.relinked(1, CONTROL)
+    control.weights.publish(term=1, version=0)
+    reference = control.weights.reference(0, 2)
+    assert reference is not None
+    leaf.weights.begin(term=1, version=0, previous_digest=b"", from_chunk=0)
+    leaf.weights.refer(reference)
+    leaf.weights.finish(control.weights.digest)
+    control.weights.publish(term=1, version=0)
+    patience = leaf.config.patience_seconds
+    leaf.on_response(step(leaf, 0))
+    now += 1.1 * patience
+    leaf.watch(now)
+    assert not told, "a spare: it owes nothing"
+    leaf.on_response(step(leaf, 1, Block(0, 4)))
+    leaf.watch(now)
+    assert not told, "not late yet"
+    now += 1.1 * patience
+    leaf.watch(now)
+    assert told == [now]
 
 
 def test_a_bad_assignment_leaves_the_weights_as_they_were() -> None:
