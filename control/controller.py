@@ -79,6 +79,7 @@ class Controller:
         # raises the run's term, durably (N1): the run directory's
         self._raise_term = raise_term
         self._hub = tree.hub
+        tree.fail = self.fail
         self._requests = Requests()
         # set when the state has changed, for those who wait for it
         self._changed = asyncio.Event()
@@ -507,4 +508,7 @@ class Controller:
 
     def sphere_changed(self, event: str, sphere: str, reason: str) -> None:
         """A sphere joined or was lost."""
-        self._teller.tell(event, {"sphere": sphere, "reason": reason})
+        try:
+            self._teller.tell(event, {"sphere": sphere, "reason": reason})
+        except ArmillaryError as error:  # a callback that may end the run: not the link that it is told of
+            self.fail(error)

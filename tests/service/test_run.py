@@ -13,10 +13,19 @@ import numpy as np
 import pytest
 
 from control.config import RunConfig
+from control.events import CallbackError
 from control.reference import reference
 from control.run_state import RunState
 from control.testing import LocalTree, local_tree
-from spheres.errors import ArmillaryError, CheckpointError, ConfigError, GradientError, RunStateError
+from spheres.errors import (
+    ArmillaryError,
+    CheckpointError,
+    ConfigError,
+    GradientError,
+    LinkClosedError,
+    RunStateError,
+)
+from spheres.lease import Lease
 from spheres.task import Sums, load_task
 from spheres.testing.memory import MemoryNetwork, MemoryTransport
 
@@ -309,6 +318,60 @@ def test_what_is_asked_of_a_run_that_ends_is_answered(run, tmp_path):
             version, flat = await tree.controller.copy_weights()
             assert version == 1
             assert flat.tobytes() == tree.tree.hub.weights.flat.tobytes()
+
+    run(train())
+
+
+class _Refuses:
+    def on_sphere_lost(self, event: Any, run: Any) -> None:
+        raise ValueError(f"no {event.name}")
+
+
+class _RefusesToo:
+    def on_sphere_joined(self, event: Any, run: Any) -> None:
+        raise ValueError(f"no {event.name}")
+
+
+@pytest.mark.parametrize("how", ["killed", "silent", "joined"])
+def test_a_callback_that_raises_at_who_comes_or_goes_ends_the_run_and_no_link(how, run, tmp_path, monkeypatch):
+    event, callback = ("sphere_joined", _RefusesToo()) if how == "joined" else ("sphere_lost", _Refuses())
+    chosen = config(steps=100_000, on_callback_error="raise")
+
+    async def train() -> None:
+        async with tree_of(chosen, tmp_path, callbacks=[callback]) as tree:
+            await tree.tree.wait_for(3)
+            running = asyncio.create_task(tree.controller.run())
+            if how != "joined":
+                await tree.controller.advance(2)
+                tree.controller.resume()
+            if how == "killed":
+                await tree.kill("s-2")
+            elif how == "silent":
+                silent = LinkClosedError("s-2 is silent")
+                monkeypatch.setattr(Lease, "silent", lambda _lease, name, *_: silent if name == "s-2" else None)
+            await running
+            assert isinstance(tree.controller.error, CallbackError)
+            assert f"no {event}" in str(tree.controller.error)
+            assert tree.tree._keeping is not None
+            assert not tree.tree._keeping.done(), "whoever else goes silent would never be noticed"
+
+    run(train())
+
+
+@pytest.mark.parametrize("when", ["in a step", "paused"])
+def test_a_run_whose_leases_are_not_kept_any_more_ends(when, run, tmp_path, monkeypatch):
+    async def train() -> None:
+        async with tree_of(config(steps=100_000), tmp_path) as tree:
+            running = asyncio.create_task(tree.controller.run())
+            await tree.controller.advance(2)
+            if when == "in a step":
+                for sphere in tree.spheres.values():
+                    sphere.hub.next_up = lambda: None
+                tree.controller.resume()
+            lease, judges = tree.tree.children._lease, Lease.judges
+            monkeypatch.setattr(Lease, "judges", lambda self, now: 1 / 0 if self is lease else judges(self, now))
+            await running
+            assert "ZeroDivisionError: division by zero (not expected); leases are" in str(tree.controller.error)
 
     run(train())
 
