@@ -107,6 +107,20 @@ def test_a_failure_is_told_again_to_a_new_parent() -> None:
     assert not waiting(leaf)  # its step is over
 
 
+@pytest.mark.parametrize(("before", "seconds"), [(0, 2.0), (4, 32.0), (5, 64.0), (1024, 64.0), (1_000_000, 64.0)])
+def test_the_rest_after_a_failure_doubles_up_to_the_longest(before: int, seconds: float) -> None:
+    worker, rests = Patient(), list[float]()
+    leaf = Hub(config(), "leaf", worker=worker)  # type: ignore[arg-type]
+    leaf.hooks.call_later = lambda after, _: rests.append(after)
+    leaf.weights.publish(term=1, version=0)
+    leaf.relinked(1, CONTROL)
+    leaf.own.failures = before
+    leaf.on_response(step(leaf, 0, Block(0, 4)))
+    worker.done(worker.unit, Failure(2, "it broke", "", (), invalid=False))
+    assert rests == [seconds]
+    assert not leaf.ledger.computes
+
+
 def test_a_child_that_reads_nothing_loses_its_link_and_the_others_do_not_notice() -> None:
     hub = Hub(config(), "control")
     deaf, ended = join(hub, "deaf")
