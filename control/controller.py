@@ -33,7 +33,7 @@ from control.tree import Tree
 from control.update import Updater
 from spheres.blocks import Block
 from spheres.config import NodeConfig
-from spheres.errors import ArmillaryError, GradientError, RunStateError
+from spheres.errors import ArmillaryError, ConfigError, GradientError, RunStateError
 from spheres.hub import EVALUATE, TRAIN, Array
 from spheres.v1 import checkpoint_pb2
 
@@ -179,7 +179,12 @@ class Controller:
         self._requests.go_on()
 
     async def advance(self, steps: int) -> None:
-        """Do so many steps, then pause. Returns when the run is paused after them, or has ended."""
+        """Do so many steps, 0 or more, then pause. Returns when the run is paused after them, or has ended.
+
+        Raises ConfigError for less than 0, RunStateError where the run has ended.
+        """
+        if steps < 0:
+            raise ConfigError(f"cannot do {steps} steps: give 0 or more; restore goes back")
         self._not_ended()
         self._requests.go_on(self.step + steps)
         await self.until(lambda: self._requests.pause and self.state is RunState.PAUSED)
@@ -305,6 +310,7 @@ class Controller:
                 return True
             if self.state is RunState.RUNNING:
                 self._move(RunState.PAUSED)
+            self._changed.set()  # it may have been paused before, and somebody waits for that
             await requests.asked()
 
     async def _train_step(self) -> None:

@@ -145,6 +145,32 @@ def test_a_run_stopped_at_a_third_ends_in_the_same_bits_on_another_tree(optimize
     assert [r["step"] for r in records(second)] == list(range(4, 12))
 
 
+def test_no_steps_are_a_pause_and_less_than_none_are_refused(run, tmp_path):
+    async def train() -> list[int]:
+        async with tree_of(config(steps=100_000), tmp_path) as tree:
+            controller, seen = tree.controller, list[int]()
+            running = asyncio.create_task(tree.run())
+            for steps in (0, 2, 0, 0):
+                await controller.advance(steps)
+                assert controller.state is RunState.PAUSED
+                seen.append(controller.step)
+            with pytest.raises(ConfigError, match="cannot do -1 steps"):
+                await controller.advance(-1)
+            controller.resume()
+            await controller.advance(0)  # before the loop has seen that it may go on
+            await controller.advance(0)
+            seen.append(controller.step)
+            controller.resume()
+            await controller.until(lambda: controller.state is RunState.RUNNING)
+            await controller.advance(0)
+            assert controller.state is RunState.PAUSED
+            controller.request_stop("enough")
+            await running
+            return seen
+
+    assert run(train()) == [0, 2, 2, 2, 2]
+
+
 def test_a_restore_goes_back_and_the_replay_is_compared_with_the_journal(run, tmp_path):
     """N18: replayed commits carry replayed = true and have the recorded digest."""
 
