@@ -24,7 +24,7 @@ from control.journalling import Journalling
 from control.metrics import StepTimes, Totals, nonfinite_reason, step_record
 from control.position import Standing
 from control.renewal import Renewal
-from control.requests import Requests
+from control.requests import Requests, unexpected
 from control.run_state import RunState, move
 from control.saver import Saver
 from control.snapshot import Snapshot
@@ -33,7 +33,14 @@ from control.tree import Tree
 from control.update import Updater
 from spheres.blocks import Block
 from spheres.config import NodeConfig
-from spheres.errors import ArmillaryError, ConfigError, GradientError, RunStateError
+from spheres.errors import (
+    ArmillaryError,
+    CheckpointError,
+    ConfigError,
+    GradientError,
+    RefusedError,
+    RunStateError,
+)
 from spheres.hub import EVALUATE, TRAIN, Array
 from spheres.v1 import checkpoint_pb2
 
@@ -215,13 +222,21 @@ class Controller:
         await self.between_steps(lambda: self._restore(name))
 
     async def copy_weights(self) -> tuple[int, Array]:
-        """Return the version of the weights between two steps, and a copy of the flat buffer."""
-        if self.state.ended:
-            return self.step, self._hub.weights.flat.copy()
-        return await self.between_steps(self._copy)
+        """Return the version of the weights between two steps, and a copy of the flat buffer.
+
+        Raises RefusedError where there is no memory for the copy; the run goes on.
+        """
+        return await self._copy() if self.state.ended else await self.between_steps(self._copy)
 
     async def _copy(self) -> tuple[int, Array]:
-        return self.step, await asyncio.to_thread(self._hub.weights.flat.copy)
+        flat = self._hub.weights.flat
+        try:
+            return self.step, await asyncio.to_thread(flat.copy)
+        except MemoryError:
+            raise RefusedError(
+                f"control has no memory for a copy of the weights ({flat.nbytes} bytes); take them from a checkpoint "
+                "(control-cli checkpoint export)"
+            ) from None
 
     def _not_ended(self) -> None:
         if self.state.ended:
@@ -249,7 +264,7 @@ class Controller:
             await self._fail(error, save=begun)
         except Exception as error:  # whoever waits for the run must learn that it is over
             log.exception("the step loop failed")
-            await self._fail(ArmillaryError(f"{type(error).__name__}: {error} (not expected)"), save=False)
+            await self._fail(unexpected(error), save=False)
         finally:
             await self._saver.done()  # also where the loop is cancelled: a thread that writes cannot be
             self._saver.close()
@@ -462,7 +477,12 @@ class Controller:
             # it may be the one that is wanted, and its retention must not remove what is being read
             await self._saver.done()
             passed_over: list[str] = []
-            snapshot = await asyncio.to_thread(self.checkpoints.load, name or None, passed_over.append)
+            try:
+                snapshot = await asyncio.to_thread(self.checkpoints.load, name or None, passed_over.append)
+            except MemoryError:
+                raise CheckpointError(
+                    "control has no memory to read the checkpoint; the run goes on as it was"
+                ) from None
             self.tell_passed_over(passed_over)
             # before anything is changed: under the old term spheres would take what comes now for what they had
             self.tree.term = await asyncio.to_thread(self._raise_term)

@@ -479,7 +479,7 @@ class Tree:
         if keeping.cancelled() or (cause := keeping.exception()) is None:
             return
         log.error("leases are not kept any more", exc_info=cause)
-        error = ArmillaryError(f"{type(cause).__name__}: {cause} (not expected); leases are not kept any more")
+        error = ArmillaryError(f"leases are not kept any more: {type(cause).__name__}: {cause} (not expected)")
         self._halt(error)
         self.fail(error)
 

@@ -23,6 +23,7 @@ from spheres.errors import (
     ConfigError,
     GradientError,
     LinkClosedError,
+    RefusedError,
     RunStateError,
 )
 from spheres.lease import Lease
@@ -397,7 +398,55 @@ def test_a_run_whose_leases_are_not_kept_any_more_ends(when, run, tmp_path, monk
             lease, judges = tree.tree.children._lease, Lease.judges
             monkeypatch.setattr(Lease, "judges", lambda self, now: 1 / 0 if self is lease else judges(self, now))
             await running
-            assert "ZeroDivisionError: division by zero (not expected); leases are" in str(tree.controller.error)
+            assert "leases are not kept any more: ZeroDivisionError: division by zero" in str(tree.controller.error)
+
+    run(train())
+
+
+class _Large(np.ndarray):
+    """There is no memory for another one."""
+
+    def copy(self, order: Any = "C") -> Any:
+        raise MemoryError
+
+
+def test_no_memory_for_a_download_or_to_read_a_checkpoint_does_not_end_the_run(run, tmp_path, monkeypatch):
+    chosen = config(checkpoint_every="3steps")
+
+    async def train() -> str:
+        async with tree_of(chosen, tmp_path) as tree:
+            controller, weights = tree.controller, tree.tree.hub.weights
+            running = asyncio.create_task(tree.run())
+            await controller.advance(4)
+            with monkeypatch.context() as patch:
+                patch.setattr(weights, "_master", weights.flat.view(_Large))
+                patch.setattr(controller.checkpoints, "load", _Large.copy)
+                with pytest.raises(RefusedError, match=f"no memory for a copy of the weights .{weights.flat.nbytes} b"):
+                    await controller.copy_weights()
+                with pytest.raises(CheckpointError, match="no memory to read the checkpoint; the run goes on"):
+                    await controller.restore(None)
+            assert (controller.state, controller.step) == (RunState.PAUSED, 4)
+            controller.resume()
+            await running
+            monkeypatch.setattr(weights, "_master", weights.flat.view(_Large))
+            with pytest.raises(RefusedError, match="no memory"):
+                await controller.copy_weights()
+            return tree.sha256
+
+    assert run(train()) == reference(DIGITS, chosen).weights_sha256
+
+
+def test_a_restore_that_fails_half_way_ends_the_run_and_is_answered(run, tmp_path, monkeypatch):
+    async def train() -> None:
+        async with tree_of(config(checkpoint_every="3steps"), tmp_path) as tree:
+            running = asyncio.create_task(tree.controller.run())
+            await tree.controller.advance(4)
+            monkeypatch.setattr(tree.controller, "load", _Large.copy)
+            with pytest.raises(ArmillaryError, match="MemoryError"):
+                await tree.controller.restore(None)
+            await running
+            assert "MemoryError" in str(tree.controller.error)
+            assert tree.controller.state is RunState.ERROR
 
     run(train())
 
