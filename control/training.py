@@ -132,7 +132,10 @@ class Training:
         await asyncio.wait({self._loop})
 
     async def step(self, count: int = 1) -> None:
-        """Do so many steps, then pause. Raises RunStateError where the run has ended, or the error that ended it."""
+        """Do so many steps, then pause; 0 only pauses.
+
+        Raises ConfigError for less than 0, RunStateError where the run has ended, or the error that ended it.
+        """
         await self.controller.advance(count)
         if self.controller.error is not None:
             raise self.controller.error

@@ -439,6 +439,9 @@ class Hub:
         self._give_up(now)
         if not self.ledger.active or not self.watchdog.due(now):
             return
+        if self._spoilt:
+            self.hooks.stuck()
+            return
         late = self.ledger.laggards(self.gradients.reducer.has)
         barred = self.ledger.barred(self.gradients.reducer.has) if not late else frozenset()
         if late or barred:
@@ -450,6 +453,15 @@ class Hub:
             # them loses patience first.
             self._do(self.ledger.set_aside(barred))
             self._tell_capacity()
+
+    @property
+    def _spoilt(self) -> bool:
+        """Whether this node owes what it can never compute: its weights count as whole, and were overwritten.
+
+        After the seal nothing is owed (N15), so its parent takes for held what is not; only a hello can tell it.
+        """
+        owes = self.ledger.obligations and not self.ledger.finished
+        return bool(owes) and self.weights.complete and not self.weights.intact
 
     def _give_up(self, now: float) -> None:
         """End the links of children that live and do not answer begin: all others wait for them.

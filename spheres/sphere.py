@@ -419,8 +419,10 @@ class Sphere:
 
     def _stuck(self) -> None:
         """Nobody here can compute what is owed: give it back by ending the link (docs/adr/0004)."""
-        if self.parent is not None:
-            self.parent.cut(LinkClosedError("no sphere below can compute"))
+        if self.parent is not None and self.hub is not None:
+            spoilt = self.hub.weights.complete and not self.hub.weights.intact
+            reason = "its weights were overwritten" if spoilt else "no sphere below can compute"
+            self.parent.cut(LinkClosedError(reason))
 
     def report(self) -> common_pb2.SphereReport:
         """What this sphere says of itself now."""

@@ -5,7 +5,6 @@ At the root the news has arrived: control's hooks are told. Gradients wait in ``
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -20,12 +19,13 @@ from spheres.worker import MOST_SAMPLES
 
 __all__ = ["Upward"]
 
-#: changes below that are told again on a new link: the last ones may have been lost with the old one
-_CHANGES = 256
+#: spheres below whose latest changes are told again on a new link: they may have been lost with the old one. As many as
+#: are remembered elsewhere: names are the peers' choice, memory is not
+_MOST_KNOWN = 20_000
 
 
 class Upward:
-    """Mutable state: the session, the messages that wait, and the changes that were told in this session."""
+    """Mutable state: the session, the messages that wait, and the newest changes told in this session."""
 
     def __init__(self, hooks: Hooks, *, root: bool) -> None:
         self._hooks, self._root = hooks, root
@@ -38,7 +38,8 @@ class Upward:
         self.leaving = ""
         #: in the order in which they go
         self.waiting: list[pb.WorkRequest] = []
-        self._said: deque[pb.SphereChange] = deque(maxlen=_CHANGES)
+        # (sphere, whether its link ended) -> the newest such change; in the order in which they were told
+        self._said: dict[tuple[str, bool], pb.SphereChange] = {}
 
     def next(self) -> bytes:
         """Return the next message; there must be one."""
@@ -51,7 +52,7 @@ class Upward:
         """
         self.session = session
         self.waiting = [m for m in self.waiting if not (m.HasField("ready") or m.HasField("sphere_change"))]
-        said = list(self._said)
+        said = list(self._said.values())
         self._said.clear()
         return said
 
@@ -86,7 +87,21 @@ class Upward:
             self._hooks.changed(change)
         else:
             self._send(pb.WorkRequest(sphere_change=change))
-            self._said.append(change)
+            self._note(change)
+
+    def _note(self, change: pb.SphereChange) -> None:
+        """Remember a change for the next link: of each sphere the newest link that opened, and the newest that ended.
+
+        Both, as control takes an end only of a link that it has heard of. What came late, of an older link, is not one.
+        """
+        key = (change.sphere_id, change.lost)
+        known = self._said.get(key)
+        if known is not None and (known.incarnation, known.session) > (change.incarnation, change.session):
+            return
+        self._said.pop(key, None)
+        self._said[key] = change
+        if len(self._said) > 2 * _MOST_KNOWN:
+            del self._said[next(iter(self._said))]
 
     def report(self, report: pb.StateReport) -> None:
         """A sphere's state, on its way to control."""
