@@ -6,6 +6,7 @@ Settings that make a dead peer show within seconds are here; what a message mean
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -30,6 +31,8 @@ from spheres.transport import (
 )
 
 __all__ = ["GrpcListener", "GrpcTransport"]
+
+log = logging.getLogger(__name__)
 
 SERVICE = "spheres.v1.SphereService"
 ENROLL = "/spheres.v1.ControlService/EnrollSphere"
@@ -67,6 +70,12 @@ _LAST_WORDS_SECONDS = 1.0
 _CLOSING = "the listener has closed"
 #: seconds in which a client that has gone, and not only ended its side, becomes known as such
 _GONE_SECONDS = 0.2
+#: seconds between two looks at whether a server still takes calls
+_LOOK_SECONDS = 0.5
+#: seconds for which a listener whose server has failed tries to have its port again
+_REBIND_SECONDS = 60.0
+#: seconds that links of a server that has failed may live on: as long as they like
+_FOR_EVER = 1e9
 
 
 class _ClientLink:
@@ -182,14 +191,69 @@ class _ServerLink:
 class GrpcListener:
     """A grpc.aio server with SphereService, and what else its owner adds before it starts.
 
-    Mutable state: the links that live, by the tasks of their handlers; whether the listener closes.
+    One request whose path is no UTF-8, as a port scanner may send, ends what a grpc.aio server takes calls with: the
+    library decodes it outside of any handler (grpc/grpc, aio/server.pyx.pxi: _server_main_loop). Links that are open
+    live on, and nobody gets in any more. So a server that has failed is followed by another one on its address.
+
+    Mutable state: the server that takes calls, those that have failed and still have links, the links that live, by the
+    tasks of their handlers, and whether the listener closes.
     """
 
-    def __init__(self, server: grpc.aio.Server) -> None:
+    def __init__(self, make_server: Callable[[GrpcListener], grpc.aio.Server]) -> None:
         self.address = ""
-        self._server = server
+        self._make_server = make_server
+        self._server = make_server(self)
+        #: each with the task that frees it once its last link has ended
+        self._failed: dict[grpc.aio.Server, asyncio.Task[None]] = {}
         self._live: dict[asyncio.Task[None], Closed] = {}
         self._closing = False
+
+    async def open(self, address: str) -> None:
+        """Bind and serve. Raises ConfigError."""
+        host, _ = split_address(address)
+        port = _bind(self._server, address)
+        if port == 0:
+            raise ConfigError(f"cannot listen on {address}: the port is in use or the address is not of this machine")
+        await self._server.start()
+        self.address = f"{host}:{port}"
+        self._watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Follow each server that has failed by another one."""
+        while (error := await _failure(self._server)) is not None:
+            log.warning(
+                "the gRPC server of %s has failed and takes no calls (%s: %s), perhaps at a request that is none of "
+                "ours; another one takes its place, and links that are open live on",
+                self.address,
+                type(error).__name__,
+                error,
+            )
+            self._outlive(self._server)
+            if not await self._follow():
+                return
+
+    def _outlive(self, failed: grpc.aio.Server) -> None:
+        freeing = self._failed[failed] = asyncio.create_task(failed.stop(grace=_FOR_EVER))
+        freeing.add_done_callback(lambda _: self._failed.pop(failed))
+
+    async def _follow(self) -> bool:
+        """Start another server on the address; False where it cannot be had."""
+        server = self._make_server(self)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _REBIND_SECONDS
+        while _bind(server, self.address) == 0:
+            if loop.time() > until:
+                log.error("%s cannot be had again: nobody can join or ask here any more", self.address)
+                return False
+            await asyncio.sleep(_LOOK_SECONDS)
+        self._server = server
+        starting = asyncio.create_task(server.start())
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await starting  # one turn of the loop: what has not quite started cannot be stopped
+            raise
+        return True
 
     def serve(self, handler: LinkHandler) -> Callable[[Any, Any], Awaitable[None]]:
         async def method(_requests: Any, context: Any) -> None:
@@ -215,9 +279,13 @@ class GrpcListener:
 
     async def aclose(self) -> None:
         self._closing = True
+        self._watching.cancel()
+        await asyncio.wait({self._watching})
         for closed in self._live.values():
             close(closed, LinkClosedError(_CLOSING))
-        await self._server.stop(grace=_LAST_WORDS_SECONDS)
+        freed = list(self._failed.values())
+        servers = (self._server, *self._failed)
+        await asyncio.gather(*(server.stop(grace=_LAST_WORDS_SECONDS) for server in servers), *freed)
         if self._live:
             await asyncio.wait(self._live)
 
@@ -252,9 +320,13 @@ class GrpcTransport:
                 raise from_rpc_error(error, f"control at {address}") from None
 
     async def listen(self, address: str, handlers: Handlers) -> GrpcListener:
-        host, _ = split_address(address)
+        listener = GrpcListener(lambda listener: self._server(listener, handlers))
+        await listener.open(address)
+        return listener
+
+    def _server(self, listener: GrpcListener, handlers: Handlers) -> grpc.aio.Server:
+        """Return a server, not bound yet."""
         server = grpc.aio.server(options=_SERVER)
-        listener = GrpcListener(server)
         methods: dict[str, Any] = {
             Rpc.WORK.value: grpc.stream_stream_rpc_method_handler(listener.serve(handlers.work)),
             Rpc.HEARTBEAT.value: grpc.stream_stream_rpc_method_handler(listener.serve(handlers.heartbeat)),
@@ -266,18 +338,30 @@ class GrpcTransport:
         server.add_generic_rpc_handlers(tuple(generic))
         if self._add_services is not None:
             self._add_services(server)
-        try:
-            port = server.add_insecure_port(address)
-        except RuntimeError:
-            port = 0
-        if port == 0:
-            raise ConfigError(f"cannot listen on {address}: the port is in use or the address is not of this machine")
-        await server.start()
-        listener.address = f"{host}:{port}"
-        return listener
+        return server
 
     async def aclose(self) -> None:
         """Nothing is shared between links."""
+
+
+def _bind(server: grpc.aio.Server, address: str) -> int:
+    """Return the port that was bound; 0 where it cannot be."""
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError:
+        return 0
+
+
+async def _failure(server: grpc.aio.Server) -> Exception | None:
+    """Return what a server has failed with; None once it was stopped."""
+    while True:
+        # Without a time limit the library would wait for its last link first, and cancelling would harm it.
+        waiting = server.wait_for_termination(_LOOK_SECONDS)
+        (lives,) = await asyncio.gather(waiting, return_exceptions=True)
+        if isinstance(lives, Exception):
+            return lives
+        if not lives:
+            return None
 
 
 async def _connects(channel: grpc.aio.Channel) -> bool:
