@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import grpc
@@ -336,12 +336,19 @@ class GrpcTransport:
             enroll: dict[str, Any] = {"EnrollSphere": grpc.unary_unary_rpc_method_handler(_answer(handlers.enroll))}
             generic.append(grpc.method_handlers_generic_handler("spheres.v1.ControlService", enroll))
         server.add_generic_rpc_handlers(tuple(generic))
+        # Services add each method twice. While a server waits for calls of methods that it has by name, its failure
+        # frees what gRPC writes to a moment later (_server_main_loop cancels them), and the process may crash.
+        server.add_registered_method_handlers = _add_nothing  # type: ignore[method-assign]
         if self._add_services is not None:
             self._add_services(server)
         return server
 
     async def aclose(self) -> None:
         """Nothing is shared between links."""
+
+
+def _add_nothing(service_name: str, method_handlers: Mapping[str, Any]) -> None:
+    """The same methods were added by a generic handler."""
 
 
 def _bind(server: grpc.aio.Server, address: str) -> int:
