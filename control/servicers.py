@@ -45,7 +45,8 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         self._events: deque[tuple[int, float, Mapping[str, Any]]] = deque(maxlen=_KEPT)
         self._last = 0
         self._news = asyncio.Event()
-        self._answers: dict[str, asyncio.Task[Any]] = {}
+        #: by method and request_id: the request, and what comes of it
+        self._answers: dict[tuple[str, str], tuple[Any, asyncio.Task[Any]]] = {}
         self._over = False
 
     def attach(
@@ -135,7 +136,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
 
     async def SpawnSphere(self, request: pb.SpawnSphereRequest, context: Any) -> pb.SpawnSphereResponse:
         await self._alive(context)
-        started = await self._once(request.request_id, lambda: self._spawn(request.count), context)
+        started = await self._once(request, lambda: self._spawn(request.count), context)
         return pb.SpawnSphereResponse(
             pids=[sphere.pid for sphere in started if sphere.pid is not None],
             names=[sphere.name for sphere in started],
@@ -170,7 +171,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
 
     async def CreateCheckpoint(self, request: pb.CreateCheckpointRequest, context: Any) -> pb.CreateCheckpointResponse:
         controller = await self._alive(context)
-        info = await self._once(request.request_id, controller.save, context)
+        info = await self._once(request, controller.save, context)
         return pb.CreateCheckpointResponse(checkpoint=_checkpoint(info))
 
     async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Any) -> pb.ListCheckpointsResponse:
@@ -184,7 +185,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         self, request: pb.RestoreCheckpointRequest, context: Any
     ) -> pb.RestoreCheckpointResponse:
         controller = await self._alive(context)
-        await self._once(request.request_id, lambda: controller.restore(request.name or None), context)
+        await self._once(request, lambda: controller.restore(request.name or None), context)
         return pb.RestoreCheckpointResponse(run=self._run(controller))
 
     async def DownloadWeights(
@@ -201,15 +202,19 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             yield pb.DownloadWeightsResponse(offset_bytes=start, crc32c=crc32c(payload), data=payload)
         yield pb.DownloadWeightsResponse(weights_sha256=sha256)
 
-    async def _once(self, request_id: str, work: Callable[[], Coroutine[Any, Any, Any]], context: Any) -> Any:
+    async def _once(self, request: Any, work: Callable[[], Coroutine[Any, Any, Any]], context: Any) -> Any:
         """Do ``work`` and return its answer; a retry of the same request gets it too, unless it was an error."""
-        task = self._answers.get(request_id)
+        key = type(request).__name__, request.request_id
+        before, task = self._answers.get(key, (request, None))
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
             task = asyncio.create_task(work())
-            if request_id:
-                self._answers[request_id] = task
+            if request.request_id:
+                self._answers[key] = request, task
                 if len(self._answers) > _ANSWERS:
                     del self._answers[next(iter(self._answers))]
+        elif before != request:
+            reason = f"request_id {request.request_id!r} was that of another request: a new wish needs a new one"
+            await context.abort(*code_of(ConfigError(reason)))
         # shielded: a caller that goes away does not undo what was begun
         return await _or_abort(asyncio.shield(task), context)
 
