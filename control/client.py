@@ -168,7 +168,7 @@ class Client:
             try:
                 while isinstance(response := await self._unless_closed(call.read()), pb.WatchRunResponse):
                     event = _event(response)
-                    last, lost_at, over = event.id, None, _is_end(event)
+                    last, lost_at, over = event.id, None, over or _is_end(event)
                     yield event
                 return
             except aio.AioRpcError as error:

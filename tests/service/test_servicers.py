@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from control.client import Client
+from control.client import Client, state_name
 from control.config import RunConfig
 from control.lives import Started
 from control.server import add_services
 from control.servicers import ControlServicer
 from control.testing import LocalTree, local_tree
+from control.training import run as train
 from spheres.errors import CheckpointError, ConfigError
 from spheres.grpc_link import GrpcTransport
 from spheres.server import Health
@@ -98,4 +99,36 @@ def test_an_id_whose_request_failed_may_ask_again_and_for_something_else(run: An
                     await at.client.restore("step-none", "back")
             assert (await at.client.restore(name, "back")).step == 1
 
+    run(main())
+
+
+# ---- watches
+
+
+@pytest.mark.processes
+def test_watches_end_with_the_run_also_where_control_is_held(run: Any, tmp_path: Path) -> None:
+    config = RunConfig(task="digits", steps=40, spheres=1, run_dir=tmp_path / "run")
+    before_the_first = 1_000_000_000  # events of the first term
+
+    class Begins:
+        def on_train_start(self, event: Any, run: Any) -> None:
+            began.set()
+
+    async def main() -> None:
+        held = asyncio.get_running_loop().create_future()
+        training = asyncio.create_task(train(config, callbacks=[Begins()], hold=held.set_result))
+        await began.wait()
+        async with Client(run_dir=config.run_dir) as client:
+            events = [event async for event in client.watch(before_the_first)]
+            assert [event.record["state"] for event in events if event.name == "state"][-1] == "completed"
+            assert (tmp_path / "run" / "summary.json").exists()
+            await held
+            assert [event async for event in client.watch()] == []
+            assert [event.id async for event in client.watch(events[-3].id)] == [event.id for event in events[-2:]]
+            assert state_name(await client.status()) == "completed"
+        assert not training.done()
+        training.cancel()
+        await asyncio.gather(training, return_exceptions=True)
+
+    began = asyncio.Event()
     run(main())
