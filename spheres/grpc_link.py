@@ -51,7 +51,14 @@ _LIMITS = [
     ("grpc.max_send_message_length", 2 * MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", 2 * MAX_MESSAGE_BYTES),
 ]
-_CLIENT = [*_KEEPALIVE, *_LIMITS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+_CLIENT = [
+    *_KEEPALIVE,
+    *_LIMITS,
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+    # a proxy of the environment is for the web, not for a node that is named by its address
+    ("grpc.enable_http_proxy", 0),
+]
 _SERVER = [
     *_KEEPALIVE,
     *_LIMITS,

@@ -738,6 +738,24 @@ def test_dialling_a_port_that_says_nothing_is_bounded(transport, run, monkeypatc
     run(main())
 
 
+@over_grpc_only
+def test_a_proxy_of_the_environment_is_not_asked(transport, run, monkeypatch):
+    async def enroll(request):
+        return request * 2
+
+    async def main():
+        async with listening(transport, echo, enroll) as listener:
+            link = await transport.dial(listener.address, Rpc.WORK)
+            await link.send(b"x")
+            assert await link.receive() == b"x"
+            assert await transport.enroll(listener.address, b"me", 5.0) == b"meme"
+            await link.aclose()
+
+    for variable in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:1")
+    run(main())
+
+
 # ---- enrolling
 
 
