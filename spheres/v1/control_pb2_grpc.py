@@ -260,6 +260,8 @@ class ControlServiceServicer(object):
         """The weights between two steps, as header, chunks, footer, from a copy. What is cut off is discarded. Idempotent.
 
         FAILED_PRECONDITION: the run ended while the call waited for the end of a step. Call again.
+        RESOURCE_EXHAUSTED: as many other versions as control keeps for downloads are under way. Call again after a while.
+        DEADLINE_EXCEEDED: the caller did not read on for a minute. Call again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

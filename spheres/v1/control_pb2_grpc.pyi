@@ -91,6 +91,8 @@ class ControlServiceStub:
     """The weights between two steps, as header, chunks, footer, from a copy. What is cut off is discarded. Idempotent.
 
     FAILED_PRECONDITION: the run ended while the call waited for the end of a step. Call again.
+    RESOURCE_EXHAUSTED: as many other versions as control keeps for downloads are under way. Call again after a while.
+    DEADLINE_EXCEEDED: the caller did not read on for a minute. Call again.
     """
 
 class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -266,6 +268,8 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         """The weights between two steps, as header, chunks, footer, from a copy. What is cut off is discarded. Idempotent.
 
         FAILED_PRECONDITION: the run ended while the call waited for the end of a step. Call again.
+        RESOURCE_EXHAUSTED: as many other versions as control keeps for downloads are under way. Call again after a while.
+        DEADLINE_EXCEEDED: the caller did not read on for a minute. Call again.
         """
 
 def add_ControlServiceServicer_to_server(servicer: ControlServiceServicer, server: _aio.Server) -> None: ...

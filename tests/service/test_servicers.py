@@ -8,8 +8,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
+import numpy as np
 import pytest
+from grpc import aio
 
+from control import servicers
 from control.client import Client, state_name
 from control.config import RunConfig
 from control.lives import Started
@@ -17,10 +21,11 @@ from control.server import add_services
 from control.servicers import ControlServicer
 from control.testing import LocalTree, local_tree
 from control.training import run as train
-from spheres.errors import CheckpointError, ConfigError
+from spheres.errors import CheckpointError, ConfigError, RefusedError
 from spheres.grpc_link import GrpcTransport
 from spheres.server import Health
 from spheres.testing.synthetic import Synthetic
+from spheres.v1 import control_pb2 as pb
 
 SETTINGS: dict[str, Any] = {"task": "synthetic", "microbatches": 2, "batch_size": 10, "spheres": 1, "eval_every": None}
 
@@ -131,4 +136,94 @@ def test_watches_end_with_the_run_also_where_control_is_held(run: Any, tmp_path:
         await asyncio.gather(training, return_exceptions=True)
 
     began = asyncio.Event()
+    run(main())
+
+
+# ---- downloads
+
+#: more than what waits in the network's buffers for a client that does not read
+LARGE = 6_000_000
+
+
+async def begun(client: Client) -> Any:
+    """A download of which the header was read, and nothing else is."""
+    call = client._stub.DownloadWeights(pb.DownloadWeightsRequest())
+    assert (await anext(aiter(call))).HasField("manifest")
+    return call
+
+
+async def freed(at: Served, most: int) -> None:
+    async with asyncio.timeout(10):
+        while len(at.servicer._copies) > most:
+            await at.client.status()
+
+
+def test_downloads_of_one_version_share_a_copy_which_goes_with_the_last(run: Any, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with served(tmp_path, Synthetic(parameters=LARGE, samples=100), checkpoint_every=None) as at:
+            calls = await asyncio.gather(*(begun(at.client) for _ in range(6)))
+            assert len(at.servicer._copies) == 1
+            flat = next(iter(at.servicer._copies.values())).flat
+            weights = await at.client.weights()
+            assert weights.sha256 == at.local.sha256
+            assert len(at.servicer._copies) == 1
+            await at.controller.advance(1)
+            calls.append(await begun(at.client))
+            assert len(at.servicer._copies) == 2
+            assert weights.sha256 != at.local.sha256
+            assert np.shares_memory(flat, next(iter(at.servicer._copies.values())).flat)
+            for call in calls:
+                call.cancel()
+            await freed(at, 0)
+
+    run(main())
+
+
+def test_so_many_versions_are_kept_for_downloads_and_no_more(run: Any, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with served(tmp_path, Synthetic(parameters=LARGE, samples=100), checkpoint_every=None) as at:
+            calls = []
+            for _ in range(servicers._MOST_COPIES):
+                calls.append(await begun(at.client))
+                await at.controller.advance(1)
+            with pytest.raises(RefusedError, match="4 other versions of the weights are being downloaded; call again"):
+                await at.client.weights()
+            calls.pop().cancel()
+            await freed(at, servicers._MOST_COPIES - 1)
+            assert (await at.client.weights()).version == servicers._MOST_COPIES
+            for call in calls:
+                call.cancel()
+            await freed(at, 0)
+
+    run(main())
+
+
+def test_a_client_that_does_not_read_on_holds_no_copy(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with served(tmp_path, Synthetic(parameters=LARGE, samples=100), checkpoint_every=None) as at:
+            call = await begun(at.client)
+            monkeypatch.setattr(servicers, "_PIECE_SECONDS", 0.2)
+            await freed(at, 0)
+            with pytest.raises(aio.AioRpcError, match=r"a piece of the weights was not taken within 0\.2 s") as caught:
+                [_ async for _ in call]
+            assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+
+    monkeypatch.setattr(servicers, "_PIECE_SECONDS", 1.0)
+    run(main())
+
+
+def test_a_run_that_is_over_is_downloaded_too(run: Any, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with served(tmp_path, Synthetic(parameters=LARGE, samples=100), checkpoint_every=None) as at:
+            at.controller.request_stop("enough")
+            await at.controller.until(lambda: False)
+            call = await begun(at.client)
+            both = await asyncio.gather(at.client.weights(), at.client.weights())
+            assert [weights.sha256 for weights in both] == [at.local.sha256] * 2
+            assert len(at.servicer._copies) == 1
+            call.cancel()
+            await freed(at, 0)
+
     run(main())
