@@ -6,6 +6,7 @@ Settings that make a dead peer show within seconds are here; what a message mean
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
@@ -70,12 +71,15 @@ _SERVER = [
 #: what the library raises from a stream that is over
 _ENDED = (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError)
 
+#: what the library makes of a write that fails
+_SAYS_NOTHING = (grpc.StatusCode.INTERNAL, "Internal error from Core")
+
 #: seconds in which a dialled address must take the connection
 DIAL_SECONDS = 5.0
 #: seconds that handlers have to end in order, and their last words to leave, when their listener closes
 _LAST_WORDS_SECONDS = 1.0
 _CLOSING = "the listener has closed"
-#: seconds in which a client that has gone, and not only ended its side, becomes known as such
+#: seconds in which it becomes known that a client has gone, and not only ended its side; or why a link has ended
 _GONE_SECONDS = 0.2
 #: seconds between two looks at whether a server still takes calls
 _LOOK_SECONDS = 0.5
@@ -92,20 +96,25 @@ class _ClientLink:
         self.peer = peer
         self._channel = channel
         self._status: tuple[grpc.StatusCode, str] | None = None
+        self._told = asyncio.Event()
         self._call: Any = channel.stream_stream(f"/{SERVICE}/{rpc.value}")()
         self._call.add_done_callback(self._ended)
 
     def _ended(self, call: Any) -> None:
         # Kept here, because a write that fails afterwards replaces the status with one that says nothing
-        # (github.com/grpc/grpc/issues/36066).
-        self._status = _at_once(call.code()), _at_once(call.details())
+        # (github.com/grpc/grpc/issues/36066). Up to 1.83 the library calls this once more then; and where the write
+        # fails first, the status of the other side comes second.
+        if self._status is None or self._status == _SAYS_NOTHING:
+            self._status = _at_once(call.code()), _at_once(call.details())
+        if self._status != _SAYS_NOTHING:
+            self._told.set()
 
     async def send(self, message: bytes) -> None:
         check_size(message)
         try:
             await self._call.write(message)
         except _ENDED:
-            raise self._why() from None
+            raise await self._why() from None
         except asyncio.CancelledError:
             self._raise_unless_cancelled()
             raise
@@ -114,7 +123,7 @@ class _ClientLink:
         try:
             message = await self._call.read()
         except _ENDED:
-            raise self._why() from None
+            raise await self._why() from None
         except asyncio.CancelledError:
             self._raise_unless_cancelled()
             raise
@@ -123,7 +132,10 @@ class _ClientLink:
         check_size(message)
         return bytes(message)
 
-    def _why(self) -> ArmillaryError:
+    async def _why(self) -> ArmillaryError:
+        if self._status == _SAYS_NOTHING:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._told.wait(), _GONE_SECONDS)
         if self._status is None or self._status[0] is grpc.StatusCode.OK:
             return LinkClosedError("the other side has ended the link")
         return from_status(*self._status)

@@ -292,6 +292,51 @@ def test_a_sender_that_is_held_up_sees_why_the_link_ends(transport, run):
     run(main())
 
 
+class _FailedWrite:
+    """A call as the library has it after a write that failed: a status of its own makes."""
+
+    async def code(self):
+        return grpc.StatusCode.INTERNAL
+
+    async def details(self):
+        return "Internal error from Core"
+
+
+@over_grpc_only
+@pytest.mark.parametrize("first", ["the write", "the status"])
+def test_a_write_that_fails_does_not_hide_why_the_link_ends(transport, run, first):
+    """In whichever order the library tells of the two, which depends on its version and on chance."""
+    reason = RefusedError("another run")
+
+    async def main():
+        async with both_ends(transport) as (dialled, listening, _):
+            if first == "the write":
+                dialled._ended(_FailedWrite())
+                receiving = asyncio.create_task(dialled.receive())
+                await listening.aclose(reason)
+                await ends_with(receiving, reason)
+            else:
+                await listening.aclose(reason)
+                await ends_with(dialled.receive(), reason)
+                dialled._ended(_FailedWrite())
+            await ends_with(dialled.receive(), reason)
+            await ends_with(dialled.send(b"x"), reason)
+
+    run(main())
+
+
+@over_grpc_only
+def test_a_write_that_fails_waits_a_moment_for_the_reason(transport, run):
+    async def main():
+        async with both_ends(transport) as (dialled, listening, _):
+            dialled._ended(_FailedWrite())
+            why = asyncio.create_task(dialled._why())
+            await listening.aclose(RefusedError("another run"))
+            assert isinstance(await why, RefusedError)
+
+    run(main())
+
+
 def test_a_handler_that_fails_ends_its_link_with_a_reason_and_a_log(transport, run, caplog):
     async def handler(link):
         raise ZeroDivisionError("in the handler")
