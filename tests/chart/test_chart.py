@@ -100,6 +100,14 @@ def test_what_is_rendered_is_valid(values: str, render: Render) -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_a_kubernetes_that_is_too_old_is_refused_before_anything_is_made(helm: Helm) -> None:
+    """The oldest one that the chart takes is the oldest one that everything above is valid for."""
+    assert helm("template", RELEASE, CHART, "--kube-version", "1.29.0").returncode == 0
+    done = helm("template", RELEASE, CHART, "--kube-version", "1.28.9")
+    assert done.returncode != 0
+    assert "requires kubeVersion: >=1.29.0-0" in done.stderr
+
+
 def test_a_field_that_kubernetes_does_not_know_is_found(render: Render) -> None:
     document = json.loads(json.dumps(one(render(), "StatefulSet")))
     document["spec"]["template"]["spec"]["containers"][0]["livenessprobe"] = {}
