@@ -16,7 +16,7 @@ import typer.main
 import yaml
 
 from control.cli import app
-from control.config import flat_paths
+from control.config import RunConfig, flat_paths, flatten
 from control.config_sources import load_config
 from spheres.cli import make_parser
 from tests.chart.conftest import CHART, RELEASE, Documents, Helm, read, tool, write
@@ -285,6 +285,21 @@ def test_control_understands_its_variables(values: str, render: Render) -> None:
         assert str(config.run_dir) == "/runs/second"
     elif values != "launcher":
         assert config.spheres == 0
+
+
+def test_a_run_goes_on_with_another_launcher(render: Render) -> None:
+    """What was said of the launcher before is in the run's own directory, and goes on where nobody says another."""
+
+    def control(values: str, saved: dict[str, Any] | None = None) -> RunConfig:
+        ((_, _, container),) = [node for node in nodes(render(values)) if node[0] == "control"]
+        return load_config({"listen": "0.0.0.0:7070", "insecure": True}, environ(container), None, saved)[0]
+
+    launched = control("launcher")
+    assert (launched.launcher, launched.spheres) == ("kubernetes", 6)
+    without = control("default", flatten(launched))
+    assert (without.launcher, without.spheres) == ("local", 0)
+    again = control("launcher", flatten(without))
+    assert (again.launcher, again.spheres) == ("kubernetes", 6)
 
 
 @pytest.mark.parametrize("values", CASES)
