@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -66,7 +68,8 @@ def _connect(ray: Any, address: str) -> None:
     try:
         if port.isdecimal():
             socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-        with _silence(logging.getLogger("ray")):  # that it takes no signals in this thread is as it should be
+        # that it takes no signals in this thread is as it should be
+        with _silence(logging.getLogger("ray")), _our_handler(signal.SIGTERM):
             ray.init(address=where, log_to_driver=False, configure_logging=False)
     except (OSError, RuntimeError, ValueError) as error:  # ValueError: its own words for an address in RAY_ADDRESS
         if where == "auto":
@@ -87,6 +90,21 @@ def _silence(logger: logging.Logger) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _our_handler(sign: signal.Signals) -> Iterator[None]:
+    """Keep the process's own handler of a signal, whatever is put over it meanwhile, and in whichever thread.
+
+    Ray's core sets one for SIGTERM, below Python, that says where the process is and aborts it after 3 s: long before
+    the step in hand and a checkpoint are done.
+    """
+    libc, kept = ctypes.CDLL(None), ctypes.create_string_buffer(1024)  # more than any system's struct sigaction
+    libc.sigaction(int(sign), None, kept)
+    try:
+        yield
+    finally:
+        libc.sigaction(int(sign), kept, None)
 
 
 def _refuse_loopback(listen: str, nodes: Iterable[Mapping[str, Any]]) -> None:

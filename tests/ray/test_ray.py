@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -179,6 +181,42 @@ def test_a_node_that_is_removed_takes_its_spheres_along_and_they_come_back_elsew
         Synthetic(), RunConfig(steps=200)
     ).weights_sha256  # as slow as its spheres, it learns the same
     assert (summary.state, summary.weights_sha256) == ("completed", undisturbed)
+
+
+@contextlib.contextmanager
+def started(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """A run whose standard output is read line by line, and standard error at its end."""
+    command = [sys.executable, "-m", "control", "start", "--json", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def until(process: subprocess.Popen[str], event: str) -> dict[str, Any]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        record = json.loads(line)
+        if record["event"] == event:
+            return dict(record)
+    pytest.fail(f"no {event}: {process.stderr.read() if process.stderr else ''}")
+
+
+def test_sigterm_leaves_the_step_in_hand_and_a_checkpoint_their_time(cluster, tmp_path):
+    """Ray's core has a handler of its own, which aborts a process after 3 s."""
+    slow = ["--task", "spheres.testing.synthetic:Synthetic", "--task-option", "compute_seconds=2.5"]
+    step = ["--microbatches", "2", "--batch-size", "32", "--steps", "100", "--eval-every", "none"]
+    where = ["--launcher", "ray", "--ray-address", cluster.address, "--run-dir", str(tmp_path / "run")]
+    with started(*slow, *step, *where, "--spheres", "1", "--checkpoint-every", "none") as process:
+        until(process, "step")
+        process.terminate()
+        summary = until(process, "summary")
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert (summary["reason"], summary["steps"]) == ("SIGTERM", 2)
+    assert [saved.name for saved in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000002"]
+    assert "*** SIGTERM" not in err
 
 
 def test_where_no_cluster_is_the_command_says_so_at_once(run, tmp_path, monkeypatch):
