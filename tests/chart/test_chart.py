@@ -321,6 +321,7 @@ def test_spheres_understand_their_words_and_say_where_they_are(
         host = "" if values == "launcher" else "node-7"
         assert (options.advertise, options.host, options.insecure) == ("10.1.2.3:7071", host, True)
         assert options.orphan_timeout >= 60
+        assert options.hold  # whoever ends is started again, ever more rarely
 
 
 def test_addresses_of_ipv6_are_in_brackets(render: Render, monkeypatch: pytest.MonkeyPatch) -> None:
