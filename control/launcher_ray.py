@@ -39,8 +39,8 @@ _VARIABLES = {**SINGLE_THREAD, "GRPC_VERBOSITY": "NONE", IN_SPHERE: "1"}
 _CONNECT_SECONDS = 5.0
 #: seconds after which an actor without a place is spoken of
 _PLACE_SECONDS = 10.0
-#: seconds between two looks at whether the cluster's head is there, and that it has to answer
-_HEAD_SECONDS, _HEAD_ANSWERS = 5.0, 2.0
+#: seconds between two looks at whether the cluster's head is there
+_HEAD_SECONDS = 5.0
 #: seconds for a farewell to a cluster: one that is gone never answers
 _FAREWELL_SECONDS = 5.0
 #: what says after how long without the head Ray's core ends this process, and with it the whole run: after a minute by
@@ -376,7 +376,7 @@ class RaySpheres:
         """Whether anybody listens there. Ray itself, asked, would wait for the head, and its thread with it."""
         host, _, port = self._head.rpartition(":")
         try:
-            async with asyncio.timeout(_HEAD_ANSWERS):
+            async with asyncio.timeout(_CONNECT_SECONDS):
                 _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
         except OSError:  # a TimeoutError is one
             return False
@@ -439,14 +439,14 @@ class RaySpheres:
 
     async def aclose(self) -> None:
         """End what still lives, and the connection to Ray where it was made for this run."""
+        for task in self._asking:
+            task.cancel()
+        await asyncio.gather(*self._asking, return_exceptions=True)
         # a thread that nobody waits for long: a cluster that is gone does not answer
         farewell = threading.Thread(target=self._ray.shutdown, daemon=True)
         if self._connected and self._gone_since is not None:
             farewell.start()  # there is nobody to be told, and with the connection all that waits for them ends
         await self._lives.aclose()
-        for task in self._asking:
-            task.cancel()
-        await asyncio.gather(*self._asking, return_exceptions=True)
         if self._connected:
             if farewell.ident is None:
                 farewell.start()
