@@ -245,7 +245,11 @@ class Client:
         return (await self._call(self._stub.RestoreCheckpoint(request, timeout=CHECKPOINT_DEADLINE))).run
 
     async def weights(self) -> DownloadedWeights:
-        """Return the weights between two steps. Raises ChecksumError where they are not what was sent, whole."""
+        """Return the weights between two steps.
+
+        Raises ChecksumError where they are not what was sent, whole; RefusedError while too many other versions are
+        being downloaded.
+        """
         # here: most commands need no numpy
         from spheres.config import manifest_from_proto
         from spheres.numerics import crc32c
