@@ -24,7 +24,7 @@ from control.journalling import Journalling
 from control.metrics import StepTimes, Totals, nonfinite_reason, step_record
 from control.position import Standing
 from control.renewal import Renewal
-from control.requests import Requests
+from control.requests import Requests, unexpected
 from control.run_state import RunState, move
 from control.saver import Saver
 from control.snapshot import Snapshot
@@ -33,7 +33,14 @@ from control.tree import Tree
 from control.update import Updater
 from spheres.blocks import Block
 from spheres.config import NodeConfig
-from spheres.errors import ArmillaryError, GradientError, RunStateError
+from spheres.errors import (
+    ArmillaryError,
+    CheckpointError,
+    ConfigError,
+    GradientError,
+    RefusedError,
+    RunStateError,
+)
 from spheres.hub import EVALUATE, TRAIN, Array
 from spheres.v1 import checkpoint_pb2
 
@@ -79,6 +86,7 @@ class Controller:
         # raises the run's term, durably (N1): the run directory's
         self._raise_term = raise_term
         self._hub = tree.hub
+        tree.fail = self.fail
         self._requests = Requests()
         # set when the state has changed, for those who wait for it
         self._changed = asyncio.Event()
@@ -178,7 +186,12 @@ class Controller:
         self._requests.go_on()
 
     async def advance(self, steps: int) -> None:
-        """Do so many steps, then pause. Returns when the run is paused after them, or has ended."""
+        """Do so many steps, 0 or more, then pause. Returns when the run is paused after them, or has ended.
+
+        Raises ConfigError for less than 0, RunStateError where the run has ended.
+        """
+        if steps < 0:
+            raise ConfigError(f"cannot do {steps} steps: give 0 or more; restore goes back")
         self._not_ended()
         self._requests.go_on(self.step + steps)
         await self.until(lambda: self._requests.pause and self.state is RunState.PAUSED)
@@ -209,13 +222,21 @@ class Controller:
         await self.between_steps(lambda: self._restore(name))
 
     async def copy_weights(self) -> tuple[int, Array]:
-        """Return the version of the weights between two steps, and a copy of the flat buffer."""
-        if self.state.ended:
-            return self.step, self._hub.weights.flat.copy()
-        return await self.between_steps(self._copy)
+        """Return the version of the weights between two steps, and a copy of the flat buffer.
+
+        Raises RefusedError where there is no memory for the copy; the run goes on.
+        """
+        return await self._copy() if self.state.ended else await self.between_steps(self._copy)
 
     async def _copy(self) -> tuple[int, Array]:
-        return self.step, await asyncio.to_thread(self._hub.weights.flat.copy)
+        flat = self._hub.weights.flat
+        try:
+            return self.step, await asyncio.to_thread(flat.copy)
+        except MemoryError:
+            raise RefusedError(
+                f"control has no memory for a copy of the weights ({flat.nbytes} bytes); take them from a checkpoint "
+                "(control-cli checkpoint export)"
+            ) from None
 
     def _not_ended(self) -> None:
         if self.state.ended:
@@ -243,7 +264,7 @@ class Controller:
             await self._fail(error, save=begun)
         except Exception as error:  # whoever waits for the run must learn that it is over
             log.exception("the step loop failed")
-            await self._fail(ArmillaryError(f"{type(error).__name__}: {error} (not expected)"), save=False)
+            await self._fail(unexpected(error), save=False)
         finally:
             await self._saver.done()  # also where the loop is cancelled: a thread that writes cannot be
             self._saver.close()
@@ -304,6 +325,7 @@ class Controller:
                 return True
             if self.state is RunState.RUNNING:
                 self._move(RunState.PAUSED)
+            self._changed.set()  # it may have been paused before, and somebody waits for that
             await requests.asked()
 
     async def _train_step(self) -> None:
@@ -455,13 +477,20 @@ class Controller:
             # it may be the one that is wanted, and its retention must not remove what is being read
             await self._saver.done()
             passed_over: list[str] = []
-            snapshot = await asyncio.to_thread(self.checkpoints.load, name or None, passed_over.append)
+            try:
+                snapshot = await asyncio.to_thread(self.checkpoints.load, name or None, passed_over.append)
+            except MemoryError:
+                raise CheckpointError(
+                    "control has no memory to read the checkpoint; the run goes on as it was"
+                ) from None
             self.tell_passed_over(passed_over)
             # before anything is changed: under the old term spheres would take what comes now for what they had
             self.tree.term = await asyncio.to_thread(self._raise_term)
             self.load(snapshot)
             self._standing.begin()
         finally:
+            # published anew, in another generation, also where nothing was put back: nobody holds them any more (N20)
+            self._hub.seal()
             self._hub.weights.publish(term=self.tree.term, version=self.step)
             self._move(before)
 
@@ -505,4 +534,7 @@ class Controller:
 
     def sphere_changed(self, event: str, sphere: str, reason: str) -> None:
         """A sphere joined or was lost."""
-        self._teller.tell(event, {"sphere": sphere, "reason": reason})
+        try:
+            self._teller.tell(event, {"sphere": sphere, "reason": reason})
+        except ArmillaryError as error:  # a callback that may end the run: not the link that it is told of
+            self.fail(error)

@@ -12,9 +12,14 @@ from typing import Any, TypeVar
 
 from spheres.errors import ArmillaryError, RunStateError
 
-__all__ = ["Requests"]
+__all__ = ["Requests", "unexpected"]
 
 T = TypeVar("T")
+
+
+def unexpected(cause: BaseException) -> ArmillaryError:
+    """Return the error that stands for one which is nobody's on purpose."""
+    return ArmillaryError(f"{type(cause).__name__}: {cause} (not expected)")
 
 
 class Requests:
@@ -102,15 +107,20 @@ class Requests:
         return self._pause_at is None or step < self._pause_at
 
     async def do_one(self) -> None:
-        """Do the work that has waited longest, and answer whoever wants it."""
+        """Do the work that has waited longest, and answer whoever wants it, however it ends.
+
+        Raises what is no ArmillaryError: nobody knows what such work has left behind.
+        """
         work, answer = self._works.popleft()
         if answer.cancelled():
             return  # whoever asked has gone
         try:
             result = await work()
-        except ArmillaryError as error:
+        except BaseException as error:
             if not answer.done():
-                answer.set_exception(error)
+                answer.set_exception(_told(error))
+            if not isinstance(error, ArmillaryError):
+                raise
         else:
             if not answer.done():
                 answer.set_result(result)
@@ -135,4 +145,15 @@ class Requests:
         while self._works:
             _, answer = self._works.popleft()
             if not answer.done():
-                answer.set_exception(RunStateError("the run has ended"))
+                answer.set_exception(_over())
+
+
+def _over() -> RunStateError:
+    return RunStateError("the run has ended")
+
+
+def _told(error: BaseException) -> ArmillaryError:
+    """What whoever asked is told of an error; where the loop itself is ended, that the run has."""
+    if isinstance(error, ArmillaryError):
+        return error
+    return unexpected(error) if isinstance(error, Exception) else _over()

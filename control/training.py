@@ -137,7 +137,10 @@ class Training:
         await asyncio.wait({self._loop})
 
     async def step(self, count: int = 1) -> None:
-        """Do so many steps, then pause. Raises RunStateError where the run has ended, or the error that ended it."""
+        """Do so many steps, then pause; 0 only pauses.
+
+        Raises ConfigError for less than 0, RunStateError where the run has ended, or the error that ended it.
+        """
         await self.controller.advance(count)
         if self.controller.error is not None:
             raise self.controller.error
@@ -364,6 +367,8 @@ def train(
 ) -> Summary:
     """Train and return the summary. Raises the error that the run ended with.
 
+    Where an event loop is running, as in a notebook, it raises ArmillaryError: ``await run(config)`` is the same there.
+
     ``task`` as for ``Training``; ``settings`` are keys of RunConfig (``learning_rate=0.05``), as the flags of
     ``control-cli start`` are. Call it under ``if __name__ == "__main__":`` where the task is defined in the script:
     spheres import that file too.
@@ -376,6 +381,12 @@ def train(
         raise TaskLoadError(
             "train() was called while a sphere imported this file for its task: "
             'put the call under if __name__ == "__main__":'
+        )
+    with contextlib.suppress(RuntimeError):  # none is running
+        asyncio.get_running_loop()
+        raise ArmillaryError(
+            "train() was called where an event loop is running, as in a notebook: write `await run(config)` there, or "
+            "`async with Training(config)`, both of control.training, with config = RunConfig(task=..., ...)"
         )
     name = task if isinstance(task, str) else task_spec(task)
     chosen = config or load_config({"task": name, **settings}, {})[0]

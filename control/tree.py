@@ -32,9 +32,9 @@ from spheres.trace import Recorder
 from spheres.transport import Handlers, Listener, Transport
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
-from spheres.words import MOST_REASON, cut
+from spheres.words import MOST_REASON, RUN_OVER, cut
 
-__all__ = ["Sphere", "Tree"]
+__all__ = ["Tree"]
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,8 @@ class Tree:
         self.changed: Callable[[str, str, str], None] = lambda _event, _sphere, _reason: None
         #: told who is told to leave by command, and whether at once; whether it will see to that itself
         self.dismissed: Callable[[str, bool], bool] = lambda _sphere, _at_once: False
+        #: told what the run cannot go on with, whatever it does now
+        self.fail: Callable[[ArmillaryError], None] = lambda _error: None
         self._open = True
         # sphere -> when its link ended, while it has no other; and those that may come back after the end
         self._lost_at: dict[str, float] = {}
@@ -119,6 +121,7 @@ class Tree:
         handlers = Handlers(self.children.work, self.children.heartbeat, self.enroll)
         self._listener = await self._transport.listen(address, handlers)
         self._keeping = loop.create_task(self.children.keep(fence=lambda _: None, look=self.hub.watch))
+        self._keeping.add_done_callback(self._kept_no_more)
         self.address = self.hub.address = self._listener.address
         self.hub.renewed([])
 
@@ -128,7 +131,7 @@ class Tree:
         if self._keeping is not None:
             self._keeping.cancel()
         self._summer.close()
-        self.children.drain(RefusedError("the run is over"))
+        self.children.drain(RefusedError(RUN_OVER))
         if self._listener is not None:
             await self._listener.aclose()
 
@@ -196,7 +199,7 @@ class Tree:
                 "install the same release on both"
             )
         if not self._open:
-            raise RefusedError("the run is over")
+            raise RefusedError(RUN_OVER)
         member = Member(
             id=request.sphere_id,
             host=request.host,
@@ -320,8 +323,8 @@ class Tree:
         if not change.lost and self.spheres[change.sphere_id].leaving:
             # its link broke before it could hear of that, or after: told twice is told once
             self.hub.direct(self._leave(change.sphere_id, pb.DIRECTIVE_KIND_DRAIN))
-        self.changed("sphere_lost" if change.lost else "sphere_joined", change.sphere_id, change.reason)
         self._arrivals.set()
+        self.changed("sphere_lost" if change.lost else "sphere_joined", change.sphere_id, change.reason)
 
     def _is_back(self, id: str) -> bool:
         sphere = self.spheres.get(id)
@@ -470,6 +473,15 @@ class Tree:
     def _broken(self, error: BaseException) -> None:
         log.error("a sum failed", exc_info=error)
         self._halt(ArmillaryError(f"summing gradients failed: {error!r}"))
+
+    def _kept_no_more(self, keeping: asyncio.Task[None]) -> None:
+        """Leases are not kept any more (N10): who goes silent from now on would be waited for for ever."""
+        if keeping.cancelled() or (cause := keeping.exception()) is None:
+            return
+        log.error("leases are not kept any more", exc_info=cause)
+        error = ArmillaryError(f"leases are not kept any more: {type(cause).__name__}: {cause} (not expected)")
+        self._halt(error)
+        self.fail(error)
 
     def _failed(self, failure: pb.TaskFailure) -> None:
         log.warning("task failed on %s, microbatch %d: %s", failure.sphere_id, failure.microbatch, failure.error)

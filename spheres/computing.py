@@ -20,6 +20,8 @@ __all__ = ["Computing", "Outcome", "told"]
 
 #: seconds for which a sphere whose task has failed computes nothing, doubled each time up to the longest
 ASIDE_SECONDS, LONGEST_ASIDE = 2.0, 64.0
+#: far more than the longest rest needs, and few enough for a float
+_MOST_DOUBLINGS = 32
 
 
 def told(failure: Failure, *, sphere: str, step: int, count: int = 0) -> pb.TaskFailure:
@@ -142,7 +144,7 @@ class Computing:
 
     def set_aside(self, now: float) -> float:
         """Rest after a failure; return for how many seconds."""
-        seconds = min(ASIDE_SECONDS * 2.0 ** (self.failures - 1), LONGEST_ASIDE)
+        seconds = min(ASIDE_SECONDS * 2.0 ** min(self.failures - 1, _MOST_DOUBLINGS), LONGEST_ASIDE)
         self._aside_until = now + seconds
         return seconds
 

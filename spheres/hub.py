@@ -264,10 +264,6 @@ class Hub:
         capacities = self.ledger.capacities
         return {} if capacities.keys() <= {self.ledger.environment} else capacities
 
-    def held(self) -> list[Block]:
-        """Blocks of the present step that may be held or in compute in this subtree, merged (N5)."""
-        return list(self.ledger.holdings)
-
     def _on_header(self, work: Work, version: int, message: pb.WorkResponse) -> None:
         header, weights = message.weights_header, self.weights
         if header.manifest_digest != self.config.manifest.digest:
@@ -443,6 +439,9 @@ class Hub:
         self._give_up(now)
         if not self.ledger.active or not self.watchdog.due(now):
             return
+        if self._spoilt:
+            self.hooks.stuck()
+            return
         late = self.ledger.laggards(self.gradients.reducer.has)
         barred = self.ledger.barred(self.gradients.reducer.has) if not late else frozenset()
         if late or barred:
@@ -454,6 +453,15 @@ class Hub:
             # them loses patience first.
             self._do(self.ledger.set_aside(barred))
             self._tell_capacity()
+
+    @property
+    def _spoilt(self) -> bool:
+        """Whether this node owes what it can never compute: its weights count as whole, and were overwritten.
+
+        After the seal nothing is owed (N15), so its parent takes for held what is not; only a hello can tell it.
+        """
+        owes = self.ledger.obligations and not self.ledger.finished
+        return bool(owes) and self.weights.complete and not self.weights.intact
 
     def _give_up(self, now: float) -> None:
         """End the links of children that live and do not answer begin: all others wait for them.

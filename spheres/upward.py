@@ -5,23 +5,27 @@ At the root the news has arrived: control's hooks are told. Gradients wait in ``
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Literal
 
 from spheres.actions import SendReady
+from spheres.config import MAX_MESSAGE_BYTES
+from spheres.errors import MessageTooLargeError
 from spheres.frames import blocks_to
 from spheres.v1 import work_pb2 as pb
+from spheres.words import MOST_ERROR, MOST_TRACEBACK, cut
 from spheres.work import Hooks
+from spheres.worker import MOST_SAMPLES
 
 __all__ = ["Upward"]
 
-#: changes below that are told again on a new link: the last ones may have been lost with the old one
-_CHANGES = 256
+#: spheres below whose latest changes are told again on a new link: they may have been lost with the old one. As many as
+#: are remembered elsewhere: names are the peers' choice, memory is not
+_MOST_KNOWN = 20_000
 
 
 class Upward:
-    """Mutable state: the session, the messages that wait, and the changes that were told in this session."""
+    """Mutable state: the session, the messages that wait, and the newest changes told in this session."""
 
     def __init__(self, hooks: Hooks, *, root: bool) -> None:
         self._hooks, self._root = hooks, root
@@ -34,7 +38,8 @@ class Upward:
         self.leaving = ""
         #: in the order in which they go
         self.waiting: list[pb.WorkRequest] = []
-        self._said: deque[pb.SphereChange] = deque(maxlen=_CHANGES)
+        # (sphere, whether its link ended) -> the newest such change; in the order in which they were told
+        self._said: dict[tuple[str, bool], pb.SphereChange] = {}
 
     def next(self) -> bytes:
         """Return the next message; there must be one."""
@@ -47,7 +52,7 @@ class Upward:
         """
         self.session = session
         self.waiting = [m for m in self.waiting if not (m.HasField("ready") or m.HasField("sphere_change"))]
-        said = list(self._said)
+        said = list(self._said.values())
         self._said.clear()
         return said
 
@@ -60,7 +65,7 @@ class Upward:
     def passes_on(self, message: pb.WorkRequest) -> bool:
         """Pass on what a child says that is control's alone. False where it is something else."""
         if message.HasField("task_failure"):
-            self.fail(message.task_failure)
+            self.fail(_bounded(message.task_failure))
         elif message.HasField("state_report"):
             self.report(message.state_report)
         elif message.HasField("log_report"):
@@ -81,8 +86,22 @@ class Upward:
         if self._root:
             self._hooks.changed(change)
         else:
-            self._said.append(change)
             self._send(pb.WorkRequest(sphere_change=change))
+            self._note(change)
+
+    def _note(self, change: pb.SphereChange) -> None:
+        """Remember a change for the next link: of each sphere the newest link that opened, and the newest that ended.
+
+        Both, as control takes an end only of a link that it has heard of. What came late, of an older link, is not one.
+        """
+        key = (change.sphere_id, change.lost)
+        known = self._said.get(key)
+        if known is not None and (known.incarnation, known.session) > (change.incarnation, change.session):
+            return
+        self._said.pop(key, None)
+        self._said[key] = change
+        if len(self._said) > 2 * _MOST_KNOWN:
+            del self._said[next(iter(self._said))]
 
     def report(self, report: pb.StateReport) -> None:
         """A sphere's state, on its way to control."""
@@ -123,7 +142,18 @@ class Upward:
         self.waiting = [m for m in self.waiting if not m.HasField(kind)]
 
     def _send(self, message: pb.WorkRequest) -> None:
+        """Raises MessageTooLargeError where a child's words leave no room for what is added here: its link ends."""
         message.tag.CopyFrom(self.tag)
         message.session = self.session
+        if (size := message.ByteSize()) > MAX_MESSAGE_BYTES:
+            raise MessageTooLargeError(f"{size} bytes to pass on to control; the limit is {MAX_MESSAGE_BYTES}")
         self.waiting.append(message)
         self.wake_up()
+
+
+def _bounded(failure: pb.TaskFailure) -> pb.TaskFailure:
+    """Return what a child says of a failure, within the bounds of a Python sphere's own: it must reach control."""
+    failure.error = cut(failure.error, MOST_ERROR)
+    failure.traceback = cut(failure.traceback, MOST_TRACEBACK, end=True)
+    del failure.sample_ids[MOST_SAMPLES:]
+    return failure

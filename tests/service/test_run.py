@@ -5,6 +5,7 @@ Whole trees in memory; processes and the command line are in test_processes.py a
 
 import asyncio
 import contextlib
+import gc
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,10 +14,21 @@ import numpy as np
 import pytest
 
 from control.config import RunConfig
+from control.events import CallbackError
 from control.reference import reference
 from control.run_state import RunState
 from control.testing import LocalTree, local_tree
-from spheres.errors import CheckpointError, GradientError, RunStateError
+from control.training import train
+from spheres.errors import (
+    ArmillaryError,
+    CheckpointError,
+    ConfigError,
+    GradientError,
+    LinkClosedError,
+    RefusedError,
+    RunStateError,
+)
+from spheres.lease import Lease
 from spheres.task import Sums, load_task
 from spheres.testing.memory import MemoryNetwork, MemoryTransport
 
@@ -136,6 +148,32 @@ def test_a_run_stopped_at_a_third_ends_in_the_same_bits_on_another_tree(optimize
     assert [r["step"] for r in records(second)] == list(range(4, 12))
 
 
+def test_no_steps_are_a_pause_and_less_than_none_are_refused(run, tmp_path):
+    async def train() -> list[int]:
+        async with tree_of(config(steps=100_000), tmp_path) as tree:
+            controller, seen = tree.controller, list[int]()
+            running = asyncio.create_task(tree.run())
+            for steps in (0, 2, 0, 0):
+                await controller.advance(steps)
+                assert controller.state is RunState.PAUSED
+                seen.append(controller.step)
+            with pytest.raises(ConfigError, match="cannot do -1 steps"):
+                await controller.advance(-1)
+            controller.resume()
+            await controller.advance(0)  # before the loop has seen that it may go on
+            await controller.advance(0)
+            seen.append(controller.step)
+            controller.resume()
+            await controller.until(lambda: controller.state is RunState.RUNNING)
+            await controller.advance(0)
+            assert controller.state is RunState.PAUSED
+            controller.request_stop("enough")
+            await running
+            return seen
+
+    assert run(train()) == [0, 2, 2, 2, 2]
+
+
 def test_a_restore_goes_back_and_the_replay_is_compared_with_the_journal(run, tmp_path):
     """N18: replayed commits carry replayed = true and have the recorded digest."""
 
@@ -154,6 +192,36 @@ def test_a_restore_goes_back_and_the_replay_is_compared_with_the_journal(run, tm
     assert run(train()) == reference(DIGITS, config()).weights_sha256
     steps = [(r["step"], r["term"], r["replayed"]) for r in records(tmp_path)]
     assert steps == [(s, 1, False) for s in range(8)] + [(s, 2, s < 8) for s in range(3, 12)]
+
+
+@pytest.mark.parametrize("wire", ["shm", "inline"])
+@pytest.mark.parametrize("at_fault", ["no such checkpoint", "the term cannot be raised"])
+def test_a_restore_that_fails_after_an_evaluation_leaves_the_run_as_it_was(at_fault, wire, run, tmp_path):
+    """Spheres hold the version since the evaluation; the next step must not count on that (N20)."""
+    chosen = config(eval_every="1steps", wire=wire)
+
+    async def train() -> str:
+        async with tree_of(chosen, tmp_path) as tree:
+            running = asyncio.create_task(tree.run())
+            await tree.controller.advance(3)
+            name = None
+            if at_fault == "no such checkpoint":
+                name = "step-777777777"
+            else:
+                await tree.controller.save()
+                tree.controller._raise_term = _full
+            with pytest.raises(ArmillaryError, match=r"no checkpoint|No space left on device"):
+                await tree.controller.restore(name)
+            tree.controller.resume()
+            sha256 = await running
+            assert not [r for r in records(tmp_path, "events.jsonl") if r["event"] == "sphere_lost"]
+            return sha256
+
+    assert run(train()) == reference(DIGITS, chosen).weights_sha256
+
+
+def _full() -> int:
+    raise ConfigError("cannot write run.json: No space left on device")
 
 
 def test_a_replay_that_differs_ends_the_run(run, tmp_path):
@@ -283,6 +351,108 @@ def test_what_is_asked_of_a_run_that_ends_is_answered(run, tmp_path):
     run(train())
 
 
+class _Refuses:
+    def on_sphere_lost(self, event: Any, run: Any) -> None:
+        raise ValueError(f"no {event.name}")
+
+
+class _RefusesToo:
+    def on_sphere_joined(self, event: Any, run: Any) -> None:
+        raise ValueError(f"no {event.name}")
+
+
+@pytest.mark.parametrize("how", ["killed", "silent", "joined"])
+def test_a_callback_that_raises_at_who_comes_or_goes_ends_the_run_and_no_link(how, run, tmp_path, monkeypatch):
+    event, callback = ("sphere_joined", _RefusesToo()) if how == "joined" else ("sphere_lost", _Refuses())
+    chosen = config(steps=100_000, on_callback_error="raise")
+
+    async def train() -> None:
+        async with tree_of(chosen, tmp_path, callbacks=[callback]) as tree:
+            await tree.tree.wait_for(3)
+            running = asyncio.create_task(tree.controller.run())
+            if how != "joined":
+                await tree.controller.advance(2)
+                tree.controller.resume()
+            if how == "killed":
+                await tree.kill("s-2")
+            elif how == "silent":
+                silent = LinkClosedError("s-2 is silent")
+                monkeypatch.setattr(Lease, "silent", lambda _lease, name, *_: silent if name == "s-2" else None)
+            await running
+            assert isinstance(tree.controller.error, CallbackError)
+            assert f"no {event}" in str(tree.controller.error)
+            assert tree.tree._keeping is not None
+            assert not tree.tree._keeping.done(), "whoever else goes silent would never be noticed"
+
+    run(train())
+
+
+@pytest.mark.parametrize("when", ["in a step", "paused"])
+def test_a_run_whose_leases_are_not_kept_any_more_ends(when, run, tmp_path, monkeypatch):
+    async def train() -> None:
+        async with tree_of(config(steps=100_000), tmp_path) as tree:
+            running = asyncio.create_task(tree.controller.run())
+            await tree.controller.advance(2)
+            if when == "in a step":
+                for sphere in tree.spheres.values():
+                    sphere.hub.next_up = lambda: None
+                tree.controller.resume()
+            lease, judges = tree.tree.children._lease, Lease.judges
+            monkeypatch.setattr(Lease, "judges", lambda self, now: 1 / 0 if self is lease else judges(self, now))
+            await running
+            assert "leases are not kept any more: ZeroDivisionError: division by zero" in str(tree.controller.error)
+
+    run(train())
+
+
+class _Large(np.ndarray):
+    """There is no memory for another one."""
+
+    def copy(self, order: Any = "C") -> Any:
+        raise MemoryError
+
+
+def test_no_memory_for_a_download_or_to_read_a_checkpoint_does_not_end_the_run(run, tmp_path, monkeypatch):
+    chosen = config(checkpoint_every="3steps")
+
+    async def train() -> str:
+        async with tree_of(chosen, tmp_path) as tree:
+            controller, weights = tree.controller, tree.tree.hub.weights
+            running = asyncio.create_task(tree.run())
+            await controller.advance(4)
+            with monkeypatch.context() as patch:
+                patch.setattr(weights, "_master", weights.flat.view(_Large))
+                patch.setattr(controller.checkpoints, "load", _Large.copy)
+                with pytest.raises(RefusedError, match=f"no memory for a copy of the weights .{weights.flat.nbytes} b"):
+                    await controller.copy_weights()
+                with pytest.raises(CheckpointError, match="no memory to read the checkpoint; the run goes on"):
+                    await controller.restore(None)
+            assert (controller.state, controller.step) == (RunState.PAUSED, 4)
+            controller.resume()
+            await running
+            monkeypatch.setattr(weights, "_master", weights.flat.view(_Large))
+            with pytest.raises(RefusedError, match="no memory"):
+                await controller.copy_weights()
+            return tree.sha256
+
+    assert run(train()) == reference(DIGITS, chosen).weights_sha256
+
+
+def test_a_restore_that_fails_half_way_ends_the_run_and_is_answered(run, tmp_path, monkeypatch):
+    async def train() -> None:
+        async with tree_of(config(checkpoint_every="3steps"), tmp_path) as tree:
+            running = asyncio.create_task(tree.controller.run())
+            await tree.controller.advance(4)
+            monkeypatch.setattr(tree.controller, "load", _Large.copy)
+            with pytest.raises(ArmillaryError, match="MemoryError"):
+                await tree.controller.restore(None)
+            await running
+            assert "MemoryError" in str(tree.controller.error)
+            assert tree.controller.state is RunState.ERROR
+
+    run(train())
+
+
 class _Broken:
     """Digits whose gradient goes wrong in one way from the 30th call on: in step 2."""
 
@@ -375,3 +545,16 @@ def test_a_task_with_state_has_it_in_the_checkpoint(run, tmp_path):
             assert dict(snapshot.tree) == {"s-1": "control", "s-2": "control", "s-3": "control"}
 
     run(train())
+
+
+def test_train_says_what_to_write_where_a_loop_is_running(run, tmp_path, recwarn):
+    """As in a notebook. Nothing is begun, and no coroutine left behind."""
+
+    async def cell() -> None:
+        with pytest.raises(ArmillaryError, match=r"`await run\(config\)` there, or `async with Training\(config\)`"):
+            train("digits", steps=3, spheres=1, run_dir=tmp_path / "run")
+
+    run(cell())
+    gc.collect()
+    assert not recwarn.list
+    assert not (tmp_path / "run").exists()

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import spheres.partition
+import spheres.upward
+from control.membership import Membership
 from spheres.blocks import Block, checked
 from spheres.config import MAX_MESSAGE_BYTES, NodeConfig
 from spheres.errors import ProtocolError
@@ -20,10 +22,13 @@ from spheres.numerics import crc32c
 from spheres.outbox import Outbox
 from spheres.phases import PhaseTimes
 from spheres.reducer import Held, NonFinite
+from spheres.segments import node_memory
 from spheres.task import Sums
 from spheres.tensors import Manifest
+from spheres.upward import Upward
 from spheres.v1 import common_pb2
 from spheres.v1 import work_pb2 as pb
+from spheres.work import Hooks
 from spheres.worker import Failure, Unit
 
 CONTROL = [pb.Ancestor(id="control")]
@@ -106,6 +111,20 @@ def test_a_failure_is_told_again_to_a_new_parent() -> None:
     assert not waiting(leaf)  # its step is over
 
 
+@pytest.mark.parametrize(("before", "seconds"), [(0, 2.0), (4, 32.0), (5, 64.0), (1024, 64.0), (1_000_000, 64.0)])
+def test_the_rest_after_a_failure_doubles_up_to_the_longest(before: int, seconds: float) -> None:
+    worker, rests = Patient(), list[float]()
+    leaf = Hub(config(), "leaf", worker=worker)  # type: ignore[arg-type]
+    leaf.hooks.call_later = lambda after, _: rests.append(after)
+    leaf.weights.publish(term=1, version=0)
+    leaf.relinked(1, CONTROL)
+    leaf.own.failures = before
+    leaf.on_response(step(leaf, 0, Block(0, 4)))
+    worker.done(worker.unit, Failure(2, "it broke", "", (), invalid=False))
+    assert rests == [seconds]
+    assert not leaf.ledger.computes
+
+
 def test_a_child_that_reads_nothing_loses_its_link_and_the_others_do_not_notice() -> None:
     hub = Hub(config(), "control")
     deaf, ended = join(hub, "deaf")
@@ -149,6 +168,34 @@ def test_a_header_of_the_past_is_dropped_with_what_follows_it() -> None:
     assert leaf.counts.refused["stale"] == 3
     assert leaf.weights.complete
     assert leaf.ledger.obligations == {Block(0, 4): 0}
+
+
+def test_a_late_step_on_weights_that_were_overwritten_ends_the_link() -> None:
+    """N20: the parent takes them for held; it can learn that they are not by a hello only."""
+    now, memory = 100.0, node_memory("shm")
+    control = Hub(config(), "control", memory=memory)
+    leaf = Hub(config(), "leaf", worker=Patient(), memory=memory)  # type: ignore[arg-type]
+    told: list[float] = []
+    leaf.hooks.clock, leaf.hooks.stuck = lambda: now, lambda: told.append(now)
+    leaf.relinked(1, CONTROL)
+    control.weights.publish(term=1, version=0)
+    reference = control.weights.reference(0, 2)
+    assert reference is not None
+    leaf.weights.begin(term=1, version=0, previous_digest=b"", from_chunk=0)
+    leaf.weights.refer(reference)
+    leaf.weights.finish(control.weights.digest)
+    control.weights.publish(term=1, version=0)
+    patience = leaf.config.patience_seconds
+    leaf.on_response(step(leaf, 0))
+    now += 1.1 * patience
+    leaf.watch(now)
+    assert not told, "a spare: it owes nothing"
+    leaf.on_response(step(leaf, 1, Block(0, 4)))
+    leaf.watch(now)
+    assert not told, "not late yet"
+    now += 1.1 * patience
+    leaf.watch(now)
+    assert told == [now]
 
 
 def test_a_bad_assignment_leaves_the_weights_as_they_were() -> None:
@@ -419,6 +466,46 @@ def test_changes_below_are_told_again_on_a_new_link() -> None:
     again = [m.sphere_change for m in waiting(inner) if m.HasField("sphere_change")]
     assert [(c.sphere_id, c.lost) for c in again] == said
     assert not again[0].HasField("computing")
+
+
+def test_a_new_link_is_told_of_every_sphere_below_however_many() -> None:
+    """A rack goes down while this node has no parent: control must not take the first of its spheres for alive."""
+    members = Membership("control-host", 4, hosts_per_host=None, forgotten=lambda _: None)
+    inner = Hub(config(), "inner")
+    inner.relinked(1, CONTROL)
+    children = [join(inner, f"s-{number}")[0] for number in range(400)]
+    for message in waiting(inner):
+        if message.HasField("sphere_change"):
+            members.change(message.sphere_change)
+    for child in children:
+        inner.dismiss(child, "it went")
+    inner.relinked(2, CONTROL)
+    for message in waiting(inner):
+        if message.HasField("sphere_change"):
+            members.change(message.sphere_change)
+    assert not [name for name, sphere in members.spheres.items() if sphere.linked]
+
+
+def test_what_is_kept_for_the_next_link_is_the_newest_of_each_sphere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spheres.upward, "_MOST_KNOWN", 3)
+
+    def change(name: str, session: int, *, lost: bool = False) -> pb.SphereChange:
+        return pb.SphereChange(sphere_id=name, incarnation=1, session=session, lost=lost)
+
+    up = Upward(Hooks(), root=False)
+    for said in (
+        *(change("a", session, lost=lost) for session in range(1, 500) for lost in (False, True)),
+        change("b", 7),
+        change("b", 6, lost=True),
+        change("b", 5),  # late, from another child
+        change("a", 499),  # and once more
+    ):
+        up.change(said)
+    kept = [("a", 499, True), ("b", 7, False), ("b", 6, True), ("a", 499, False)]
+    assert [(c.sphere_id, c.session, c.lost) for c in up.relinked(2)] == kept
+    for number in range(50):
+        up.change(change(f"s-{number}", 1))
+    assert [c.sphere_id for c in up.relinked(3)] == [f"s-{number}" for number in range(44, 50)]
 
 
 def test_a_control_that_came_back_is_told_of_all_links_and_of_no_old_news() -> None:

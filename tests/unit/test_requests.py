@@ -77,6 +77,32 @@ def test_work_is_done_in_order_and_answered_and_passed_over_for_who_has_gone(run
     run(main())
 
 
+def test_who_asked_is_answered_however_the_work_ends(run: Any) -> None:
+    """What is no error of ours ends the step loop too: the work may have left anything behind."""
+
+    async def broken() -> None:
+        raise MemoryError("7.45 GiB")
+
+    async def main() -> None:
+        asked = Requests()
+        answer, gone = asked.between_steps(broken), asked.between_steps(broken)
+        with pytest.raises(MemoryError):
+            await asked.do_one()
+        with pytest.raises(ArmillaryError, match=r"MemoryError: 7\.45 GiB \(not expected\)"):
+            await answer
+        gone.cancel()
+        await asked.do_one()
+        cut_off = asked.between_steps(asyncio.Event().wait)
+        loop = asyncio.create_task(asked.do_one())
+        await asyncio.sleep(0)  # it is at work by now
+        loop.cancel()
+        with pytest.raises(RunStateError, match="the run has ended"):
+            await cut_off
+        assert loop.cancelled()
+
+    run(main())
+
+
 def test_who_waits_for_work_when_the_run_ends_learns_of_it(run: Any) -> None:
     async def main() -> None:
         asked = Requests()
