@@ -41,6 +41,8 @@ MEMBERS_DEADLINE = 120.0
 #: seconds for which a cut watch tries to come back, and between two tries
 WATCH_PATIENCE = 30.0
 WATCH_RETRY = 0.25
+#: header of a watch that control has taken up; where it refuses, and where nobody is, there are none
+_STANDS = "watch"
 #: A watch of a paused run hears nothing for as long as that is: pings tell it from a control that has gone silent.
 #: gRPC's keepalive alone would wait a minute for a ping (docs/assumptions.md).
 _KEEPALIVE = [
@@ -166,9 +168,9 @@ class Client:
         while True:
             call = self._stub.WatchRun(pb.WatchRunRequest(after_event_id=last))
             try:
-                await self._unless_closed(call.initial_metadata())
-                if not call.done():
-                    lost_at = None  # it stands, however long the next event may take
+                headers = await self._unless_closed(call.initial_metadata())
+                if headers.get(_STANDS):
+                    lost_at = None  # however long the next event may take
                 while isinstance(response := await self._unless_closed(call.read()), pb.WatchRunResponse):
                     event = _event(response)
                     last, over = event.id, over or _is_end(event)
@@ -243,7 +245,11 @@ class Client:
         return (await self._call(self._stub.RestoreCheckpoint(request, timeout=CHECKPOINT_DEADLINE))).run
 
     async def weights(self) -> DownloadedWeights:
-        """Return the weights between two steps. Raises ChecksumError where they are not what was sent, whole."""
+        """Return the weights between two steps.
+
+        Raises ChecksumError where they are not what was sent, whole; RefusedError while too many other versions are
+        being downloaded.
+        """
         # here: most commands need no numpy
         from spheres.config import manifest_from_proto
         from spheres.numerics import crc32c

@@ -112,7 +112,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     async def WatchRun(self, request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
         await self._ready(context)
         seen = request.after_event_id or self._last
-        await context.send_initial_metadata(())  # so that a client knows that its watch stands
+        await context.send_initial_metadata((("watch", "stands"),))  # at once: the first event may take long
         while True:
             self._news.clear()
             while seen < self._last:

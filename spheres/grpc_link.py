@@ -210,8 +210,8 @@ class _ServerLink:
 class GrpcListener:
     """A grpc.aio server with SphereService, and what else its owner adds before it starts.
 
-    One request whose path is no UTF-8, as a port scanner may send, ends what a grpc.aio server takes calls with: the
-    library decodes it outside of any handler (grpc/grpc, aio/server.pyx.pxi: _server_main_loop). Links that are open
+    One request whose path is no UTF-8, as a port scanner may send, ends what a grpc.aio server takes calls with: since
+    1.84 the library decodes it outside of any handler (grpc/grpc, aio/server.pyx.pxi: _server_main_loop). Open links
     live on, and nobody gets in any more. So a server that has failed is followed by another one on its address.
 
     Mutable state: the server that takes calls, those that have failed and still have links, the links that live, by the

@@ -272,7 +272,7 @@ def test_a_watch_that_stood_again_has_all_its_patience_for_the_next_cut(run: Any
 
     async def watch(request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
         control.requests.append(request.after_event_id)
-        await context.send_initial_metadata(())
+        await context.send_initial_metadata((("watch", "stands"),))
         if len(control.requests) < 4:
             await asyncio.sleep(0.3)  # longer than the patience
             await context.abort(CUT, "cut")
@@ -289,8 +289,7 @@ def test_control_says_at_once_that_a_watch_stands(run: Any) -> None:
         control._over = False
         async with serving(control) as client:
             call = client._stub.WatchRun(pb.WatchRunRequest())
-            await call.initial_metadata()
-            assert not call.done()
+            assert (await call.initial_metadata())["watch"] == "stands"
             control.close()
             assert await call.read() is aio.EOF
 
