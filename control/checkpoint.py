@@ -36,8 +36,6 @@ from spheres.v1.checkpoint_pb2 import CheckpointManifest
 __all__ = [
     "CheckpointInfo",
     "Checkpoints",
-    "Problem",
-    "Snapshot",
     "as_json",
     "export",
     "inspect",

@@ -166,9 +166,12 @@ class Client:
         while True:
             call = self._stub.WatchRun(pb.WatchRunRequest(after_event_id=last))
             try:
+                await self._unless_closed(call.initial_metadata())
+                if not call.done():
+                    lost_at = None  # it stands, however long the next event may take
                 while isinstance(response := await self._unless_closed(call.read()), pb.WatchRunResponse):
                     event = _event(response)
-                    last, lost_at, over = event.id, None, _is_end(event)
+                    last, over = event.id, over or _is_end(event)
                     yield event
                 return
             except aio.AioRpcError as error:

@@ -158,6 +158,7 @@ class LocalSpheres:
         """Start a process. Raises OSError."""
         facts = self._facts
         environment = {**os.environ, **SINGLE_THREAD}
+        environment.pop("ARMILLARY_HOLD", None)  # control's own: its spheres end with the run
         if facts.path:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*facts.path, os.environ.get("PYTHONPATH")]))
         # the address by flag: a variable of control's own environment would be the same for all of them

@@ -138,7 +138,8 @@ class Membership:
         self._joining: deque[tuple[float, str, int]] = deque()
         self._requests: dict[str, str] = {}
         self._numbers = self._lives = 0
-        # nodes with room, the shallowest first: by host, by zone, and all; what no longer holds is dropped on top
+        # nodes with room, the shallowest first: by host, for its own spheres; for others' those that they can dial
+        # ("reachable"), by host, by zone, and all; what no longer holds is dropped on top
         self._free: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
         self._entries = 0
         self._offer(CONTROL)
@@ -414,7 +415,8 @@ class Membership:
 
         The shallowest free place on its own host; where that has none, the shallowest anywhere, in its own zone first
         and, if there is one, on a host that may carry one more (``hosts_per_host``). Never below one that is lost or
-        leaves, nor, for one that moves, below itself or another that moves (N11).
+        leaves, nor on another host below one whose address is loopback, nor, for one that moves, below itself or
+        another that moves (N11).
         """
         own = self._shallowest(("host", member.host), moving)
         if own is not None:
@@ -441,7 +443,8 @@ class Membership:
         found = []
         for kind, host in list(self._free):
             others = self._hosts_below.get(host, {}).keys() - {member.host}
-            if kind != "host" or (host != member.host and len(others) >= most):
+            own = host == member.host
+            if kind != ("host" if own else "reachable") or (not own and len(others) >= most):
                 continue
             room = self._shallowest((kind, host), moving)
             if room is not None:
@@ -466,13 +469,15 @@ class Membership:
         if self._room(id) <= 0:
             return
         if id == CONTROL:
-            entry, keys = (0, (), id), [("host", self.host), ("", "")]
+            entry, keys = (0, (), id), [("host", self.host), ("reachable", self.host), ("", "")]
         else:
             sphere = self.spheres.get(id)
             if sphere is None or not sphere.level or not sphere.member.address or sphere.leaving:
                 return
             entry = (sphere.level, sphere.rank, id)
-            keys = [("host", sphere.member.host), ("zone", sphere.member.zone), ("", "")]
+            keys = [("host", sphere.member.host)]
+            if sphere.member.reachable:
+                keys += [("reachable", sphere.member.host), ("zone", sphere.member.zone), ("", "")]
         for key in keys:
             heapq.heappush(self._free.setdefault(key, []), entry)
         self._entries += len(keys)

@@ -7,9 +7,11 @@ goes, and when spheres move, is decided elsewhere.
 from __future__ import annotations
 
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from spheres.exposure import is_loopback
 
 __all__ = ["CONTROL", "Member", "Tree", "levels", "lowest_depth", "natural", "order", "place"]
 
@@ -30,8 +32,13 @@ class Member:
     zone: str = ""
     #: sums and passes on only, so it stands above those that compute
     relay: bool = False
-    #: where children can dial it; without one it can only be a leaf
+    #: where children can dial it; without one it can only be a leaf, and with one on loopback only its own host can
     address: str = ""
+
+    @property
+    def reachable(self) -> bool:
+        """Whether spheres of other hosts can dial it."""
+        return bool(self.address) and not is_loopback(self.address.rpartition(":")[0])
 
 
 def place(
@@ -48,9 +55,9 @@ def place(
     ``fan_out`` children, the tree is as shallow as filling it level by level gets it, and ties go to the same zone.
     ``hosts_per_host`` limits how many other hosts hang on one host: 1 makes a chain of hosts.
 
-    Where too few spheres can be dialled for that, the rules give way so that everyone reaches control: first that of
-    one edge per host and last, where there are no places at all, the fan-out, of control alone. Raises ValueError for
-    ids that are not unique.
+    A sphere on loopback has children of its own host only. Where too few spheres can be dialled for all that, the rules
+    give way so that everyone reaches control: first that of one edge per host and last, where there are no places at
+    all, the fan-out, of control alone. Raises ValueError for ids that are not unique.
     """
     members = sorted(spheres, key=order)
     ids = {member.id for member in members}
@@ -73,10 +80,10 @@ def place(
                 best = found
                 break
     best.take_the_rest()
-    if best.overfull and len(members) <= fan_out * (1 + sum(1 for member in members if member.address)):
+    if best.overfull and len(members) <= fan_out * (1 + sum(1 for member in members if member.reachable)):
         # there are places enough once hosts do not count
         best = _Filling(control_host, fan_out, None)
-        best.fill([replace(member, host=control_host) for member in members], [], len(members))
+        best.fill([_anywhere(member, control_host) for member in members], [], len(members))
     return best.tree
 
 
@@ -97,9 +104,9 @@ def levels(tree: Mapping[str, str]) -> dict[str, int]:
     return found
 
 
-def order(member: Member) -> tuple[bool, bool, list[tuple[int, str]]]:
+def order(member: Member) -> tuple[bool, bool, bool, list[tuple[int, str]]]:
     """Who comes first is nearer to the root."""
-    return (not member.address, not member.relay, natural(member.id))
+    return (not member.address, not member.reachable, not member.relay, natural(member.id))
 
 
 def natural(id: str) -> list[tuple[int, str]]:
@@ -116,6 +123,11 @@ def lowest_depth(count: int, fan_out: int) -> int:
         depth, width = depth + 1, width * fan_out
         places += width
     return depth
+
+
+def _anywhere(member: Member, control_host: str) -> Member:
+    """Return a sphere as if on control's host, where hosts do not count: children only where all can dial it."""
+    return replace(member, host=control_host, address=member.address if member.reachable else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +174,9 @@ class _Filling:
         self._members: dict[str, Member] = {}
         # id -> those of its group that wait for a place; one queue for the whole group
         self._queues: dict[str, deque[Member]] = {}
-        # free places as the parent's id, once per place: on control's host, and on others by zone
+        # free places as the parent's id, once per place: on control's host for its own spheres, there for anyone's,
+        # and on others by zone
+        self._inside: deque[str] = deque()
         self._home: deque[str] = deque()
         self._abroad: dict[str, deque[str]] = {}
         self._placed: list[str] = []
@@ -174,30 +188,39 @@ class _Filling:
         """Place what can be placed in ``depth`` levels; the rest is in ``left``.
 
         At each level: first the spheres of groups whose head is placed, then groups that fit at no deeper level, then
-        spheres of control's host and more groups, and last those that nobody can dial.
+        spheres of control's host and more groups, those that anyone can dial first: they bring places for the others.
         """
         home_zone = local[0].zone if local else ""
-        waiting_local, waiting = deque(local), deque(groups)
+        waiting_local = deque(local)
+        waiting = deque(group for group in groups if group.members[0].reachable)
+        closed = deque(group for group in groups if not group.members[0].reachable)
         parents: list[str] = [CONTROL]
         for level in range(1, depth + 1):
-            self._home, self._abroad, self._placed = deque(), {}, []
+            self._inside, self._home, self._abroad, self._placed = deque(), deque(), {}, []
             for parent in parents:
                 self._offer(parent)
-            # the first of the groups is always the tallest left
-            while waiting and level + waiting[0].height > depth and self._place_head(waiting[0], home_zone):
-                waiting.popleft()
-            while waiting_local and waiting_local[0].address and self._home:
-                self._put(waiting_local.popleft(), self._home.popleft())
-            while waiting and waiting[0].members[0].address and self._place_head(waiting[0], home_zone):
-                waiting.popleft()
+            # the first of either groups is always the tallest left
+            for those in (waiting, closed):
+                while those and level + those[0].height > depth and self._place_head(those[0], home_zone):
+                    those.popleft()
+            # of those that only their own host can dial one is enough here: below it the others of control's host fit
             while waiting_local and self._home:
+                first = len(waiting_local) == len(local)
+                if not waiting_local[0].reachable and not (first and waiting_local[0].address):
+                    break
                 self._put(waiting_local.popleft(), self._home.popleft())
             while waiting and self._place_head(waiting[0], home_zone):
                 waiting.popleft()
+            while waiting_local and self._inside:
+                self._put(waiting_local.popleft(), self._inside.popleft())
+            while closed and self._place_head(closed[0], home_zone):
+                closed.popleft()
+            while waiting_local and self._home:
+                self._put(waiting_local.popleft(), self._home.popleft())
             if not self._placed:
                 break
             self.depth, parents = level, self._placed
-        self.left = [*waiting_local, *(member for group in waiting for member in group.members)]
+        self.left = [*waiting_local, *(member for group in (*waiting, *closed) for member in group.members)]
         for queue in self._queues.values():
             while queue:
                 self.left.append(queue.popleft())
@@ -205,17 +228,26 @@ class _Filling:
 
     def take_the_rest(self) -> None:
         """Place those left at the shallowest free places of any host, then on control beyond its fan-out."""
-        children: dict[str, int] = {}
-        for parent in self.tree.values():
-            children[parent] = children.get(parent, 0) + 1
-        open_parents = deque([CONTROL, *self.tree])
+        children = Counter(self.tree.values())
+        # parents with the order in which they were placed: those that anyone can dial, and those that one host can
+        places: dict[str, deque[tuple[int, str]]] = {"": deque()}
+
+        def offer(number: int, parent: str) -> None:
+            host = "" if parent == CONTROL or self._members[parent].reachable else self._members[parent].host
+            places.setdefault(host, deque()).append((number, parent))
+
+        for number, parent in enumerate([CONTROL, *self.tree]):
+            offer(number, parent)
         for member in sorted(self.left, key=order):
-            while open_parents and children.get(open_parents[0], 0) >= self._room(open_parents[0]):
-                open_parents.popleft()
-            parent = open_parents[0] if open_parents else CONTROL
+            found = []
+            for waiting in (places[""], places.get(member.host, deque())):
+                while waiting and children[waiting[0][1]] >= self._room(waiting[0][1]):
+                    waiting.popleft()
+                found += [waiting[0]] if waiting else []
+            parent = min(found)[1] if found else CONTROL
             self._put(member, parent)
-            children[parent] = children.get(parent, 0) + 1
-            open_parents.append(member.id)
+            children[parent] += 1
+            offer(len(self.tree), member.id)
         self.left = []
 
     @property
@@ -229,7 +261,8 @@ class _Filling:
         """Give the places of ``parent`` to its own group first, the rest to anyone of this level."""
         room = self._room(parent)
         if parent == CONTROL or self._members[parent].host == self._control_host:
-            self._home.extend([parent] * room)
+            anyones = parent == CONTROL or self._members[parent].reachable
+            (self._home if anyones else self._inside).extend([parent] * room)
             return
         queue = self._queues[parent]
         inside = min(room, len(queue))
@@ -237,7 +270,8 @@ class _Filling:
             member = queue.popleft()
             self._queues[member.id] = queue
             self._put(member, parent)
-        self._abroad.setdefault(self._members[parent].zone, deque()).extend([parent] * (room - inside))
+        if self._members[parent].reachable:
+            self._abroad.setdefault(self._members[parent].zone, deque()).extend([parent] * (room - inside))
 
     def _place_head(self, group: _Group, home_zone: str) -> bool:
         """Place a group's head at this level if it can be; the others follow at the next levels."""

@@ -19,7 +19,7 @@ from typing import Any, Self
 from control.store import atomic_file, fsync_directory
 from spheres.errors import ConfigError, UnreachableError
 
-__all__ = ["RunDirectory", "find", "log_lines", "meant", "process_of", "saved_config"]
+__all__ = ["RunDirectory", "find", "log_lines", "meant", "process_of", "saved_config", "wait_until_free"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,9 @@ _MOST_LOG_BYTES = 4 << 20
 _BEGINS = "looking for control at"
 #: what flock says where a file system (NFS) has no locks on directories
 _NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+#: seconds that a directory is waited for that another process has, and between two looks: a Pod that was deleted by
+#: force, or whose node is cut off, holds on for a while to what the next one needs
+_FREE_SECONDS, _LOOK_SECONDS = 60.0, 0.2
 
 
 class RunDirectory:
@@ -193,6 +196,21 @@ def find(address: str | None, run_dir: Path | None) -> str:
     return found
 
 
+def wait_until_free(path: Path) -> None:
+    """Wait while another process has a run directory, for a minute at most, and say so. One that is not there is free.
+
+    Where a file system has no locks nobody can know, and nothing is waited for.
+    """
+    deadline, said = time.monotonic() + _FREE_SECONDS, False
+    while _is_locked(path) and time.monotonic() < deadline:
+        if not said:
+            _, pid = _read_address(path)
+            who = "another process" if pid is None else f"process {pid}"
+            logger.warning("%s is in use by %s: waiting for it, up to %g s", path, who, _FREE_SECONDS)
+            said = True
+        time.sleep(_LOOK_SECONDS)
+
+
 def process_of(path: Path) -> int | None:
     """Return the process of the control that has a run directory; None where nobody has it."""
     _, pid = _read_address(path)
@@ -277,6 +295,20 @@ def _lock(descriptor: int) -> None:
 
 def _lives(path: Path, pid: int) -> bool:
     """Whether control still has the directory: the lock knows, also of another container's process and of zombies."""
+    locked = _is_locked(path)
+    if locked is not None:
+        return locked
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _is_locked(path: Path) -> bool | None:
+    """Whether a process has the directory; None where its file system has no locks."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
@@ -285,14 +317,8 @@ def _lives(path: Path, pid: int) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no locks here
-        try:
-            os.kill(pid, 0)
-        except (ProcessLookupError, OverflowError):
-            return False
-        except PermissionError:  # somebody else's
-            return True
-        return True
+    except OSError:
+        return None
     finally:
         os.close(descriptor)
     return False

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -17,10 +18,12 @@ from control.checkpoint import CheckpointInfo
 from control.controller import Controller
 from control.lives import Started
 from control.tree import Tree
-from spheres.config import manifest_to_proto
-from spheres.errors import ArmillaryError, ConfigError, RunStateError
+from spheres.config import NodeConfig, manifest_to_proto
+from spheres.errors import ArmillaryError, ConfigError, RefusedError, RunStateError
+from spheres.hub import Array
 from spheres.numerics import crc32c
 from spheres.status import code_of
+from spheres.tensors import Manifest
 from spheres.v1 import control_pb2 as pb
 from spheres.v1 import control_pb2_grpc
 from spheres.words import encodable
@@ -33,19 +36,42 @@ _KEPT = 10_000
 _NUMBERS_PER_TERM = 10**9
 #: answers that a retry can have again
 _ANSWERS = 100
+#: versions of the weights that are kept for downloads at once
+_MOST_COPIES = 4
+#: seconds in which a client must have taken a piece of a download
+_PIECE_SECONDS = 60.0
 #: lines of a sphere's log in one answer
 _MOST_LINES = 1_000
 
 
+class _Copy:
+    """The weights between two steps, for as long as somebody downloads them."""
+
+    def __init__(self, version: int, flat: Array) -> None:
+        self.version, self.flat = version, flat
+        self._sha256 = ""
+        self._hashing = asyncio.Lock()
+
+    async def sha256(self, manifest: Manifest) -> str:
+        async with self._hashing:
+            self._sha256 = self._sha256 or await asyncio.to_thread(manifest.sha256, self.flat)
+        return self._sha256
+
+
 class ControlServicer(control_pb2_grpc.ControlServiceServicer):
-    """Mutable state: the latest events, and the answers of calls that may be retried."""
+    """Mutable state: the latest events, the answers of calls that may be retried, and the copies for downloads."""
 
     def __init__(self) -> None:
         self._controller: Controller | None = None
         self._events: deque[tuple[int, float, Mapping[str, Any]]] = deque(maxlen=_KEPT)
         self._last = 0
         self._news = asyncio.Event()
-        self._answers: dict[str, asyncio.Task[Any]] = {}
+        #: by method and request_id: the request, and what comes of it
+        self._answers: dict[tuple[str, str], tuple[Any, asyncio.Task[Any]]] = {}
+        #: by term and version; each lives as long as the downloads that send it
+        self._copies: weakref.WeakValueDictionary[tuple[int, int], _Copy] = weakref.WeakValueDictionary()
+        #: who finds none waits for the one that is being made
+        self._copying = asyncio.Lock()
         self._over = False
 
     def attach(
@@ -86,6 +112,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     async def WatchRun(self, request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
         await self._ready(context)
         seen = request.after_event_id or self._last
+        await context.send_initial_metadata(())  # so that a client knows that its watch stands
         while True:
             self._news.clear()
             while seen < self._last:
@@ -135,7 +162,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
 
     async def SpawnSphere(self, request: pb.SpawnSphereRequest, context: Any) -> pb.SpawnSphereResponse:
         await self._alive(context)
-        started = await self._once(request.request_id, lambda: self._spawn(request.count), context)
+        started = await self._once(request, lambda: self._spawn(request.count), context)
         return pb.SpawnSphereResponse(
             pids=[sphere.pid for sphere in started if sphere.pid is not None],
             names=[sphere.name for sphere in started],
@@ -170,7 +197,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
 
     async def CreateCheckpoint(self, request: pb.CreateCheckpointRequest, context: Any) -> pb.CreateCheckpointResponse:
         controller = await self._alive(context)
-        info = await self._once(request.request_id, controller.save, context)
+        info = await self._once(request, controller.save, context)
         return pb.CreateCheckpointResponse(checkpoint=_checkpoint(info))
 
     async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Any) -> pb.ListCheckpointsResponse:
@@ -184,32 +211,58 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         self, request: pb.RestoreCheckpointRequest, context: Any
     ) -> pb.RestoreCheckpointResponse:
         controller = await self._alive(context)
-        await self._once(request.request_id, lambda: controller.restore(request.name or None), context)
+        await self._once(request, lambda: controller.restore(request.name or None), context)
         return pb.RestoreCheckpointResponse(run=self._run(controller))
 
-    async def DownloadWeights(
+    async def DownloadWeights(  # type: ignore[override]  # it writes, and so may give up
         self, request: pb.DownloadWeightsRequest, context: Any
-    ) -> AsyncIterator[pb.DownloadWeightsResponse]:
+    ) -> None:
         controller = await self._ready(context)
-        node = controller.node
-        version, flat = await _or_abort(controller.copy_weights(), context)
-        sha256 = await asyncio.to_thread(node.manifest.sha256, flat)
-        yield pb.DownloadWeightsResponse(manifest=manifest_to_proto(node.manifest), weights_version=version)
-        whole = flat.data.cast("B")
-        for start in range(0, len(whole), node.chunk_bytes):
-            payload = bytes(whole[start : start + node.chunk_bytes])
-            yield pb.DownloadWeightsResponse(offset_bytes=start, crc32c=crc32c(payload), data=payload)
-        yield pb.DownloadWeightsResponse(weights_sha256=sha256)
+        copy = await _or_abort(self._copy(controller), context)
+        if copy is None:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{RefusedError.__name__}: {_MOST_COPIES} other versions of the weights are being downloaded; call "
+                "again when one of these downloads is through",
+            )
+        stuck = not await _send(copy, controller.node, context)
+        del copy  # the abort may have to wait for the client too
+        if stuck:
+            await context.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED, f"a piece of the weights was not taken within {_PIECE_SECONDS:g} s"
+            )
 
-    async def _once(self, request_id: str, work: Callable[[], Coroutine[Any, Any, Any]], context: Any) -> Any:
+    async def _copy(self, controller: Controller) -> _Copy | None:
+        """Return a copy of the weights between two steps; None: there are enough of other versions.
+
+        Where others are being sent this version, it is the same one.
+        """
+
+        async def held() -> _Copy | None:
+            return self._copies.get((controller.tree.term, controller.step))
+
+        async with self._copying:
+            found, term = None, controller.tree.term
+            if self._copies:
+                found = await (held() if controller.state.ended else controller.between_steps(held))
+            if found is None and len(self._copies) < _MOST_COPIES:
+                version, flat = await controller.copy_weights()
+                found = self._copies[term, version] = _Copy(version, flat)
+            return found
+
+    async def _once(self, request: Any, work: Callable[[], Coroutine[Any, Any, Any]], context: Any) -> Any:
         """Do ``work`` and return its answer; a retry of the same request gets it too, unless it was an error."""
-        task = self._answers.get(request_id)
+        key = type(request).__name__, request.request_id
+        before, task = self._answers.get(key, (request, None))
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
             task = asyncio.create_task(work())
-            if request_id:
-                self._answers[request_id] = task
+            if request.request_id:
+                self._answers[key] = request, task
                 if len(self._answers) > _ANSWERS:
                     del self._answers[next(iter(self._answers))]
+        elif before != request:
+            reason = f"request_id {request.request_id!r} was that of another request: a new wish needs a new one"
+            await context.abort(*code_of(ConfigError(reason)))
         # shielded: a caller that goes away does not undo what was begun
         return await _or_abort(asyncio.shield(task), context)
 
@@ -258,6 +311,31 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         )
         run.start_time.FromNanoseconds(int(c.start_time * 1e9))
         return run
+
+
+async def _send(copy: _Copy, node: NodeConfig, context: Any) -> bool:
+    """Send header, chunks and footer of the weights; False where the client does not read on."""
+    sha256 = await copy.sha256(node.manifest)
+    whole = copy.flat.data.cast("B")
+
+    def pieces() -> Iterator[pb.DownloadWeightsResponse]:
+        yield pb.DownloadWeightsResponse(manifest=manifest_to_proto(node.manifest), weights_version=copy.version)
+        for start in range(0, len(whole), node.chunk_bytes):
+            payload = bytes(whole[start : start + node.chunk_bytes])
+            yield pb.DownloadWeightsResponse(offset_bytes=start, crc32c=crc32c(payload), data=payload)
+        yield pb.DownloadWeightsResponse(weights_sha256=sha256)
+
+    try:
+        # at once: headers that leave with a first message that is given up would undo the status
+        await context.send_initial_metadata(())
+        for piece in pieces():
+            async with asyncio.timeout(_PIECE_SECONDS):
+                await context.write(piece)
+    except TimeoutError:
+        return False
+    except grpc.aio.BaseError:
+        pass  # the client has gone
+    return True
 
 
 async def _found(work: Callable[[], None], context: Any) -> None:

@@ -84,6 +84,7 @@ class Training:
         #: why it was told to stop, if it was: also before it has opened
         self._told = ""
         self._health = Health()
+        self._servicer = ControlServicer()
         self._first_step = 0
         #: of a run that was completed before this process
         self._completed: Summary | None = None
@@ -106,7 +107,10 @@ class Training:
             await self._stack.aclose()
 
     async def _end(self) -> None:
-        """Let the run end, and every sphere go; write the results. What is served stays. May be called again."""
+        """Let the run end, and every sphere go; write the results; end the watches. What is served else stays.
+
+        May be called again.
+        """
         if hasattr(self, "_summary"):
             return
         await self._run_to_end()
@@ -118,6 +122,7 @@ class Training:
         # while the directory is still ours: the next start must find the results of this one, not race them
         if self._completed is None:
             await asyncio.to_thread(write_results, self._directory, self.controller, self._summary)
+        self._servicer.close()  # who watches has had the last event, and finds the results
 
     # ---- what a user does with it
 
@@ -220,8 +225,7 @@ class Training:
         self._stack.callback(directory.close)
         await beginning.find()
         node = replace(node, run_id=directory.run_id)
-        servicer = ControlServicer()
-        await self._open_tree(node, servicer)
+        await self._open_tree(node)
         self._make_controller(node, beginning, flat)
         self._tree.changed = self._sphere_changed
         self._tree.dismissed = self._sphere_dismissed
@@ -239,7 +243,7 @@ class Training:
             )
         )
         self._stack.push_async_callback(self._launcher.aclose)
-        servicer.attach(self.controller, spawn=self.spawn, aside=self._launcher.aside)
+        self._servicer.attach(self.controller, spawn=self.spawn, aside=self._launcher.aside)
         self.controller.pause()
         self._loop = asyncio.create_task(self.controller.run())
         self._stack.push_async_callback(self._end_loop)
@@ -250,10 +254,10 @@ class Training:
             await self._launcher.begin(config.spheres, came_back=self._came_back)
         self._health.set_ready(True)
 
-    async def _open_tree(self, node: NodeConfig, servicer: ControlServicer) -> None:
+    async def _open_tree(self, node: NodeConfig) -> None:
         """Listen for spheres and clients, in a new term that is not raised yet."""
         directory = self._directory
-        transport = GrpcTransport(lambda server: add_services(server, servicer, self._health))
+        transport = GrpcTransport(lambda server: add_services(server, self._servicer, self._health))
         self._tree = Tree(
             node,
             transport,
@@ -266,7 +270,7 @@ class Training:
         )
         await self._listen(directory.last_address)
         self._stack.push_async_callback(self._tree.aclose)
-        self._stack.callback(servicer.close)
+        self._stack.callback(self._servicer.close)
 
     def _make_controller(self, node: NodeConfig, beginning: Beginning, flat: Array) -> None:
         """Raise the term, and make the run as it begins, or stands in its checkpoint."""
@@ -365,6 +369,8 @@ def train(
 ) -> Summary:
     """Train and return the summary. Raises the error that the run ended with.
 
+    Where an event loop is running, as in a notebook, it raises ArmillaryError: ``await run(config)`` is the same there.
+
     ``task`` as for ``Training``; ``settings`` are keys of RunConfig (``learning_rate=0.05``), as the flags of
     ``control-cli start`` are. Call it under ``if __name__ == "__main__":`` where the task is defined in the script:
     spheres import that file too.
@@ -377,6 +383,12 @@ def train(
         raise TaskLoadError(
             "train() was called while a sphere imported this file for its task: "
             'put the call under if __name__ == "__main__":'
+        )
+    with contextlib.suppress(RuntimeError):  # none is running
+        asyncio.get_running_loop()
+        raise ArmillaryError(
+            "train() was called where an event loop is running, as in a notebook: write `await run(config)` there, or "
+            "`async with Training(config)`, both of control.training, with config = RunConfig(task=..., ...)"
         )
     name = task if isinstance(task, str) else task_spec(task)
     chosen = config or load_config({"task": name, **settings}, {})[0]

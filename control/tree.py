@@ -32,9 +32,9 @@ from spheres.trace import Recorder
 from spheres.transport import Handlers, Listener, Transport
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
-from spheres.words import MOST_REASON, cut
+from spheres.words import MOST_REASON, RUN_OVER, cut
 
-__all__ = ["Sphere", "Tree"]
+__all__ = ["Tree"]
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class Tree:
         if self._keeping is not None:
             self._keeping.cancel()
         self._summer.close()
-        self.children.drain(RefusedError("the run is over"))
+        self.children.drain(RefusedError(RUN_OVER))
         if self._listener is not None:
             await self._listener.aclose()
 
@@ -215,7 +215,7 @@ class Tree:
                 "install the same release on both"
             )
         if not self._open:
-            raise RefusedError("the run is over")
+            raise RefusedError(RUN_OVER)
         member = Member(
             id=request.sphere_id,
             host=request.host,

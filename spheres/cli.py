@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from spheres import set_environment
 from spheres.errors import ArmillaryError, ConfigError, GradientError, TaskLoadError, UnreachableError
 from spheres.exposure import insecure_warning, is_address, is_loopback
-from spheres.logs import VARIABLE, formatter, is_json
+from spheres.logs import VARIABLE, JsonFormatter, formatter, is_json, json_asked
 from spheres.words import cut, is_encodable
 
 __all__ = ["LogTail", "main", "make_parser"]
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 EXIT_CODES = """exit codes: 0 the run is over, or told to go; 1 any other error; 2 wrong flags or a port in use;
 3 the task cannot be loaded or its data are missing; 5 control or the run refused, or nobody answered for
 --orphan-timeout; 130 Ctrl+C. Of the environment: ARMILLARY_CONTROL, ARMILLARY_LISTEN, ARMILLARY_ADVERTISE,
-ARMILLARY_ZONE, ARMILLARY_RELAY, ARMILLARY_ORPHAN_TIMEOUT, ARMILLARY_INSECURE, ARMILLARY_LOG_FORMAT; a flag goes before
-it. See docs/cli.md."""
+ARMILLARY_ZONE, ARMILLARY_RELAY, ARMILLARY_ORPHAN_TIMEOUT, ARMILLARY_HOLD, ARMILLARY_INSECURE, ARMILLARY_LOG_FORMAT; a
+flag goes before it. See docs/cli.md."""
 
 #: of one line that is kept for `control-cli logs`
 _MOST_LINE_BYTES = 16 * 1024
@@ -61,10 +61,14 @@ class LogTail(logging.Handler):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line, as ``control-cli`` has them."""
+    """Errors in one line, as ``control-cli`` has them; with JSON the one line of the log."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
+        line = f"{message}; see `{self.prog} --help`"
+        if not json_asked(sys.argv[1:]):
+            self.exit(2, f"error: {line}\n")
+        sys.stdout.write(JsonFormatter().format(log.makeRecord(log.name, logging.ERROR, "", 0, line, (), None)) + "\n")
+        self.exit(2)
 
 
 class _Version(argparse.Action):
@@ -122,6 +126,12 @@ def make_parser() -> argparse.ArgumentParser:
         type=_seconds,
         metavar="TIME",
         help="end after so long without control (60s)",
+    )
+    start.add_argument(
+        "--hold",
+        action="store_true",
+        default=_is_on("ARMILLARY_HOLD"),
+        help="stay when the run is over or control is gone, and take part again once there is something to do",
     )
     start.add_argument(
         "--insecure",
@@ -266,6 +276,7 @@ async def _take_part(options: argparse.Namespace, tail: LogTail, names: dict[str
         zone=options.zone,
         relay=options.relay,
         orphan_timeout=options.orphan_timeout,
+        hold=options.hold,
         host=options.host,
     )
     transport = GrpcTransport(lambda server: add_services(server, health))

@@ -6,7 +6,9 @@ Settings that make a dead peer show within seconds are here; what a message mean
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import grpc
@@ -31,6 +33,8 @@ from spheres.transport import (
 
 __all__ = ["GrpcListener", "GrpcTransport"]
 
+log = logging.getLogger(__name__)
+
 SERVICE = "spheres.v1.SphereService"
 ENROLL = "/spheres.v1.ControlService/EnrollSphere"
 
@@ -48,7 +52,14 @@ _LIMITS = [
     ("grpc.max_send_message_length", 2 * MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", 2 * MAX_MESSAGE_BYTES),
 ]
-_CLIENT = [*_KEEPALIVE, *_LIMITS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+_CLIENT = [
+    *_KEEPALIVE,
+    *_LIMITS,
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+    # a proxy of the environment is for the web, not for a node that is named by its address
+    ("grpc.enable_http_proxy", 0),
+]
 _SERVER = [
     *_KEEPALIVE,
     *_LIMITS,
@@ -60,13 +71,22 @@ _SERVER = [
 #: what the library raises from a stream that is over
 _ENDED = (grpc.RpcError, asyncio.InvalidStateError, grpc.aio.BaseError)
 
+#: what the library makes of a write that fails
+_SAYS_NOTHING = (grpc.StatusCode.INTERNAL, "Internal error from Core")
+
 #: seconds in which a dialled address must take the connection
 DIAL_SECONDS = 5.0
 #: seconds that handlers have to end in order, and their last words to leave, when their listener closes
 _LAST_WORDS_SECONDS = 1.0
 _CLOSING = "the listener has closed"
-#: seconds in which a client that has gone, and not only ended its side, becomes known as such
+#: seconds in which it becomes known that a client has gone, and not only ended its side; or why a link has ended
 _GONE_SECONDS = 0.2
+#: seconds between two looks at whether a server still takes calls
+_LOOK_SECONDS = 0.5
+#: seconds for which a listener whose server has failed tries to have its port again
+_REBIND_SECONDS = 60.0
+#: seconds that links of a server that has failed may live on: as long as they like
+_FOR_EVER = 1e9
 
 
 class _ClientLink:
@@ -76,20 +96,25 @@ class _ClientLink:
         self.peer = peer
         self._channel = channel
         self._status: tuple[grpc.StatusCode, str] | None = None
+        self._told = asyncio.Event()
         self._call: Any = channel.stream_stream(f"/{SERVICE}/{rpc.value}")()
         self._call.add_done_callback(self._ended)
 
     def _ended(self, call: Any) -> None:
         # Kept here, because a write that fails afterwards replaces the status with one that says nothing
-        # (github.com/grpc/grpc/issues/36066).
-        self._status = _at_once(call.code()), _at_once(call.details())
+        # (github.com/grpc/grpc/issues/36066). Up to 1.83 the library calls this once more then; and where the write
+        # fails first, the status of the other side comes second.
+        if self._status is None or self._status == _SAYS_NOTHING:
+            self._status = _at_once(call.code()), _at_once(call.details())
+        if self._status != _SAYS_NOTHING:
+            self._told.set()
 
     async def send(self, message: bytes) -> None:
         check_size(message)
         try:
             await self._call.write(message)
         except _ENDED:
-            raise self._why() from None
+            raise await self._why() from None
         except asyncio.CancelledError:
             self._raise_unless_cancelled()
             raise
@@ -98,7 +123,7 @@ class _ClientLink:
         try:
             message = await self._call.read()
         except _ENDED:
-            raise self._why() from None
+            raise await self._why() from None
         except asyncio.CancelledError:
             self._raise_unless_cancelled()
             raise
@@ -107,7 +132,10 @@ class _ClientLink:
         check_size(message)
         return bytes(message)
 
-    def _why(self) -> ArmillaryError:
+    async def _why(self) -> ArmillaryError:
+        if self._status == _SAYS_NOTHING:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._told.wait(), _GONE_SECONDS)
         if self._status is None or self._status[0] is grpc.StatusCode.OK:
             return LinkClosedError("the other side has ended the link")
         return from_status(*self._status)
@@ -182,14 +210,69 @@ class _ServerLink:
 class GrpcListener:
     """A grpc.aio server with SphereService, and what else its owner adds before it starts.
 
-    Mutable state: the links that live, by the tasks of their handlers; whether the listener closes.
+    One request whose path is no UTF-8, as a port scanner may send, ends what a grpc.aio server takes calls with: the
+    library decodes it outside of any handler (grpc/grpc, aio/server.pyx.pxi: _server_main_loop). Links that are open
+    live on, and nobody gets in any more. So a server that has failed is followed by another one on its address.
+
+    Mutable state: the server that takes calls, those that have failed and still have links, the links that live, by the
+    tasks of their handlers, and whether the listener closes.
     """
 
-    def __init__(self, server: grpc.aio.Server) -> None:
+    def __init__(self, make_server: Callable[[GrpcListener], grpc.aio.Server]) -> None:
         self.address = ""
-        self._server = server
+        self._make_server = make_server
+        self._server = make_server(self)
+        #: each with the task that frees it once its last link has ended
+        self._failed: dict[grpc.aio.Server, asyncio.Task[None]] = {}
         self._live: dict[asyncio.Task[None], Closed] = {}
         self._closing = False
+
+    async def open(self, address: str) -> None:
+        """Bind and serve. Raises ConfigError."""
+        host, _ = split_address(address)
+        port = _bind(self._server, address)
+        if port == 0:
+            raise ConfigError(f"cannot listen on {address}: the port is in use or the address is not of this machine")
+        await self._server.start()
+        self.address = f"{host}:{port}"
+        self._watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Follow each server that has failed by another one."""
+        while (error := await _failure(self._server)) is not None:
+            log.warning(
+                "the gRPC server of %s has failed and takes no calls (%s: %s), perhaps at a request that is none of "
+                "ours; another one takes its place, and links that are open live on",
+                self.address,
+                type(error).__name__,
+                error,
+            )
+            self._outlive(self._server)
+            if not await self._follow():
+                return
+
+    def _outlive(self, failed: grpc.aio.Server) -> None:
+        freeing = self._failed[failed] = asyncio.create_task(failed.stop(grace=_FOR_EVER))
+        freeing.add_done_callback(lambda _: self._failed.pop(failed))
+
+    async def _follow(self) -> bool:
+        """Start another server on the address; False where it cannot be had."""
+        server = self._make_server(self)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _REBIND_SECONDS
+        while _bind(server, self.address) == 0:
+            if loop.time() > until:
+                log.error("%s cannot be had again: nobody can join or ask here any more", self.address)
+                return False
+            await asyncio.sleep(_LOOK_SECONDS)
+        self._server = server
+        starting = asyncio.create_task(server.start())
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await starting  # one turn of the loop: what has not quite started cannot be stopped
+            raise
+        return True
 
     def serve(self, handler: LinkHandler) -> Callable[[Any, Any], Awaitable[None]]:
         async def method(_requests: Any, context: Any) -> None:
@@ -215,9 +298,13 @@ class GrpcListener:
 
     async def aclose(self) -> None:
         self._closing = True
+        self._watching.cancel()
+        await asyncio.wait({self._watching})
         for closed in self._live.values():
             close(closed, LinkClosedError(_CLOSING))
-        await self._server.stop(grace=_LAST_WORDS_SECONDS)
+        freed = list(self._failed.values())
+        servers = (self._server, *self._failed)
+        await asyncio.gather(*(server.stop(grace=_LAST_WORDS_SECONDS) for server in servers), *freed)
         if self._live:
             await asyncio.wait(self._live)
 
@@ -252,9 +339,13 @@ class GrpcTransport:
                 raise from_rpc_error(error, f"control at {address}") from None
 
     async def listen(self, address: str, handlers: Handlers) -> GrpcListener:
-        host, _ = split_address(address)
+        listener = GrpcListener(lambda listener: self._server(listener, handlers))
+        await listener.open(address)
+        return listener
+
+    def _server(self, listener: GrpcListener, handlers: Handlers) -> grpc.aio.Server:
+        """Return a server, not bound yet."""
         server = grpc.aio.server(options=_SERVER)
-        listener = GrpcListener(server)
         methods: dict[str, Any] = {
             Rpc.WORK.value: grpc.stream_stream_rpc_method_handler(listener.serve(handlers.work)),
             Rpc.HEARTBEAT.value: grpc.stream_stream_rpc_method_handler(listener.serve(handlers.heartbeat)),
@@ -264,20 +355,39 @@ class GrpcTransport:
             enroll: dict[str, Any] = {"EnrollSphere": grpc.unary_unary_rpc_method_handler(_answer(handlers.enroll))}
             generic.append(grpc.method_handlers_generic_handler("spheres.v1.ControlService", enroll))
         server.add_generic_rpc_handlers(tuple(generic))
+        # Services add each method twice. While a server waits for calls of methods that it has by name, its failure
+        # frees what gRPC writes to a moment later (_server_main_loop cancels them), and the process may crash.
+        server.add_registered_method_handlers = _add_nothing  # type: ignore[method-assign]
         if self._add_services is not None:
             self._add_services(server)
-        try:
-            port = server.add_insecure_port(address)
-        except RuntimeError:
-            port = 0
-        if port == 0:
-            raise ConfigError(f"cannot listen on {address}: the port is in use or the address is not of this machine")
-        await server.start()
-        listener.address = f"{host}:{port}"
-        return listener
+        return server
 
     async def aclose(self) -> None:
         """Nothing is shared between links."""
+
+
+def _add_nothing(service_name: str, method_handlers: Mapping[str, Any]) -> None:
+    """The same methods were added by a generic handler."""
+
+
+def _bind(server: grpc.aio.Server, address: str) -> int:
+    """Return the port that was bound; 0 where it cannot be."""
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError:
+        return 0
+
+
+async def _failure(server: grpc.aio.Server) -> Exception | None:
+    """Return what a server has failed with; None once it was stopped."""
+    while True:
+        # Without a time limit the library would wait for its last link first, and cancelling would harm it.
+        waiting = server.wait_for_termination(_LOOK_SECONDS)
+        (lives,) = await asyncio.gather(waiting, return_exceptions=True)
+        if isinstance(lives, Exception):
+            return lives
+        if not lives:
+            return None
 
 
 async def _connects(channel: grpc.aio.Channel) -> bool:

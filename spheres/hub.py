@@ -264,10 +264,6 @@ class Hub:
         capacities = self.ledger.capacities
         return {} if capacities.keys() <= {self.ledger.environment} else capacities
 
-    def held(self) -> list[Block]:
-        """Blocks of the present step that may be held or in compute in this subtree, merged (N5)."""
-        return list(self.ledger.holdings)
-
     def _on_header(self, work: Work, version: int, message: pb.WorkResponse) -> None:
         header, weights = message.weights_header, self.weights
         if header.manifest_digest != self.config.manifest.digest:

@@ -46,7 +46,6 @@ from spheres.partition import Partition
 __all__ = [
     "SELF",
     "Action",
-    "Edge",
     "Ledger",
     "SendAssign",
     "SendBegin",
@@ -410,7 +409,7 @@ class Ledger:
 
     @property
     def holdings(self) -> BlockSet:
-        """What this subtree holds or computes of the step, as far as it is known here."""
+        """What this subtree may hold or compute of the step, as far as it is known here (N5)."""
         blocks = BlockSet(self.total, self.held | self.below)
         if self.computing is not None:
             blocks.add(self.computing)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from spheres.errors import ConfigError
 
-__all__ = ["VARIABLE", "JsonFormatter", "formatter", "is_json", "said_error"]
+__all__ = ["VARIABLE", "JsonFormatter", "formatter", "is_json", "json_asked", "said_error"]
 
 #: of the environment; local spheres and a control that is started again inherit it
 VARIABLE = "ARMILLARY_LOG_FORMAT"
@@ -55,6 +56,16 @@ def is_json(kind: str) -> bool:
     """Whether a log format, "" for the default, is JSON. Raises ConfigError where it is none."""
     if kind not in ("", "text", "json"):
         raise ConfigError(f"log format {kind!r} (--log-format or {VARIABLE}): allowed: text or json")
+    return kind == "json"
+
+
+def json_asked(words: Sequence[str]) -> bool:
+    """Whether flags that may be wrong, or else the environment, ask for JSON: of what is wrong one is told so, too."""
+    kind = os.environ.get(VARIABLE, "")
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        flag, _, value = word.partition("=")
+        if flag == "--log-format":
+            kind = value or following
     return kind == "json"
 
 

@@ -58,8 +58,6 @@ def version_digest(manifest_digest: bytes, checksums: Sequence[int]) -> bytes:
 
 def is_finite(flat: Array) -> bool:
     """Whether no element is infinite or NaN."""
-    if flat.size <= BLOCK_ELEMENTS:
-        return bool(np.logical_and.reduce(np.isfinite(flat)))
     return all(bool(np.logical_and.reduce(np.isfinite(flat[block]))) for block in _blocks(0, flat.size))
 
 

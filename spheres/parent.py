@@ -254,7 +254,7 @@ class Parent:
             holds_weights=hub.weights.held,
             weights_version=max(0, hub.weights.version),
             weights_digest=hub.weights.digest,
-            held=blocks_to(hub.held()),
+            held=blocks_to(hub.ledger.holdings),
             capacity=hub.ledger.capacity,
             capacities=hub.mixed_capacities,
             address=hub.address,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -18,12 +19,16 @@ from spheres.children import Children
 from spheres.config import PROTOCOL_VERSION, NodeConfig
 from spheres.environment import environment_fingerprint, resident_bytes
 from spheres.errors import (
+    ArmillaryError,
     FingerprintError,
     LinkClosedError,
+    RefusedError,
     StaleError,
     TaskError,
     UnreachableError,
+    WrongRunError,
 )
+from spheres.exposure import is_loopback
 from spheres.hub import EVALUATE, Hub
 from spheres.lease import Lease
 from spheres.parent import Fingerprints, Parent
@@ -32,10 +37,10 @@ from spheres.summing import Summer
 from spheres.task import Task, data_fingerprint, described, load_task, task_fingerprint
 from spheres.tensors import aligned_zeros
 from spheres.trace import Recorder
-from spheres.transport import Handlers, Link, Listener, Transport
+from spheres.transport import Handlers, Link, Listener, Transport, first_end
 from spheres.v1 import common_pb2, control_pb2
 from spheres.v1 import work_pb2 as pb
-from spheres.words import cut
+from spheres.words import RUN_OVER, cut
 from spheres.worker import Array, Worker
 
 __all__ = ["Sphere", "SphereOptions"]
@@ -50,6 +55,8 @@ _LOOK_SECONDS = 0.05
 #: seconds that a sphere waits for its children to end before it ends itself, and those that its last words have to go
 #: up. Control waits longer than the first.
 _FAREWELL_SECONDS, _FLUSH_SECONDS = 3.0, 1.0
+#: seconds after which a sphere that stays when the run is over asks control again
+_ASK_SECONDS = 10.0
 #: of a task's state as JSON, and of what is said of one that cannot be had
 _MOST_STATE_BYTES, _MOST_WHY_BYTES = 1 << 20, 4_096
 
@@ -69,6 +76,8 @@ class SphereOptions:
     relay: bool = False
     #: seconds without a way to control after which the sphere ends
     orphan_timeout: float = 60.0
+    #: stay when the run is over, or control is gone for that long, and take part again once there is something to do
+    hold: bool = False
     #: this host's name, for placement
     host: str = ""
     #: whether idle nodes may compute what late ones have in compute; tests switch it off, since it hides deadlocks
@@ -77,6 +86,10 @@ class SphereOptions:
     environment: str = ""
     #: what a trace's times are read from, in nanoseconds; tests give spheres clocks that differ
     clock: Callable[[], int] = monotonic_ns
+
+
+#: what listens there is dialled elsewhere
+_EVERY_ADDRESS = ("0.0.0.0", "::", "[::]")
 
 
 class Sphere:
@@ -97,6 +110,7 @@ class Sphere:
         link_changed: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self._options, self._transport, self._task = options, transport, task
+        self._task_is_given = task is not None
         self._make_worker, self._log_lines = make_worker, log_lines
         self._link_changed = link_changed
         # where it listens, and what others dial to reach it
@@ -104,12 +118,17 @@ class Sphere:
         self._leaving: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
-        self._warned_of_state = False
+        # every sphere was told to end, and this one has nothing left to do
+        self._over = False
+        # it waits between two runs, and what it had said of that last
+        self._holding, self._said = False, ""
+        self._warned_of_state = self._told_of_address = False
         #: set once it has its place and serves children
         self.ready = asyncio.Event()
         self.hub: Hub | None = None
         self.parent: Parent | None = None
         self._children: Children | None = None
+        self._worker: Worker | None = None
 
     def stop(self) -> None:
         """End: links are closed, children go to their fallbacks, work in hand is given up."""
@@ -121,7 +140,7 @@ class Sphere:
             self._leaving = asyncio.get_running_loop().create_task(self._leave(reason))
 
     async def run(self) -> None:
-        """Take part until told to stop. Raises what made that impossible."""
+        """Take part until told to stop; with ``hold``, until this one is. Raises what made that impossible."""
         options = self._options
         listener: Listener | None = None
         try:
@@ -131,8 +150,14 @@ class Sphere:
             while not self._stop.is_set():
                 try:
                     await self._take_part()
+                    if self._over and self._holds:
+                        await self._hold(RUN_OVER)
                 except StaleError as error:
                     log.warning("enrolling anew: %s", error)
+                except (UnreachableError, RefusedError) as error:
+                    if self._stop.is_set() or not (self._holds and _may_pass(error)):
+                        raise
+                    await self._hold(str(error))
         finally:
             for task in (self._leaving, self._ending):
                 if task is not None:
@@ -140,6 +165,32 @@ class Sphere:
             if listener is not None:
                 await listener.aclose()
             await self._transport.aclose()
+
+    @property
+    def _holds(self) -> bool:
+        """Whether it stays where a run is over: nobody has told this one to leave."""
+        return self._options.hold and self._leaving is None
+
+    async def _hold(self, why: str) -> None:
+        """Keep nothing of the run that was, and return when control is to be asked again, or this sphere ends.
+
+        It listens all the while: it lives, and is not ready.
+        """
+        if why != self._said:
+            level = logging.INFO if why == RUN_OVER else logging.WARNING
+            log.log(level, "%s; this sphere stays, and asks again every %g s (--hold)", why, _ASK_SECONDS)
+        self._said, self._over, self._holding = why, False, True
+        self._stop.clear()
+        self.ready.clear()
+        if self._ending is not None:
+            self._ending.cancel()
+        self.hub = self.parent = self._children = self._ending = None
+        if not self._task_is_given:  # the next run may have another one
+            self._task = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ASK_SECONDS):
+                await self._stop.wait()
+        self._holding = False
 
     async def _take_part(self) -> None:
         """One incarnation. Raises StaleError where control has given its id to another."""
@@ -151,6 +202,7 @@ class Sphere:
         worker: Worker | None = None
         if not options.relay and self._task is not None:
             worker = self._make_worker(config, self._task, aligned_zeros if memory is None else memory.allocate)
+        self._worker = worker
         summer = Summer()
         hub = self.hub = Hub(
             config,
@@ -186,7 +238,9 @@ class Sphere:
         if config.trace:
             self._trace(hub, self.parent, children)
         self.ready.set()
+        self._said = ""
         log.info("%s joins %s (incarnation %d)", hub.id, ancestors[-1].id, hub.incarnation)
+        self._tell_of_address()
         try:
             await self._live(hub, self.parent, children)
         finally:
@@ -195,6 +249,21 @@ class Sphere:
             if worker is not None:
                 worker.close()
             summer.close()
+
+    def _tell_of_address(self) -> None:
+        """Say once where spheres of other hosts cannot dial this one, though control is to be dialled from there."""
+        if (
+            self._told_of_address
+            or not (self._address and _is_local(self._address))
+            or _is_local(self._options.control)
+        ):
+            return
+        self._told_of_address = True
+        log.info(
+            "only this machine reaches %s: no sphere of another host is placed below this one. For children from there "
+            "give --listen 0.0.0.0:PORT --insecure, and --advertise HOST:PORT where they see another address",
+            self._address,
+        )
 
     def _trace(self, hub: Hub, parent: Parent, children: Children) -> None:
         clock = self._options.clock
@@ -207,17 +276,11 @@ class Sphere:
             parent.look(now)
             hub.watch(now)
 
-        keeping = children.keep(fence=parent.cut, look=look)
-        jobs = [asyncio.ensure_future(job) for job in (parent.run(), keeping, self._stop.wait())]
         try:
-            await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for job in jobs:
-                job.cancel()
-            results = await asyncio.gather(*jobs, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception) and not self._stop.is_set():
-                raise result
+            await first_end(parent.run(), children.keep(fence=parent.cut, look=look), self._stop.wait())
+        except Exception:
+            if not self._stop.is_set():
+                raise
 
     async def _leave(self, reason: str) -> None:
         """Tell the parent, wait until nobody needs this node, let the children go to their fallbacks, end."""
@@ -253,8 +316,9 @@ class Sphere:
         await self._children.gone(_FAREWELL_SECONDS)
         await self.parent.flush(_FLUSH_SECONDS)
         if inner:
-            self.hub.up.leave("the run is over")
+            self.hub.up.leave(RUN_OVER)
             await self.parent.released(_FLUSH_SECONDS)
+        self._over = True
         self._stop.set()
 
     def _member(self) -> common_pb2.Member:
@@ -330,6 +394,8 @@ class Sphere:
         return found
 
     async def _work(self, link: Link) -> None:
+        if self._holding:
+            raise LinkClosedError("no run here: dial another")
         # A child may dial while this sphere still loads its task, or has no parent: it waits here, not at a fallback.
         await self.ready.wait()
         assert self.parent is not None
@@ -350,9 +416,7 @@ class Sphere:
             else:
                 self._ending = self._ending or asyncio.get_running_loop().create_task(self._end())
         elif directive.kind == pb.DIRECTIVE_KIND_REPORT_STATE:
-            assert self.hub is not None
-            state = self._task_state()
-            self.hub.up.report(pb.StateReport(request_id=directive.request_id, report=self.report(), task_state=state))
+            self._report_state(directive.request_id)
         elif directive.kind == pb.DIRECTIVE_KIND_DRAIN:
             self.drain(directive.reason or "a directive")
         elif directive.kind == pb.DIRECTIVE_KIND_MOVE:
@@ -365,11 +429,25 @@ class Sphere:
         else:
             log.warning("directive %d is not known here", directive.kind)
 
-    def _task_state(self) -> bytes:
-        """Return the task's state as JSON; empty where it has none that can be sent. No weight depends on it."""
-        state = getattr(self._task, "state_dict", None)
+    def _report_state(self, request_id: int) -> None:
+        """Answer with what is known of this sphere, and the task's state: from the thread that computes with it."""
+        hub, state = self.hub, getattr(self._task, "state_dict", None)
+        assert hub is not None
+
+        def told(state: bytes) -> None:
+            if hub is self.hub:  # else it has enrolled anew
+                hub.up.report(pb.StateReport(request_id=request_id, report=self.report(), task_state=state))
+
         if not callable(state):
-            return b""
+            told(b"")
+        elif self._worker is not None:
+            self._worker.call(lambda: self._task_state(state), told)
+        else:  # a relay's task computes nothing
+            asking = asyncio.get_running_loop().run_in_executor(None, self._task_state, state)
+            asking.add_done_callback(lambda asked: None if asked.cancelled() else told(asked.result()))
+
+    def _task_state(self, state: Callable[[], object]) -> bytes:
+        """Return the task's state as JSON; empty where it has none that can be sent. No weight depends on it."""
         try:
             text = json.dumps(state()).encode()
             if len(text) <= _MOST_STATE_BYTES:
@@ -430,13 +508,24 @@ class Sphere:
         return [self.report(), *self._children.oldest(most)]
 
 
+def _is_local(address: str) -> bool:
+    """Whether it leads to this machine, whoever dials it."""
+    host = address.rpartition(":")[0]
+    return is_loopback(host) or host in _EVERY_ADDRESS
+
+
+def _may_pass(error: ArmillaryError) -> bool:
+    """Whether a later run, or control, may take this sphere as it is: nothing is wrong with its files or release."""
+    return isinstance(error, UnreachableError | WrongRunError) or str(error) == RUN_OVER
+
+
 def _reachable(listening: str, control: str) -> str:
     """Return where others can dial what listens on ``listening``: for every address, that of the way to control.
 
     Raises UnreachableError where control's name is not known (yet), or there is no way to it.
     """
     host, _, port = listening.rpartition(":")
-    if host.strip("[]") not in ("0.0.0.0", "::"):
+    if host not in _EVERY_ADDRESS:
         return listening
     name, _, number = control.rpartition(":")
     try:

@@ -179,10 +179,11 @@ async def attend(handling: asyncio.Task[None], link: Link, closed: Closed) -> No
             close(closed, None if error is None else told(error, f"the handler of {link.peer}"))
 
 
-async def first_end(*jobs: Awaitable[None]) -> None:
+async def first_end(*jobs: Awaitable[object]) -> None:
     """Wait for the first of ``jobs`` to end, end the others, and raise what it raised; of several, the first in order.
 
-    For both ends of an edge: a link ends with its reader, its writer, or whatever else it lives by.
+    For both ends of an edge, whose link ends with its reader, its writer, or whatever else it lives by; and for a
+    sphere's life.
     """
     tasks = [asyncio.ensure_future(job) for job in jobs]
     try:

@@ -9,9 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from spheres.actions import SendReady
+from spheres.config import MAX_MESSAGE_BYTES
+from spheres.errors import MessageTooLargeError
 from spheres.frames import blocks_to
 from spheres.v1 import work_pb2 as pb
+from spheres.words import MOST_ERROR, MOST_TRACEBACK, cut
 from spheres.work import Hooks
+from spheres.worker import MOST_SAMPLES
 
 __all__ = ["Upward"]
 
@@ -61,7 +65,7 @@ class Upward:
     def passes_on(self, message: pb.WorkRequest) -> bool:
         """Pass on what a child says that is control's alone. False where it is something else."""
         if message.HasField("task_failure"):
-            self.fail(message.task_failure)
+            self.fail(_bounded(message.task_failure))
         elif message.HasField("state_report"):
             self.report(message.state_report)
         elif message.HasField("log_report"):
@@ -82,8 +86,8 @@ class Upward:
         if self._root:
             self._hooks.changed(change)
         else:
-            self._note(change)
             self._send(pb.WorkRequest(sphere_change=change))
+            self._note(change)
 
     def _note(self, change: pb.SphereChange) -> None:
         """Remember a change for the next link: of each sphere the newest link that opened, and the newest that ended.
@@ -138,7 +142,18 @@ class Upward:
         self.waiting = [m for m in self.waiting if not m.HasField(kind)]
 
     def _send(self, message: pb.WorkRequest) -> None:
+        """Raises MessageTooLargeError where a child's words leave no room for what is added here: its link ends."""
         message.tag.CopyFrom(self.tag)
         message.session = self.session
+        if (size := message.ByteSize()) > MAX_MESSAGE_BYTES:
+            raise MessageTooLargeError(f"{size} bytes to pass on to control; the limit is {MAX_MESSAGE_BYTES}")
         self.waiting.append(message)
         self.wake_up()
+
+
+def _bounded(failure: pb.TaskFailure) -> pb.TaskFailure:
+    """Return what a child says of a failure, within the bounds of a Python sphere's own: it must reach control."""
+    failure.error = cut(failure.error, MOST_ERROR)
+    failure.traceback = cut(failure.traceback, MOST_TRACEBACK, end=True)
+    del failure.sample_ids[MOST_SAMPLES:]
+    return failure

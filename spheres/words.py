@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["MOST_REASON", "cut", "encodable", "is_encodable", "raised"]
+__all__ = ["MOST_ERROR", "MOST_REASON", "MOST_TRACEBACK", "RUN_OVER", "cut", "encodable", "is_encodable", "raised"]
 
 #: bytes of why a link has ended, or why a sphere is told to leave
 MOST_REASON = 1_000
+#: bytes of what is said of a failure: in one line, and the end of the traceback
+MOST_ERROR, MOST_TRACEBACK = 4_096, 65_536
+#: with which control refuses whoever comes when nothing is left to do, and no fault is the sphere's own
+RUN_OVER = "the run is over"
 
 
 def encodable(text: str) -> str:

@@ -12,9 +12,10 @@ import traceback
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from queue import SimpleQueue
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,16 +30,14 @@ from spheres.sampling import evaluation_slice
 from spheres.segments import Mark
 from spheres.task import Sums, Task
 from spheres.tensors import aligned_zeros
-from spheres.words import cut, is_encodable, raised
+from spheres.words import MOST_ERROR, MOST_TRACEBACK, cut, is_encodable, raised
 
-__all__ = ["Computer", "Failure", "Pool", "Unit", "Worker", "limit_threads", "sample_ids"]
+__all__ = ["MOST_SAMPLES", "Computer", "Failure", "Pool", "Unit", "Worker", "limit_threads", "sample_ids"]
 
 Array = npt.NDArray[np.float32]
 
 #: in a verdict on a microbatch, or a failure: names of tensors, ids of samples
-_MOST_TENSORS, _MOST_SAMPLES = 16, 64
-#: bytes of what is said of a failure: in one line, and the end of the traceback
-_MOST_ERROR, _MOST_TRACEBACK = 4_096, 65_536
+_MOST_TENSORS, MOST_SAMPLES = 16, 64
 
 _limiter: Any = None
 
@@ -81,7 +80,9 @@ class Unit:
 
 
 Done = Callable[[Unit, Held | Failure | None], None]
-_Job = tuple[asyncio.AbstractEventLoop, Unit, Mapping[str, Array], Done]
+T = TypeVar("T")
+#: what the compute thread does; it gives what is then called on the loop
+_Job = tuple[asyncio.AbstractEventLoop, Callable[[], Callable[[], object]]]
 
 
 class _NotFiniteError(GradientError):
@@ -145,7 +146,7 @@ class Computer:
         bad = [] if finite else [name for name, view in views.items() if not np.isfinite(view).all()]
         wrong = _not_finite(sums)
         if wrong or bad:
-            verdict = NonFinite(index, tuple([*wrong, *bad][:_MOST_TENSORS]), tuple(samples[:_MOST_SAMPLES].tolist()))
+            verdict = NonFinite(index, tuple([*wrong, *bad][:_MOST_TENSORS]), tuple(samples[:MOST_SAMPLES].tolist()))
             said = [f"gradient() returned {text}" for text in list(wrong.values())[:_MOST_TENSORS]]
             if bad:
                 said.append(f"the gradient of {', '.join(bad[:_MOST_TENSORS])} is not finite")
@@ -204,7 +205,7 @@ def _checked(sums: object, method: str, count: int, config: NodeConfig) -> Sums:
 
 def sample_ids(config: NodeConfig, step: int, index: int) -> tuple[int, ...]:
     """Return the first samples of a microbatch, as many as are named in a failure."""
-    return tuple(config.sampler.microbatch(step, index)[:_MOST_SAMPLES].tolist())
+    return tuple(config.sampler.microbatch(step, index)[:MOST_SAMPLES].tolist())
 
 
 def _number(value: Any, said: str) -> float:
@@ -278,7 +279,7 @@ class Worker:
         self._config = config
         self._computer = Computer(config, task)
         self._pool = Pool(config.manifest.size, allocate)
-        # at most one unit at a time: the hub gives the next when the one before is done or cancelled
+        # at most one unit that is not cancelled: the hub gives the next when the one before is done or cancelled
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         # a daemon: a task that is deep in its own code must not hold up the end of the process
         threading.Thread(target=self._work, name="compute", daemon=True).start()
@@ -288,7 +289,14 @@ class Worker:
 
         The buffer of what it gives goes back with ``release``.
         """
-        self._jobs.put((asyncio.get_running_loop(), unit, weights, done))
+        self._jobs.put((asyncio.get_running_loop(), lambda: partial(done, unit, self._computed(unit, weights))))
+
+    def call(self, work: Callable[[], T], done: Callable[[T], object]) -> None:
+        """Do what touches the task, once what was submitted before is over; ``done`` is called on the loop.
+
+        ``work`` must not raise.
+        """
+        self._jobs.put((asyncio.get_running_loop(), lambda: partial(done, work())))
 
     def release(self, held: Held) -> None:
         """The step is sealed: the buffer may be used again."""
@@ -305,15 +313,18 @@ class Worker:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            loop, unit, weights, done = job
+            loop, work = job
+            told = work()
             try:
-                result = self._compute(unit, weights)
-            except BaseException as error:  # noqa: BLE001 - what a failure's own words raised; this thread must go on
-                result = Failure(unit.block.lo, cut(type(error).__name__, _MOST_ERROR), "", (), invalid=False)
-            try:
-                loop.call_soon_threadsafe(done, unit, result)
+                loop.call_soon_threadsafe(told)
             except RuntimeError:  # the loop has ended
                 return
+
+    def _computed(self, unit: Unit, weights: Mapping[str, Array]) -> Held | Failure | None:
+        try:
+            return self._compute(unit, weights)
+        except BaseException as error:  # noqa: BLE001 - what a failure's own words raised; this thread must go on
+            return Failure(unit.block.lo, cut(type(error).__name__, MOST_ERROR), "", (), invalid=False)
 
     def _compute(self, unit: Unit, weights: Mapping[str, Array]) -> Held | Failure | None:
         started = perf_counter()
@@ -383,9 +394,9 @@ class Worker:
         text = raised(error)
         if invalid:
             text = text.removeprefix(f"{type(error).__name__}: ")
-        line = " ".join(cut(text, _MOST_ERROR).split())
+        line = " ".join(cut(text, MOST_ERROR).split())
         try:
             details = "".join(traceback.format_exception(error))
         except Exception:  # noqa: BLE001 - it asks the exception, and what it came from, for their words
             details = ""
-        return Failure(index, line, cut(details, _MOST_TRACEBACK, end=True), ids, invalid)
+        return Failure(index, line, cut(details, MOST_TRACEBACK, end=True), ids, invalid)

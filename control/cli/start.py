@@ -133,7 +133,7 @@ def start(
     with contextlib.suppress(ValueError):  # not the main thread: the caller's signals are the caller's
         signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     set_environment()
-    from control.run_dir import LATEST
+    from control.run_dir import LATEST, wait_until_free
 
     if log_format is not None:
         os.environ[VARIABLE] = log_format  # for local spheres too
@@ -141,7 +141,9 @@ def start(
     log_to_stderr(verbose, naming.names.copy)
     saved = None
     if resume == "auto":
-        resume = "" if ((_given_run_dir(flags["run_dir"], config) or LATEST) / "run.json").exists() else None
+        where = _given_run_dir(flags["run_dir"], config) or LATEST
+        wait_until_free(where)  # whoever starts control with these words starts it again elsewhere, too, and at once
+        resume = "" if (where / "run.json").exists() else None
     if resume is not None:
         saved, resume, flags["run_dir"] = _resumed("" if resume == "latest" else resume, flags["run_dir"], config)
     run_config, _ = load_config(flags, os.environ, config, saved)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,8 @@ from spheres.tensors import aligned_zeros
 from spheres.worker import Computer, Failure, Pool, Unit
 
 __all__ = ["VirtualWorker"]
+
+T = TypeVar("T")
 
 Array = npt.NDArray[np.float32]
 Done = Callable[[Unit, Held | Failure | None], None]
@@ -80,6 +83,10 @@ class VirtualWorker:
         else:
             begin()
         loop.call_at(self.busy_until, end)
+
+    def call(self, work: Callable[[], T], done: Callable[[T], object]) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_at(max(loop.time(), self.busy_until), lambda: self._closed or done(work()))
 
     def release(self, held: Held) -> None:
         if held.array is not None:

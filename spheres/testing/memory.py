@@ -38,6 +38,8 @@ class Pipe:
         self.connection, self.up = connection, up
         self.messages: deque[bytes] = deque()
         self.on_the_way = 0
+        #: what arrives by it, in order, where the network takes time
+        self.way: deque[Callable[[], None]] = deque()
         #: when the last of them arrives, where that is later than now
         self.due = 0.0
         #: when its sender came with the latest message; it may have waited for room since
@@ -57,6 +59,9 @@ class Pipe:
             raise self._refusal
         self.on_the_way += 1
         self.connection.network.carry(self, bytes(message))
+
+    def next_comes(self) -> None:
+        self.way.popleft()()
 
     def arrive(self, message: bytes) -> None:
         """The network has brought it."""

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from spheres.errors import LinkClosedError, UnreachableError
@@ -148,8 +149,12 @@ class FaultyNetwork(MemoryNetwork):
         self._send(pipe, message)
 
     def _send(self, pipe: Pipe, message: bytes) -> None:
-        loop = asyncio.get_running_loop()
-        loop.call_at(self._due(pipe, len(message)), self._bring, pipe, message, context=self._context)
+        self._follow(pipe, len(message), partial(self._bring, pipe, message))
+
+    def _follow(self, pipe: Pipe, size: int, act: Callable[[], None]) -> None:
+        """Do what comes by a pipe when it is due, after all that is on the way: timers of a real loop keep no order."""
+        pipe.way.append(act)
+        self._at(self._due(pipe, size), pipe.next_comes)
 
     def _flush(self, pipe: Pipe) -> None:
         if pipe in self._overtaken:
@@ -178,7 +183,7 @@ class FaultyNetwork(MemoryNetwork):
 
     def tell(self, pipe: Pipe, news: Callable[[], None]) -> None:
         if pipe.connection not in self._broken:
-            self._at(self._due(pipe, 0), news)
+            self._follow(pipe, 0, news)
 
     def changed(self, connection: Connection) -> None:
         if not self._forget_if_over(connection):

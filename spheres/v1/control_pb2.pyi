@@ -910,7 +910,7 @@ class SpawnSphereRequest(_message.Message):
     count: _builtins.int
     """How many."""
     request_id: _builtins.str
-    """Chosen by the caller; the same for retries."""
+    """Chosen by the caller; the same for retries. Each method has its own."""
     def __init__(
         self,
         *,
@@ -1146,7 +1146,7 @@ class CreateCheckpointRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the caller; the same for retries."""
+    """Chosen by the caller; the same for retries. Each method has its own."""
     def __init__(
         self,
         *,
@@ -1323,7 +1323,7 @@ class RestoreCheckpointRequest(_message.Message):
     name: _builtins.str
     """Its name; empty for the newest."""
     request_id: _builtins.str
-    """Chosen by the caller; the same for retries."""
+    """Chosen by the caller; the same for retries. Each method has its own."""
     def __init__(
         self,
         *,

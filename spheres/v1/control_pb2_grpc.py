@@ -184,7 +184,7 @@ class ControlServiceServicer(object):
         Idempotent by request_id.
 
         FAILED_PRECONDITION: the run is over.
-        INVALID_ARGUMENT: no positive number.
+        INVALID_ARGUMENT: no positive number, or the request_id was that of another number.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -250,6 +250,7 @@ class ControlServiceServicer(object):
         DATA_LOSS: there is no such checkpoint, it does not verify, or it is of another run or model; the run goes on as it
         was.
         FAILED_PRECONDITION: the run is over, or ended while the call waited.
+        INVALID_ARGUMENT: the request_id was that of another name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -259,6 +260,8 @@ class ControlServiceServicer(object):
         """The weights between two steps, as header, chunks, footer, from a copy. What is cut off is discarded. Idempotent.
 
         FAILED_PRECONDITION: the run ended while the call waited for the end of a step. Call again.
+        RESOURCE_EXHAUSTED: as many other versions as control keeps for downloads are under way. Call again after a while.
+        DEADLINE_EXCEEDED: the caller did not read on for a minute. Call again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

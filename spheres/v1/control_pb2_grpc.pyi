@@ -48,7 +48,7 @@ class ControlServiceStub:
     Idempotent by request_id.
 
     FAILED_PRECONDITION: the run is over.
-    INVALID_ARGUMENT: no positive number.
+    INVALID_ARGUMENT: no positive number, or the request_id was that of another number.
     """
     DrainSphere: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainSphereRequest, _control_pb2.DrainSphereResponse]
     """Let a sphere finish its step and leave; its children are placed elsewhere. Answers when it is told. Idempotent.
@@ -85,11 +85,14 @@ class ControlServiceStub:
     DATA_LOSS: there is no such checkpoint, it does not verify, or it is of another run or model; the run goes on as it
       was.
     FAILED_PRECONDITION: the run is over, or ended while the call waited.
+    INVALID_ARGUMENT: the request_id was that of another name.
     """
     DownloadWeights: _aio.UnaryStreamMultiCallable[_control_pb2.DownloadWeightsRequest, _control_pb2.DownloadWeightsResponse]
     """The weights between two steps, as header, chunks, footer, from a copy. What is cut off is discarded. Idempotent.
 
     FAILED_PRECONDITION: the run ended while the call waited for the end of a step. Call again.
+    RESOURCE_EXHAUSTED: as many other versions as control keeps for downloads are under way. Call again after a while.
+    DEADLINE_EXCEEDED: the caller did not read on for a minute. Call again.
     """
 
 class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -174,7 +177,7 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         Idempotent by request_id.
 
         FAILED_PRECONDITION: the run is over.
-        INVALID_ARGUMENT: no positive number.
+        INVALID_ARGUMENT: no positive number, or the request_id was that of another number.
         """
 
     @_abc_1.abstractmethod
@@ -253,6 +256,7 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         DATA_LOSS: there is no such checkpoint, it does not verify, or it is of another run or model; the run goes on as it
           was.
         FAILED_PRECONDITION: the run is over, or ended while the call waited.
+        INVALID_ARGUMENT: the request_id was that of another name.
         """
 
     @_abc_1.abstractmethod
@@ -264,6 +268,8 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         """The weights between two steps, as header, chunks, footer, from a copy. What is cut off is discarded. Idempotent.
 
         FAILED_PRECONDITION: the run ended while the call waited for the end of a step. Call again.
+        RESOURCE_EXHAUSTED: as many other versions as control keeps for downloads are under way. Call again after a while.
+        DEADLINE_EXCEEDED: the caller did not read on for a minute. Call again.
         """
 
 def add_ControlServiceServicer_to_server(servicer: ControlServiceServicer, server: _aio.Server) -> None: ...

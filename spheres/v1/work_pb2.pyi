@@ -672,7 +672,9 @@ class WeightsHeader(_message.Message):
     manifest_digest: _builtins.bytes
     """16 bytes; must be the child's manifest digest."""
     previous_digest: _builtins.bytes
-    """Digest of the version before; empty for the first. A child does nothing with it but pass it on."""
+    """Digest of the version before; empty for the first. For who reads along: a child passes it on, and checks nothing by
+    it, since each version has its own digest in its footer.
+    """
     from_chunk: _builtins.int
     """First chunk that follows: 0, or where an interrupted transfer of this very version goes on (N17)."""
     held_digest: _builtins.bytes

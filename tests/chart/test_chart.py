@@ -16,7 +16,7 @@ import typer.main
 import yaml
 
 from control.cli import app
-from control.config import flat_paths
+from control.config import RunConfig, flat_paths, flatten
 from control.config_sources import load_config
 from spheres.cli import make_parser
 from tests.chart.conftest import CHART, RELEASE, Documents, Helm, read, tool, write
@@ -98,6 +98,14 @@ def test_what_is_rendered_is_valid(values: str, render: Render) -> None:
         kubernetes_validate.validate(document, "1.29", strict=True)
     ids = [(document["kind"], document["metadata"]["name"]) for document in documents]
     assert len(ids) == len(set(ids))
+
+
+def test_a_kubernetes_that_is_too_old_is_refused_before_anything_is_made(helm: Helm) -> None:
+    """The oldest one that the chart takes is the oldest one that everything above is valid for."""
+    assert helm("template", RELEASE, CHART, "--kube-version", "1.29.0").returncode == 0
+    done = helm("template", RELEASE, CHART, "--kube-version", "1.28.9")
+    assert done.returncode != 0
+    assert "requires kubeVersion: >=1.29.0-0" in done.stderr
 
 
 def test_a_field_that_kubernetes_does_not_know_is_found(render: Render) -> None:
@@ -279,6 +287,21 @@ def test_control_understands_its_variables(values: str, render: Render) -> None:
         assert config.spheres == 0
 
 
+def test_a_run_goes_on_with_another_launcher(render: Render) -> None:
+    """What was said of the launcher before is in the run's own directory, and goes on where nobody says another."""
+
+    def control(values: str, saved: dict[str, Any] | None = None) -> RunConfig:
+        ((_, _, container),) = [node for node in nodes(render(values)) if node[0] == "control"]
+        return load_config({"listen": "0.0.0.0:7070", "insecure": True}, environ(container), None, saved)[0]
+
+    launched = control("launcher")
+    assert (launched.launcher, launched.spheres) == ("kubernetes", 6)
+    without = control("default", flatten(launched))
+    assert (without.launcher, without.spheres) == ("local", 0)
+    again = control("launcher", flatten(without))
+    assert (again.launcher, again.spheres) == ("kubernetes", 6)
+
+
 @pytest.mark.parametrize("values", CASES)
 def test_spheres_understand_their_words_and_say_where_they_are(
     values: str, render: Render, monkeypatch: pytest.MonkeyPatch
@@ -298,6 +321,7 @@ def test_spheres_understand_their_words_and_say_where_they_are(
         host = "" if values == "launcher" else "node-7"
         assert (options.advertise, options.host, options.insecure) == ("10.1.2.3:7071", host, True)
         assert options.orphan_timeout >= 60
+        assert options.hold  # whoever ends is started again, ever more rarely
 
 
 def test_addresses_of_ipv6_are_in_brackets(render: Render, monkeypatch: pytest.MonkeyPatch) -> None:

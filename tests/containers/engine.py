@@ -86,9 +86,13 @@ class Container:
     def wait(self, timeout: float = SECONDS) -> int:
         """Wait for its end, and all it has said; return its exit code."""
         code = int(podman("wait", self.name, timeout=timeout).stdout)
+        self.until_end(timeout)
+        return code
+
+    def until_end(self, timeout: float = SECONDS) -> None:
+        """Wait for the end of its process, and all it has said; it may be started again."""
         self._logs.wait(timeout)
         self._reader.join(timeout)
-        return code
 
     def close(self) -> None:
         podman("rm", "--force", "--time", "0", "--volumes", self.name, check=False)

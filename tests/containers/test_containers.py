@@ -6,9 +6,10 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -253,48 +254,80 @@ def test_control_as_the_first_process_reaps_its_spheres_and_stops_in_order(engin
     assert json.loads(done.stdout.splitlines()[-1])["weights_sha256"] == expected
 
 
-def test_compose_trains_leaves_a_checkpoint_and_ends(engine, expected):
-    project = f"{engine.prefix}-compose"
-    environment = {
-        **os.environ, "IMAGE": IMAGE, "BASE_IMAGE": BASE_IMAGE, "EPOCHS": str(EPOCHS), "MIN_SPHERES": "4",
-    }  # fmt: skip
+@contextlib.contextmanager
+def _compose(project: str, **environment: str) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Yield what runs podman-compose on the compose file; all that it made is removed."""
+    variables = {**os.environ, "IMAGE": IMAGE, "BASE_IMAGE": BASE_IMAGE, **environment}
     compose = [sys.executable, "-m", "podman_compose", "--in-pod", "false", "-p", project]
     compose += ["--podman-build-args", f"--isolation chroot --network host --format docker --label {LABEL}"]
     compose += ["-f", str(ROOT / "docker" / "compose.yaml")]
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*compose, *words], env=environment, capture_output=True, text=True, timeout=2 * SECONDS, check=False
+            [*compose, *words], env=variables, capture_output=True, text=True, timeout=2 * SECONDS, check=False
         )
 
     try:
+        yield run
+    finally:  # by hand: without systemd, `podman-compose down` stops at the timers of health checks
+        podman("rm", "--force", "--depend", "--time", "0", *_names(project), check=False)
+        podman("volume", "rm", "--force", f"{project}_runs", check=False)
+        podman("network", "rm", "--force", f"{project}_tree", check=False)
+
+
+def _names(project: str) -> list[str]:
+    label = f"label=io.podman.compose.project={project}"
+    return podman("ps", "--all", "--filter", label, "--format", "{{.Names}}").stdout.split()
+
+
+def test_compose_trains_leaves_a_checkpoint_and_ends(engine, expected):
+    project = f"{engine.prefix}-compose"
+    volume = f"{project}_runs"
+
+    def said() -> dict:
+        return json.loads(engine.once("cat", "/runs/run/summary.json", volume=volume).stdout)
+
+    with _compose(project, EPOCHS=str(EPOCHS), MIN_SPHERES="4") as run:
         built = run("build", "control")
         assert built.returncode == 0, built.stderr[-2000:]
-        done = run("up", "--no-build", "--scale", "sphere=5", "--exit-code-from", "control")
+        up = ("up", "--no-build", "--scale", "sphere=5", "--exit-code-from", "control")
+        done = run(*up)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        names = podman(
-            "ps", "--all", "--filter", f"label=io.podman.compose.project={project}", "--format", "{{.Names}}"
-        )
-        assert len(names.stdout.split()) == 6
-        shown = podman(
-            "inspect", "--format", "{{.HostConfig.ReadonlyRootfs}} {{.State.ExitCode}}", *names.stdout.split()
-        )
+        names = _names(project)
+        assert len(names) == 6
+        shown = podman("inspect", "--format", "{{.HostConfig.ReadonlyRootfs}} {{.State.ExitCode}}", *names)
         assert shown.stdout.splitlines() == ["true 0"] * 6
-        volume = f"{project}_runs"
-        summary = json.loads(engine.once("cat", "/runs/latest/summary.json", volume=volume).stdout)
+        summary = said()
         assert (summary["state"], summary["steps"], summary["weights_sha256"]) == ("completed", STEPS, expected)
         assert len(summary["spheres"]) == 5
         above = set(summary["tree"].values())
         assert "control" in above
         assert len(above) > 1  # two levels: somebody is below a sphere
         verified = engine.once(
-            "control-cli", "checkpoint", "verify", f"runs/latest/checkpoints/step-{STEPS:09d}", volume=volume
+            "control-cli", "checkpoint", "verify", f"runs/run/checkpoints/step-{STEPS:09d}", volume=volume
         )
         assert "every byte verifies" in verified.stdout
-    finally:  # by hand: without systemd, `podman-compose down` stops at the timers of health checks
-        names = podman(
-            "ps", "--all", "--quiet", "--filter", f"label=io.podman.compose.project={project}"
-        ).stdout.split()
-        podman("rm", "--force", "--depend", "--time", "0", *names, check=False)
-        podman("volume", "rm", "--force", f"{project}_runs", check=False)
-        podman("network", "rm", "--force", f"{project}_tree", check=False)
+        # once more: nothing is left to do, and nothing is done
+        again = run(*up)
+        assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
+        assert said() == summary
+
+
+def test_compose_starts_a_control_that_was_killed_again_and_the_run_goes_on(engine):
+    project = f"{engine.prefix}-killed"
+    with _compose(project, EPOCHS="20", MIN_SPHERES="2") as run:
+        done = run("up", "--no-build", "--detach", "--scale", "sphere=2")
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        (name,) = [name for name in _names(project) if "control" in name]
+        with contextlib.closing(Container(name)) as first:
+            first.until_step(50)
+            # not by podman: what it has killed itself it does not start again
+            os.kill(int(podman("inspect", "--format", "{{.State.Pid}}", name).stdout), signal.SIGKILL)
+            first.until_end()
+            podman("wait", "--condition", "running", name)
+            second = Container(name)
+            assert second.until(lambda line: line.get("event") == "summary")["steps"] == 460
+            spheres = [other for other in _names(project) if other != name]
+            codes = podman("wait", *spheres).stdout.split()
+            assert (second.wait(), codes) == (0, ["0", "0"])
+            second.close()

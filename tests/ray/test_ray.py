@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -52,6 +55,26 @@ def cluster() -> Iterator[Any]:
 def config(cluster: Any, tmp_path: Path, **changes: Any) -> RunConfig:
     settings = {"task": "digits", "launcher": "ray", "ray_address": cluster.address, "run_dir": tmp_path / "run"}
     return RunConfig(**{**settings, "steps": STEPS, "spheres": 3, "fan_out": 2, **changes})
+
+
+@contextlib.contextmanager
+def started(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """A run whose standard output is read line by line, and standard error at its end."""
+    command = [sys.executable, "-m", "control", "start", "--json", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def until(process: subprocess.Popen[str], event: str) -> dict[str, Any]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        record = json.loads(line)
+        if record["event"] == event:
+            return dict(record)
+    pytest.fail(f"no {event}: {process.stderr.read() if process.stderr else ''}")
 
 
 def test_actors_do_what_every_launcher_does(run, cluster, tmp_path):
@@ -111,6 +134,84 @@ def test_a_sphere_that_ends_by_itself_ends_the_run_with_its_own_words(run, clust
     assert "ray sphere 1 has ended (exit code 3): " in str(summary.error)
     assert "not on this node" in str(summary.error)
     assert "; its log is with Ray: ray logs actor --id " in str(summary.error)
+
+
+CRASHING = """
+    import os, signal
+    from pathlib import Path
+    from spheres.tasks.digits import Digits
+
+    class Crashing(Digits):
+        # it can be made in control's process only; any other dies of it
+        def __init__(self, control="0"):
+            super().__init__()
+            if os.getpid() != int(control):
+                os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_an_actor_whose_process_dies_again_and_again_is_named(run, cluster, tmp_path, monkeypatch, caplog):
+    """Ray starts it again for ever, and says so nowhere that anybody looks."""
+    monkeypatch.setattr(restarts, "_ASIDE", 2)
+    (tmp_path / "crashing.py").write_text(textwrap.dedent(CRASHING))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("control.training.script_folder", lambda: [str(tmp_path)])
+
+    async def main() -> None:
+        options = {"control": str(os.getpid())}
+        async with NotingTraining(
+            config(cluster, tmp_path, task="crashing:Crashing", task_options=options, spheres=1)
+        ) as training:
+            await eventually(lambda: training._launcher.aside() != [], seconds=90)
+            ((name, why),) = training._launcher.aside()
+            assert name == "ray-1"
+            assert re.fullmatch(r"its process has died \d+ times in [\d.]+ s; Ray starts it again each time", why)
+            assert not training._launcher.all_aside  # it may be luckier
+            assert "ended" not in training.__dict__
+
+    run(main(), timeout=110)
+    (said,) = [text for text in caplog.messages if "its process has died 2 times" in text]
+    assert said.startswith("ray sphere 1: its process has died 2 times in ")
+    assert "; its log is with Ray: ray logs actor --id " in said
+
+
+def test_a_cluster_that_is_gone_takes_its_actors_along_and_nothing_else(run, cluster, tmp_path):
+    """Other spheres train on; it is said, once; nobody is started; SIGTERM leaves a checkpoint and ends it soon."""
+    from ray.cluster_utils import Cluster
+
+    other = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    where = ["--ray-address", other.address, "--run-dir", str(tmp_path / "run"), "--checkpoint-every", "none"]
+    asked = ["--task", "digits", "--launcher", "ray", "--spheres", "1", "--steps", "10000000", "--log-every", "1s"]
+    with started(*asked, *where) as process, contextlib.ExitStack() as stack:
+        until(process, "step")
+        address = (tmp_path / "run" / "address").read_text().split()[0]
+        own = [sys.executable, "-m", "spheres", "start", "--control", address]
+        sphere = stack.enter_context(subprocess.Popen(own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        stack.callback(sphere.kill)
+        until(process, "sphere_joined")
+        other.head_node.kill_all_processes(check_alive=False)
+        until(process, "sphere_lost")
+        gone = f"the head of the Ray cluster at {other.address} is gone"
+        assert process.stderr is not None
+        heard = []
+        for line in process.stderr:
+            heard.append(line)
+            if gone in line:
+                break
+        until(process, "step")
+
+        async def spawn() -> tuple[int, str, str]:
+            return await cli("spawn", "1", "--run-dir", str(tmp_path / "run"))
+
+        code, _, err = run(spawn())
+        assert code == UnreachableError.exit_code
+        assert f"{gone}: no sphere can be started" in err
+        process.terminate()
+        summary = until(process, "summary")
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert [saved.name for saved in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{summary['steps']:09d}"]
+    assert sum(gone in line for line in (*heard, *err.splitlines())) == 1
 
 
 def parent(pid: int) -> int:
@@ -181,6 +282,22 @@ def test_a_node_that_is_removed_takes_its_spheres_along_and_they_come_back_elsew
     assert (summary.state, summary.weights_sha256) == ("completed", undisturbed)
 
 
+def test_sigterm_leaves_the_step_in_hand_and_a_checkpoint_their_time(cluster, tmp_path):
+    """Ray's core has a handler of its own, which aborts a process after 3 s."""
+    slow = ["--task", "spheres.testing.synthetic:Synthetic", "--task-option", "compute_seconds=2.5"]
+    step = ["--microbatches", "2", "--batch-size", "32", "--steps", "100", "--eval-every", "none"]
+    where = ["--launcher", "ray", "--ray-address", cluster.address, "--run-dir", str(tmp_path / "run")]
+    with started(*slow, *step, *where, "--spheres", "1", "--checkpoint-every", "none") as process:
+        until(process, "step")
+        process.terminate()
+        summary = until(process, "summary")
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert (summary["reason"], summary["steps"]) == ("SIGTERM", 2)
+    assert [saved.name for saved in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000002"]
+    assert "*** SIGTERM" not in err
+
+
 def test_where_no_cluster_is_the_command_says_so_at_once(run, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
@@ -197,7 +314,7 @@ def test_where_no_cluster_is_the_command_says_so_at_once(run, tmp_path, monkeypa
 
 
 def test_without_an_address_the_cluster_of_this_machine_is_looked_for(monkeypatch):
-    from control.launcher_ray import ray_launcher
+    from control.launcher_ray import _RECONNECT, ray_launcher
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.init", nobody)
@@ -206,6 +323,8 @@ def test_without_an_address_the_cluster_of_this_machine_is_looked_for(monkeypatc
     ):
         ray_launcher(RunConfig(launcher="ray"))
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    # by default Ray's core ends this process a minute after the head of its cluster
+    assert int(os.environ[_RECONNECT]) > 24 * 3600
 
 
 def nobody(**_: Any) -> None:

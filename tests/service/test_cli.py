@@ -449,6 +449,24 @@ def test_a_log_format_that_does_not_exist(ask: Ask, words: tuple[str, ...]) -> N
     assert done.error == "log format 'xml' (--log-format or ARMILLARY_LOG_FORMAT): allowed: text or json"
 
 
+@pytest.mark.parametrize(
+    ("words", "more", "said"),
+    [
+        (("start",), {"ARMILLARY_LOG_FORMAT": "json"}, "the following arguments are required: --control"),
+        (("start", "--control", "h:1", "--orphan-timeout", "x", "--log-format", "json"), {}, "give a duration such as"),
+        (("start", "--log-format=json"), {"ARMILLARY_CONTROL": "nonsense"}, "'nonsense' is no address"),
+    ],
+)
+def test_wrong_flags_of_a_sphere_are_a_line_of_its_log_where_that_is_json(
+    ask: Ask, words: tuple[str, ...], more: dict[str, str], said: str
+) -> None:
+    done = ask("sphere", *words, **more)
+    (line,) = [json.loads(line) for line in done.out.splitlines()]
+    assert (line["level"], done.code, done.err) == ("ERROR", 2, "")
+    assert said in line["message"]
+    assert line["message"].endswith("see `sphere start --help`")
+
+
 def test_errors_of_control_are_json_where_its_log_is(ask: Ask) -> None:
     done = ask("start", "--spheres", "-1", ARMILLARY_LOG_FORMAT="json")
     assert (json.loads(done.err)["type"], done.code) == ("ConfigError", 2)

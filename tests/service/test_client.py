@@ -267,6 +267,37 @@ def test_a_watch_that_finds_nobody_any_more_gives_up(run: Any) -> None:
 
 
 @pytest.mark.usefixtures("at_once")
+def test_a_watch_that_stood_again_has_all_its_patience_for_the_next_cut(run: Any) -> None:
+    """A paused run has no events by which the client could know it."""
+
+    async def watch(request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
+        control.requests.append(request.after_event_id)
+        await context.send_initial_metadata(())
+        if len(control.requests) < 4:
+            await asyncio.sleep(0.3)  # longer than the patience
+            await context.abort(CUT, "cut")
+        yield event(1)
+
+    control = Control(WatchRun=watch)
+    assert run(seen(control, patience=0.25)) == [1]
+    assert control.requests == [0, 0, 0, 0]
+
+
+def test_control_says_at_once_that_a_watch_stands(run: Any) -> None:
+    async def watch() -> None:
+        control = Restarted(1, 0)
+        control._over = False
+        async with serving(control) as client:
+            call = client._stub.WatchRun(pb.WatchRunRequest())
+            await call.initial_metadata()
+            assert not call.done()
+            control.close()
+            assert await call.read() is aio.EOF
+
+    run(watch())
+
+
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("state", ["completed", "stopped", "error"])
 def test_a_control_that_goes_after_the_last_event_was_no_cut(run: Any, state: str) -> None:
     control = watching([event(1, "state", state="running"), event(2, "state", state=state), CUT], [event(3)])

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import re
+import socket
 import sys
 
 import grpc
@@ -17,7 +18,7 @@ import pytest
 from control.config import RunConfig
 from control.reference import CanonicalSum, reference
 from control.starting import start_process
-from control.testing import local_tree
+from control.testing import HOST, local_tree
 from control.training import Training
 from spheres import children
 from spheres.blocks import Block
@@ -63,8 +64,8 @@ def expected(chosen):
 class Foreign:
     """A worker that knows how it is done. Tests have it do otherwise."""
 
-    def __init__(self, control):
-        self.control, self.channels, self.beating = control, [], None
+    def __init__(self, control, *, host=HOST):
+        self.control, self.host, self.channels, self.beating = control, host, [], None
         self.chunks, self.tag, self.blocks, self.session = {}, None, [], 0
         self.evaluates = True
 
@@ -74,7 +75,7 @@ class Foreign:
         return channel
 
     async def enroll(self):
-        request = control_pb2.EnrollSphereRequest(protocol_version=1, request_id="a-1", host="elsewhere", agent="raw")
+        request = control_pb2.EnrollSphereRequest(protocol_version=1, request_id="a-1", host=self.host, agent="raw")
         call = self._channel(self.control).unary_unary("/spheres.v1.ControlService/EnrollSphere")
         self.place = control_pb2.EnrollSphereResponse.FromString(await call(request.SerializeToString(), timeout=10))
         self.config = NodeConfig.from_proto(self.place.configuration)
@@ -94,7 +95,7 @@ class Foreign:
             "data_fingerprint": self.config.data_fingerprint,
             "environment_fingerprint": "of another language",
             "capacity": 1.0,
-            "member": common_pb2.Member(host="elsewhere"),
+            "member": common_pb2.Member(host=self.host),
         }
         tag = pb.Tag(run_id=self.config.run_id if run_id is None else run_id)
         return pb.WorkRequest(tag=tag, session=self.session, hello=pb.Hello(**values | changes))
@@ -338,13 +339,13 @@ def test_what_a_foreign_worker_is_written_in_is_shown(run, tmp_path):
         here = (f"python {sys.version_info.major}.{sys.version_info.minor}", environment_fingerprint())
         async with Training(config(run_dir=tmp_path / "run", fan_out=1)) as training:
             await training.controller.tree.wait_for(1)
-            foreign = Foreign(training.controller.tree.address)
+            foreign = Foreign(training.controller.tree.address, host=socket.gethostname())
             await foreign.enroll()
             assert foreign.parent == "s-1"
             of_each, lines = await both()
             assert of_each == [here, ("raw", "")]
-            assert lines[1][:3] == ["s-2 joining", "on elsewhere:0", "raw"]
-            await foreign.join(member=common_pb2.Member(host="elsewhere", agent="raw 2"))
+            assert lines[1][:3] == ["s-2 joining", f"on {foreign.host}:0", "raw"]
+            await foreign.join(member=common_pb2.Member(host=foreign.host, agent="raw 2"))
             ending = asyncio.create_task(to_the_end(foreign))
             await training.controller.tree.wait_for(2)
             of_each, lines = await both()
@@ -659,5 +660,70 @@ def test_a_flood_of_heartbeats_and_reports_disturbs_nobody(run, tmp_path, parent
             assert await working == list(range(STEPS))
             pouring.cancel()
             await asyncio.gather(pouring, return_exceptions=True)
+
+    run(main())
+
+
+# ---- what is passed on to control
+
+#: what fills a message to a few bytes below the limit; a sphere above has a tag and a session of its own to add
+FILLED = {
+    "the words of a failure": lambda most: {"task_failure": pb.TaskFailure(error="é" * (most // 2))},
+    "the traceback of a failure": lambda most: {"task_failure": pb.TaskFailure(error="no", traceback="x" * most)},
+    "the samples of a failure": lambda most: {"task_failure": pb.TaskFailure(error="no", sample_ids=[1] * most)},
+}
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_news_of_a_failure_is_made_to_fit_where_it_is_passed_on(run, tmp_path, name):
+    """The sphere above lives on, and control hears of it, once."""
+
+    async def main():
+        async with stage(tmp_path, "sphere") as made:
+            foreign = made.foreign
+            await foreign.join()
+            heard = []
+            failed = made.local.tree.hub.hooks.failed
+            made.local.tree.hub.hooks.failed = lambda failure: heard.append(failure) or failed(failure)
+            made.start()
+            assert await foreign.assigned()
+            message = pb.WorkRequest(**FILLED[name](MAX_MESSAGE_BYTES - 22))
+            message.task_failure.sphere_id, message.task_failure.step = foreign.place.sphere_id, foreign.tag.step
+            message.task_failure.failures_count = 1
+            assert MAX_MESSAGE_BYTES - 10 < message.ByteSize() <= MAX_MESSAGE_BYTES
+            await foreign.send(message)
+            await foreign.deliver()
+            working = asyncio.create_task(foreign.behave())
+            await made.ends_undisturbed()
+            await working
+            (failure,) = heard
+            assert failure.sphere_id == foreign.place.sphere_id
+            assert failure.ByteSize() < 100_000
+
+    run(main())
+
+
+LONG = "x" * (MAX_MESSAGE_BYTES - 300)
+LARGE = {
+    "state": lambda: {"state_report": pb.StateReport(task_state=LONG.encode() + b"y" * 292)},
+    "log": lambda: {"log_report": pb.LogReport(lines=[LONG + "y" * 289])},
+    "change": lambda: {"sphere_change": pb.SphereChange(sphere_id="s-9", lost=True, reason=LONG + "y" * 281)},
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_news_that_is_too_large_to_be_passed_on_ends_the_link_of_who_sent_it(run, tmp_path, name):
+    async def main():
+        async with stage(tmp_path, "sphere") as made:
+            foreign, above = made.foreign, made.local.spheres["s-1"]
+            await foreign.join()
+            message = pb.WorkRequest(**LARGE[name]())
+            assert MAX_MESSAGE_BYTES - 10 < message.ByteSize() <= MAX_MESSAGE_BYTES
+            await foreign.send(message)
+            code, details = await foreign.status()
+            assert (code, "to pass on to control; the limit is" in details) == ("RESOURCE_EXHAUSTED", True)
+            made.start()
+            await made.ends_undisturbed()
+            assert above.parent._session == 1
 
     run(main())

@@ -1,11 +1,16 @@
 """One suite for Link and Transport: what their docstrings say, in memory (with delays too) and over gRPC."""
 
 import asyncio
+import logging
 import random
 import socket
+import struct
 from contextlib import asynccontextmanager
 
+import grpc.aio
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from spheres import errors, grpc_link
 from spheres.config import MAX_MESSAGE_BYTES
@@ -21,6 +26,7 @@ from spheres.errors import (
     VersionMismatchError,
 )
 from spheres.grpc_link import GrpcTransport
+from spheres.server import Health, add_services
 from spheres.testing.memory import MemoryNetwork, MemoryTransport
 from spheres.testing.network import FaultyNetwork
 from spheres.transport import Handlers, Rpc
@@ -282,6 +288,51 @@ def test_a_sender_that_is_held_up_sees_why_the_link_ends(transport, run):
             await listening.aclose(reason)
             await ends_with(sending, reason)
             await ends_with(receiving, reason)
+
+    run(main())
+
+
+class _FailedWrite:
+    """A call as the library has it after a write that failed: a status of its own makes."""
+
+    async def code(self):
+        return grpc.StatusCode.INTERNAL
+
+    async def details(self):
+        return "Internal error from Core"
+
+
+@over_grpc_only
+@pytest.mark.parametrize("first", ["the write", "the status"])
+def test_a_write_that_fails_does_not_hide_why_the_link_ends(transport, run, first):
+    """In whichever order the library tells of the two, which depends on its version and on chance."""
+    reason = RefusedError("another run")
+
+    async def main():
+        async with both_ends(transport) as (dialled, listening, _):
+            if first == "the write":
+                dialled._ended(_FailedWrite())
+                receiving = asyncio.create_task(dialled.receive())
+                await listening.aclose(reason)
+                await ends_with(receiving, reason)
+            else:
+                await listening.aclose(reason)
+                await ends_with(dialled.receive(), reason)
+                dialled._ended(_FailedWrite())
+            await ends_with(dialled.receive(), reason)
+            await ends_with(dialled.send(b"x"), reason)
+
+    run(main())
+
+
+@over_grpc_only
+def test_a_write_that_fails_waits_a_moment_for_the_reason(transport, run):
+    async def main():
+        async with both_ends(transport) as (dialled, listening, _):
+            dialled._ended(_FailedWrite())
+            why = asyncio.create_task(dialled._why())
+            await listening.aclose(RefusedError("another run"))
+            assert isinstance(await why, RefusedError)
 
     run(main())
 
@@ -561,6 +612,150 @@ def test_an_address_can_be_used_again_after_its_listener_has_closed(transport, r
     run(main())
 
 
+# ---- a request that ends what gRPC's server takes calls with
+
+
+def _frame(kind, flags, stream, payload):
+    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+
+def _header(name, value):
+    return b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value
+
+
+async def call_a_path_that_is_no_utf8(address):
+    """Return when the server behind the address takes no calls any more, and has said so."""
+    loop = asyncio.get_running_loop()
+    report = loop.get_exception_handler()
+    # the library tells the loop too
+    loop.set_exception_handler(
+        lambda loop, context: isinstance(context.get("exception"), UnicodeDecodeError) or report(loop, context)
+    )
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    headers = {b":method": b"POST", b":scheme": b"http", b":path": b"/\xff", b":authority": b"x", b"te": b"trailers"}
+    headers[b"content-type"] = b"application/grpc"
+    block = b"".join(_header(name, value) for name, value in headers.items())
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, b"") + _frame(1, 5, 1, block))
+    kind = None
+    while kind != 7:  # GOAWAY
+        head = await reader.readexactly(9)
+        kind = head[3]
+        await reader.readexactly(int.from_bytes(head[:3], "big"))
+    writer.close()
+    await writer.wait_closed()
+
+
+async def dial_until_it_is_taken(transport, address):
+    while True:
+        try:
+            return await transport.dial(address, Rpc.WORK)
+        except UnreachableError:
+            await asyncio.sleep(0.02)
+
+
+def _warnings(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == "spheres.grpc_link" and r.levelno == logging.WARNING]
+
+
+def test_after_a_request_that_ends_the_server_links_live_on_and_others_get_in(run, caplog):
+    transport = GrpcTransport(lambda server: add_services(server, Health()))
+
+    async def enroll(request):
+        return request * 2
+
+    async def health(address):
+        async with grpc.aio.insecure_channel(address) as channel:
+            return (await HealthStub(channel).Check(HealthCheckRequest(), timeout=5)).status
+
+    async def main():
+        async with listening(transport, echo, enroll) as listener:
+            links = [await transport.dial(listener.address, Rpc.WORK)]
+            for number in range(1, 4):
+                await call_a_path_that_is_no_utf8(listener.address)
+                links.append(await dial_until_it_is_taken(transport, listener.address))
+                assert await transport.enroll(listener.address, b"me", 5.0) == b"meme"
+                assert await health(listener.address) == HealthCheckResponse.SERVING
+                for link in links:
+                    await link.send(b"still here")
+                    assert await link.receive() == b"still here"
+                assert len(_warnings(caplog)) == number
+            freed = list(listener._failed.values())[:2]  # the third has a link yet
+            await links[0].aclose()
+            await links[1].aclose()
+            await asyncio.gather(*freed)
+            assert len(listener._failed) == 1
+        await ends_with(links[2].receive(), LinkClosedError("the listener has closed"))
+        await ends_with(links[3].receive(), LinkClosedError("the listener has closed"))
+        for link in links:
+            await link.aclose()
+
+    run(main())
+    assert all("links that are open live on" in warning for warning in _warnings(caplog))
+
+
+@over_grpc_only
+def test_a_listener_waits_for_its_port_where_another_has_taken_it(transport, run, monkeypatch):
+    bind, tries = grpc_link._bind, []
+
+    def taken_twice(server, address):
+        tries.append(address)
+        return 0 if len(tries) in (2, 3) else bind(server, address)
+
+    async def main():
+        async with listening(transport, echo) as listener:
+            await call_a_path_that_is_no_utf8(listener.address)
+            link = await dial_until_it_is_taken(transport, listener.address)
+            assert tries[1:] == [listener.address] * 3
+            await link.aclose()
+
+    monkeypatch.setattr(grpc_link, "_bind", taken_twice)
+    monkeypatch.setattr(grpc_link, "_LOOK_SECONDS", 0.05)
+    run(main())
+
+
+@over_grpc_only
+def test_a_listener_that_cannot_have_its_port_again_says_so_and_keeps_its_links(transport, run, monkeypatch, caplog):
+    monkeypatch.setattr(grpc_link, "_REBIND_SECONDS", 0.0)
+
+    async def main():
+        async with listening(transport, echo) as listener:
+            link = await transport.dial(listener.address, Rpc.WORK)
+            monkeypatch.setattr(grpc_link, "_bind", lambda server, address: 0)
+            await call_a_path_that_is_no_utf8(listener.address)
+            await asyncio.wait({listener._watching})
+            await link.send(b"still here")
+            assert await link.receive() == b"still here"
+            await link.aclose()
+            with pytest.raises(UnreachableError):
+                await transport.dial(listener.address, Rpc.WORK)
+
+    run(main())
+    assert any("cannot be had again" in record.getMessage() for record in caplog.records)
+
+
+@over_grpc_only
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_a_listener_closes_also_while_its_server_has_failed(transport, run, monkeypatch, seconds):
+    tried = asyncio.Event()
+
+    def taken(server, address):
+        tried.set()
+        return 0
+
+    async def main():
+        async with listening(transport, echo) as listener:
+            monkeypatch.setattr(grpc_link, "_bind", taken)
+            link = await transport.dial(listener.address, Rpc.WORK)
+            await call_a_path_that_is_no_utf8(listener.address)
+            await tried.wait()
+        await ends_with(link.receive(), LinkClosedError("the listener has closed"))
+        await link.aclose()
+
+    monkeypatch.setattr(grpc_link, "_REBIND_SECONDS", seconds)
+    run(main())
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "", "not an address"])
 def test_dialling_where_nobody_listens_fails_at_once(transport, run, address):
     async def main():
@@ -585,6 +780,24 @@ def test_dialling_a_port_that_says_nothing_is_bounded(transport, run, monkeypatc
                     await dialling
 
     monkeypatch.setattr(grpc_link, "DIAL_SECONDS", 0.3 if how == "times out" else 60.0)
+    run(main())
+
+
+@over_grpc_only
+def test_a_proxy_of_the_environment_is_not_asked(transport, run, monkeypatch):
+    async def enroll(request):
+        return request * 2
+
+    async def main():
+        async with listening(transport, echo, enroll) as listener:
+            link = await transport.dial(listener.address, Rpc.WORK)
+            await link.send(b"x")
+            assert await link.receive() == b"x"
+            assert await transport.enroll(listener.address, b"me", 5.0) == b"meme"
+            await link.aclose()
+
+    for variable in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:1")
     run(main())
 
 

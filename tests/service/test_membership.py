@@ -148,10 +148,12 @@ def test_losses_are_mended_without_a_command(run, tmp_path, monkeypatch):
     run(main())
 
 
-async def join(local: LocalTree, network: MemoryNetwork, host: str) -> None:
+async def join(local: LocalTree, network: MemoryNetwork, host: str, *, listen: str = "", control: str = "") -> None:
     """Start one more sphere, on a host of that name; wait until it takes part."""
     name = f"s-{len(local.tree.spheres) + 1}"
-    options = SphereOptions(control=local.tree.address, host=host, orphan_timeout=5.0)
+    options = SphereOptions(
+        control=control or local.tree.address, listen=listen or f"{host}:0", host=host, orphan_timeout=5.0
+    )
     sphere = local.spheres[name] = Sphere(options, MemoryTransport(network, name), task=TASK)
     local.tasks[name] = asyncio.create_task(sphere.run())
     await local.tree.until(lambda: local.tree.shape().get(name) is not None)
@@ -187,6 +189,32 @@ def test_hosts_form_a_chain_and_do_so_again_after_the_loss_of_a_head(run, tmp_pa
             await running
 
     run(main())
+
+
+def test_nobody_is_put_below_a_loopback_address_of_another_host(run, tmp_path, monkeypatch, caplog):
+    """Spheres of three hosts listen on loopback, so all stay on control; the first that others can dial takes them."""
+    monkeypatch.setattr(tree_module, "_SETTLE_SECONDS", 0.05)
+    caplog.set_level("INFO", "spheres.sphere")
+
+    async def main() -> None:
+        async with training(tmp_path, spheres=2, fan_out=1, steps=2_000) as (local, network, running):
+            network.listeners["control:7070"] = network.listeners[local.tree.address]
+            for host in ("a", "b"):
+                await join(local, network, host, listen="127.0.0.1:0", control="control:7070")
+            assert local.tree.shape() == {"s-1": CONTROL, "s-2": "s-1", "s-3": CONTROL, "s-4": CONTROL}
+            assert await local.controller.between_steps(local.tree.rebalance) == ([], [])
+            await join(local, network, "c", control="control:7070")
+            await local.tree.until(lambda: "s-5" in local.tree.shape().values() or running.done())
+            assert not running.done()
+            local.controller.request_stop("seen")
+            await running
+
+    run(main())
+    said = [record.getMessage() for record in caplog.records if "--advertise" in record.getMessage()]
+    assert [line.partition(": no sphere of another host")[0].rpartition(":")[0] for line in said] == [
+        "only this machine reaches 127.0.0.1"
+    ] * 2
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_who_does_not_move_is_late_and_training_goes_on(run, tmp_path, monkeypatch):

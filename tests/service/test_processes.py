@@ -163,7 +163,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_every_process(sign, run, tmp_
     out, err = process.communicate(timeout=30)
     assert process.returncode == 128 + sign
     assert "Traceback" not in err
-    _wait_for_end(pids, 5)
+    _wait_for_end(pids, 15)
     summary = json.loads(out.splitlines()[-1])
     assert (summary["event"], summary["state"], summary["reason"]) == ("summary", "stopped", sign.name)
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
@@ -279,7 +279,7 @@ def test_a_second_signal_ends_at_once_with_a_step_in_hand(run, tmp_path):
     assert "once more to end at once" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 130
-    _wait_for_end(pids, 5)
+    _wait_for_end(pids, 15)
     process.communicate()
     assert not (tmp_path / "run" / "address").exists()
 

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import threading
 from itertools import pairwise
 
 import pytest
@@ -448,6 +449,47 @@ def test_a_task_whose_state_cannot_be_had_is_trained_and_saved_without_it(state,
     assert [(record.report.sphere_id, record.task_state) for record in saved.spheres] == [
         (f"s-{n}", b"") for n in range(1, 7)
     ]
+
+
+class Slow(Synthetic):
+    """Has its state only once it is told."""
+
+    def __init__(self, asked, **options):
+        super().__init__(**options)
+        self.asked, self.ready, self.threads = asked, threading.Event(), []
+
+    def gradient(self, *given):
+        self.threads.append(threading.get_ident())
+        return super().gradient(*given)
+
+    def state_dict(self):
+        self.asked()
+        assert self.ready.wait(5), "the loop is held up"
+        return {"on the thread that computes": {*self.threads} == {threading.get_ident()}}
+
+
+def test_the_loop_goes_on_while_a_task_gives_its_state(run, tmp_path):
+    async def main():
+        loop, asked = asyncio.get_running_loop(), asyncio.Semaphore(0)
+        tasks = [Slow(lambda: loop.call_soon_threadsafe(asked.release), parameters=PARAMETERS, samples=SAMPLES)
+                 for _ in range(7)]  # fmt: skip
+        given = dict(zip([f"s-{n}" for n in range(1, 7)], tasks, strict=False))
+        async with tree_of(tmp_path, task=tasks[6], sphere_task=given.__getitem__) as tree:
+            tree.controller.pause()
+            training = asyncio.create_task(tree.run())
+            await tree.controller.advance(2)
+            saving = asyncio.create_task(tree.controller.save())
+            for _ in given:
+                await asked.acquire()  # by this loop, while none of them has answered
+            for task in tasks:
+                task.ready.set()
+            await saving
+            saved = read_snapshot(tmp_path / "checkpoints" / "step-000000002")
+            assert {record.task_state for record in saved.spheres} == {b'{"on the thread that computes": true}'}
+            tree.controller.resume()
+            await training
+
+    run(main(), timeout=30)
 
 
 class MetricsOfSamples(Synthetic):

@@ -87,6 +87,22 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path):
     assert "no good checkpoint" in err
 
 
+def test_a_run_that_another_control_still_has_is_waited_for(tmp_path):
+    """As a Pod of control that was deleted by force, and goes on for a while beside the next one."""
+    flags = ("--steps", "60", "--checkpoint-every", "none", "--spheres", "1")
+    first = _start(tmp_path, *flags, "--log-every", "1steps")
+    assert first.stdout is not None
+    fcntl.fcntl(first.stdout, fcntl.F_SETPIPE_SZ, 4096)
+    _until(first, "step", 5)
+    second = _start(tmp_path, *flags)
+    assert second.stderr is not None
+    assert f"is in use by process {first.pid}: waiting for it, up to 60 s" in second.stderr.readline()
+    first.kill()
+    first.communicate(timeout=10)
+    assert _summary(second)["state"] == "completed"
+    assert {record["term"] for record in _journal(tmp_path)} == {1, 2}
+
+
 @pytest.mark.parametrize("end", ["completed", "stopped", "restarted"])
 def test_a_run_that_is_over_and_held_answers_until_it_is_told_to_go(end, run, tmp_path):
     flags = ("--spheres", "1", "--steps", "100000" if end == "stopped" else "20")

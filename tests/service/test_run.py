@@ -5,6 +5,7 @@ Whole trees in memory; processes and the command line are in test_processes.py a
 
 import asyncio
 import contextlib
+import gc
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -17,6 +18,7 @@ from control.events import CallbackError
 from control.reference import reference
 from control.run_state import RunState
 from control.testing import LocalTree, local_tree
+from control.training import train
 from spheres.errors import (
     ArmillaryError,
     CheckpointError,
@@ -543,3 +545,16 @@ def test_a_task_with_state_has_it_in_the_checkpoint(run, tmp_path):
             assert dict(snapshot.tree) == {"s-1": "control", "s-2": "control", "s-3": "control"}
 
     run(train())
+
+
+def test_train_says_what_to_write_where_a_loop_is_running(run, tmp_path, recwarn):
+    """As in a notebook. Nothing is begun, and no coroutine left behind."""
+
+    async def cell() -> None:
+        with pytest.raises(ArmillaryError, match=r"`await run\(config\)` there, or `async with Training\(config\)`"):
+            train("digits", steps=3, spheres=1, run_dir=tmp_path / "run")
+
+    run(cell())
+    gc.collect()
+    assert not recwarn.list
+    assert not (tmp_path / "run").exists()

@@ -308,6 +308,7 @@ class World:
         self.machines.places[process.name] = plan.places[self.started % len(plan.places)]
         options = SphereOptions(
             control=ADDRESS,
+            listen=f"{process.name}:0",  # no loopback: those would have no children of other hosts
             host=rng.choice((HOST, "host-a", "host-b")) if plan.hosts > 1 else HOST,
             relay=relay,
             orphan_timeout=plan.orphan_timeout,

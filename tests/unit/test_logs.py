@@ -11,7 +11,7 @@ from spheres.cli import LogTail
 from spheres.config import MAX_MESSAGE_BYTES
 from spheres.errors import ConfigError
 from spheres.exposure import insecure_warning, is_loopback
-from spheres.logs import JsonFormatter, formatter, said_error
+from spheres.logs import VARIABLE, JsonFormatter, formatter, json_asked, said_error
 from spheres.v1 import work_pb2 as pb
 
 
@@ -66,6 +66,19 @@ def test_text_is_the_default_and_other_kinds_are_refused():
         assert formatter(kind, "%(levelname)s %(message)s").format(record("now")) == "WARNING now"
     with pytest.raises(ConfigError, match="allowed: text or json"):
         formatter("JSON", "")
+
+
+def test_json_is_asked_for_by_the_last_flag_or_else_the_environment(monkeypatch):
+    for value, words, asked in [
+        ("", "start", False),
+        ("json", "start", True),
+        ("json", "start --log-format text", False),
+        ("", "start --log-format=text --log-format=json", True),
+        ("", "start --log-format", False),
+        ("", "start --host --log-format json", True),
+    ]:
+        monkeypatch.setenv(VARIABLE, value)
+        assert json_asked(words.split()) is asked
 
 
 def test_warnings_become_log_lines_too(caplog):

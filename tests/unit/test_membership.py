@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import pytest
@@ -246,8 +246,9 @@ def plain_place(tree: dict[str, str], members: Sequence[Member], newcomer: Membe
     level, children = {CONTROL: 0, **levels(tree)}, Counter(tree.values())
     free = []
     for rank, member in enumerate([Member(CONTROL, HOME, address="c:1"), *sorted(members, key=order)]):
-        if member.address and children[member.id] < fan_out:
-            own, zone = member.host == newcomer.host, member.id != CONTROL and member.zone == newcomer.zone
+        own = member.host == newcomer.host
+        if member.address and (own or member.reachable) and children[member.id] < fan_out:
+            zone = member.id != CONTROL and member.zone == newcomer.zone
             free.append((not own, level[member.id], not own and not zone, rank, member.id))
     return min(free)[-1] if free else CONTROL
 
@@ -255,7 +256,7 @@ def plain_place(tree: dict[str, str], members: Sequence[Member], newcomer: Membe
 @st.composite
 def newcomers(draw: st.DrawFn) -> list[Member]:
     hosts, zones = st.sampled_from([HOME, "host-1", "host-2"]), st.sampled_from(["", "east"])
-    addresses = st.sampled_from(["a:1", "a:1", ""])
+    addresses = st.sampled_from(["a:1", "a:1", "127.0.0.1:1", ""])
     count = draw(st.integers(0, 40))
     return [Member(f"s-{n}", draw(hosts), draw(zones), draw(st.booleans()), draw(addresses)) for n in range(count)]
 
@@ -286,7 +287,9 @@ def disturb(tree: Tree, rng: random.Random, events: int) -> None:
             case 1 if active:
                 tree.members.leave(rng.choice(active), "")
             case _:
-                tree.joins(rng.choice([HOME, "host-1", "host-2"]), address=rng.choice(["a:1", "a:1", ""]))
+                tree.joins(
+                    rng.choice([HOME, "host-1", "host-2"]), address=rng.choice(["a:1", "a:1", "127.0.0.1:1", ""])
+                )
 
 
 def hosts_below(tree: Tree, *, linked: bool = False) -> dict[str, set[str]]:
@@ -327,6 +330,8 @@ def test_a_tree_that_losses_have_disturbed_is_mended_and_then_left_alone(
         if not moves:
             break
         for id, parent in moves:
+            above = tree.members.spheres.get(parent)
+            assert above is None or above.member.reachable or above.member.host == tree.members.host_of(id)
             tree.opens(id, parent)
         assert all(state != "lost" or not tree.members.spheres[id].linked for id, state in tree.states().items())
     else:
@@ -356,6 +361,9 @@ def test_a_rebalance_from_the_top_down_makes_no_circle_and_ends_at_the_goal(
     for batch in batches(tree.members):
         for id, parent in batch:
             assert not tree.members.is_below(parent, id)
+            above = tree.members.spheres.get(parent)
+            own = above is None or above.member.host == tree.members.host_of(id)
+            assert own or above.member.reachable
             if tree.members.parent_of(id) != parent:
                 tree.opens(id, parent)
     goal = dict(move for batch in batches(tree.members) for move in batch)
@@ -476,12 +484,12 @@ def test_the_deepest_are_moved_up_when_that_gains_two_levels() -> None:
 def test_ten_thousand_spheres_enroll_and_churn_in_time_that_follows_their_number() -> None:
     def seconds(count: int) -> float:
         tree, rng = Tree(12), random.Random(3)
-        began = perf_counter()
+        began = process_time()
         ids = [tree.joins(f"host-{n % 50}") for n in range(count)]
         for id in rng.sample(ids, count // 10):
             tree.ends(id)
             tree.joins(HOME)
-        return perf_counter() - began
+        return process_time() - began  # of this process: whatever else the machine does
 
     small, large = min(seconds(1_000) for _ in range(3)), seconds(10_000)
     assert large < 40 * small  # ten times as many; N^2 would be a hundred times as much

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-import time
 
 import numpy as np
 import pytest
@@ -217,17 +215,3 @@ def test_overflow_shows_in_the_weights_not_as_a_warning() -> None:
     gradient = random_flat(1) * np.float32(1e37)
     step_whole(optimizer, weights, gradient, rate=1e9)
     assert not np.isfinite(weights).all()
-
-
-@pytest.mark.parametrize("name", ["sgd nesterov decay", "adamw"])
-def test_an_update_of_a_small_model_takes_microseconds(name: str) -> None:
-    shapes = {"w0": (32, 64), "b0": (64,), "w1": (64, 8), "b1": (8,)}
-    manifest = Manifest.of({key: np.zeros(shape, np.float32) for key, shape in shapes.items()})
-    optimizer, weights = make_optimizer(CONFIGS[name], manifest), aligned_zeros(manifest.size)
-    gradient = aligned_zeros(manifest.size)
-    best = math.inf
-    for _ in range(300):
-        start = time.perf_counter()
-        step_whole(optimizer, weights, gradient)
-        best = min(best, time.perf_counter() - start)
-    assert best < 60e-6

@@ -107,6 +107,26 @@ def test_who_cannot_be_dialled_has_no_children() -> None:
     assert {tree["s-1"], tree["s-2"], tree["s-3"]} == {"s-4", "s-5"}
 
 
+def test_who_listens_on_loopback_has_children_of_its_own_host_only() -> None:
+    local = spheres(2, address="127.0.0.1:1") + spheres(3, "host-1", first=3, address="localhost:1")
+    others = spheres(2, "host-2", first=6)
+    tree = place(HOME, local + others, 2)
+    assert tree == {
+        "s-1": CONTROL,
+        "s-6": CONTROL,
+        "s-2": "s-1",
+        "s-7": "s-6",
+        "s-3": "s-6",
+        "s-4": "s-3",
+        "s-5": "s-3",
+    }
+    # nobody of another host can be dialled: control takes a head of each, however many they are
+    lonely = [member for n in range(4) for member in spheres(2, f"host-{n}", first=1 + 2 * n, address="[::1]:1")]
+    tree = place(HOME, lonely, 2)
+    assert [tree[f"s-{n}"] for n in (3, 5, 7)] == [CONTROL] * 3
+    assert [tree[f"s-{n}"] for n in (4, 6, 8)] == ["s-3", "s-5", "s-7"]
+
+
 def test_where_nobody_can_be_dialled_control_takes_all() -> None:
     assert set(place(HOME, spheres(5, "host-1", address=""), 2).values()) == {CONTROL}
 
@@ -200,7 +220,20 @@ def test_without_some_addresses_all_reach_control_and_only_it_is_overfull(member
         assert all(children[member.id] == fan_out for member in members if member.address)
 
 
-@given(memberships(addresses=("a:1", "")), fan_outs, st.integers())
+@given(memberships(addresses=("a:1", "127.0.0.1:1", "127.0.0.1:1", "")), fan_outs, st.sampled_from([None, 1, 2]))
+def test_nobody_is_placed_where_it_cannot_dial_and_only_control_is_overfull(
+    members: list[Member], fan_out: int, hosts_per_host: int | None
+) -> None:
+    tree = place(HOME, members, fan_out, hosts_per_host=hosts_per_host)
+    assert set(levels(tree)) == {member.id for member in members}
+    known = {member.id: member for member in members}
+    for child, parent in tree.items():
+        assert parent == CONTROL or known[parent].reachable or known[parent].host == known[child].host
+    children = Counter(tree.values())
+    assert not any(children[member.id] > (fan_out if member.address else 0) for member in members)
+
+
+@given(memberships(addresses=("a:1", "127.0.0.1:1", "")), fan_outs, st.integers())
 def test_the_order_of_the_arguments_does_not_matter(members: list[Member], fan_out: int, seed: int) -> None:
     shuffled = list(members)
     random.Random(seed).shuffle(shuffled)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import control.run_dir
-from control.run_dir import RunDirectory, find, meant
+from control.run_dir import RunDirectory, find, meant, wait_until_free
 from spheres.errors import ConfigError, UnreachableError
 
 #: a control that has a directory, and a sphere that outlives it: it ends when the test closes its end of the pipe
@@ -87,6 +87,32 @@ def test_a_control_that_only_starts_is_named_too(tmp_path: Path) -> None:
             RunDirectory.open(path)
         with pytest.raises(UnreachableError, match=rf"only starting \(process {first.pid}\); try again"):
             find(None, path)
+
+
+def test_a_directory_that_is_in_use_is_waited_for_and_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wait_until_free(tmp_path / "not-there")
+    with holder(tmp_path / "run") as (first, _):
+        monkeypatch.setattr(control.run_dir, "_FREE_SECONDS", 0.0)
+        wait_until_free(tmp_path / "run")  # no longer than that
+        assert caplog.messages == []
+        monkeypatch.setattr(control.run_dir, "_FREE_SECONDS", 60.0)
+        looks: list[float] = []
+
+        def look_again(seconds: float) -> None:
+            looks.append(seconds)
+            if len(looks) == 3:
+                first.kill()
+                first.wait()
+
+        monkeypatch.setattr(control.run_dir.time, "sleep", look_again)
+        wait_until_free(tmp_path / "run")
+    assert len(looks) == 3
+    assert caplog.messages == [
+        f"{tmp_path / 'run'} is in use by process {first.pid}: waiting for it, up to 60 s",
+    ]
+    RunDirectory.open(tmp_path / "run").close()
 
 
 def test_an_orderly_end_leaves_nothing_behind(tmp_path: Path) -> None:

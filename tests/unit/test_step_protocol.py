@@ -219,7 +219,7 @@ class Node:
             holds_weights=hub.weights.held,
             weights_version=max(0, hub.weights.version),
             weights_digest=hub.weights.digest,
-            held=blocks_to(hub.held()),
+            held=blocks_to(hub.ledger.holdings),
             capacity=hub.ledger.capacity,
             capacities=hub.mixed_capacities,
             environment_fingerprint=self.environment,

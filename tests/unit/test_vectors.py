@@ -500,7 +500,7 @@ def exchanged() -> dict[str, bytes]:
         task_fingerprint="6c1f0a7be2d94538",
         data_fingerprint="0b9d1e5f8a7c2346",
         environment_fingerprint="f3a8c05d1b7e9264",
-        held=blocks_to(child.held()),
+        held=blocks_to(child.ledger.holdings),
         capacity=child.ledger.capacity,
         address="127.0.0.1:5001",
         member=common_pb2.Member(host="lab-1", pid=4242),

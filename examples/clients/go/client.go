@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
@@ -27,6 +28,9 @@ const (
 	// for which a cut watch, or a call that may be repeated, tries to come back, and between two tries
 	patience = 30 * time.Second
 	pauseFor = 250 * time.Millisecond
+	// between two connections, at most, and for one
+	longestPause   = 2 * time.Second
+	connectTimeout = 5 * time.Second
 	// most of one message; a chunk has at most 1 MiB, a manifest may have many tensors
 	maxMessageBytes = 64 << 20
 )
@@ -43,7 +47,11 @@ func dial(address string) (*client, error) {
 	if _, port, err := net.SplitHostPort(address); err != nil || port == "" {
 		return nil, usageError(fmt.Sprintf("%q is no address HOST:PORT", address))
 	}
+	// gRPC's own pauses between two connections grow to 120 s, and a watch would miss the control that is back
+	pauses := backoff.DefaultConfig
+	pauses.BaseDelay, pauses.MaxDelay = pauseFor, longestPause
 	conn, err := grpc.Dial(address, grpc.WithInsecure(),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: pauses, MinConnectTimeout: connectTimeout}),
 		grpc.WithNoProxy(), // one of the environment is for the web
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessageBytes)),
 		// a watch that hears nothing for long must notice that its link is gone
