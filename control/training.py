@@ -321,6 +321,8 @@ class Training:
             log.warning("%s", insecure_warning(self._tree.address))
         port = self._tree.address.rpartition(":")[2]
         self._came_back = bool(last_address) and last_address.rpartition(":")[2] == port
+        if self._came_back:
+            self._tree.came_back()
 
     def _sphere_ended(self, ended: Ended) -> None:
         """A sphere of the launcher is gone before its time. It is started again, unless that is hopeless."""

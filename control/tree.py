@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 _MOST_MOVES, _MOVE_SECONDS = 32, 1.0
 #: seconds that a sphere whose link has ended has to come back, before it counts as dead
 _BACK_SECONDS = 3.0
+#: seconds beside patience within which a sphere finds a control that came back: its longest pause, and a dial
+_STRAY_SECONDS = 2.0
 #: seconds without a change after which the shape is looked at, and those after which it is in any case
 _SETTLE_SECONDS, _LOOK_SECONDS = 1.0, 5.0
 #: seconds for which a sphere that did not arrive is left alone
@@ -100,6 +102,8 @@ class Tree:
         # sphere -> when its link ended, while it has no other; and those that may come back after the end
         self._lost_at: dict[str, float] = {}
         self._absent: dict[str, float] = {}
+        # until when spheres may come that an earlier control had; who they are is not known here
+        self._strays_until = 0.0
         self._done: asyncio.Future[None] | None = None
         self._arrivals = asyncio.Event()
         self._listener: Listener | None = None
@@ -124,6 +128,10 @@ class Tree:
         self._keeping.add_done_callback(self._kept_no_more)
         self.address = self.hub.address = self._listener.address
         self.hub.renewed([])
+
+    def came_back(self) -> None:
+        """An earlier control was killed that had listened here: for a while its spheres may look for this one."""
+        self._strays_until = asyncio.get_running_loop().time() + self.config.patience_seconds + _STRAY_SECONDS
 
     async def aclose(self) -> None:
         """End every link; spheres that were not told to stop will look for control until they give up."""
@@ -167,19 +175,27 @@ class Tree:
             yield from below
 
     async def all_gone(self, timeout: float) -> bool:
-        """Wait until no child is left, nor one that lost its link just before may come; False after ``timeout``."""
+        """Wait until no child is left, nor one that lost its link just before may come; False after ``timeout``.
+
+        ``timeout`` in seconds; longer where spheres of an earlier control may still come.
+        """
         now = asyncio.get_running_loop().time
+        timeout = max(timeout, self._strays_until + _BACK_SECONDS - now())
         try:
             async with asyncio.timeout(timeout):
                 await self.until(lambda: not self.hub.children)
                 # Between two parents, by a move or a loss, a sphere has not heard that the run is over: it comes back,
                 # and is told then.
-                while (left := max(self._absent.values(), default=0.0) + _BACK_SECONDS - now()) > 0:
+                while (left := self._nobody_comes_after() - now()) > 0:
                     await self.until(lambda: bool(self.hub.children), left)
                     await self.until(lambda: not self.hub.children)
         except TimeoutError:
             return False
         return True
+
+    def _nobody_comes_after(self) -> float:
+        """Return the time until which spheres may come that have not heard that the run is over."""
+        return max(self._strays_until, max(self._absent.values(), default=0.0) + _BACK_SECONDS)
 
     # ---- membership
 

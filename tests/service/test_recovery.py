@@ -18,7 +18,7 @@ import spheres.computing
 from control.checkpoint import read_snapshot
 from control.config import RunConfig
 from control.reference import reference
-from control.testing import local_tree
+from control.testing import control_node, local_tree
 from spheres.computing import Computing
 from spheres.errors import GradientError, LinkClosedError, StaleError
 from spheres.hub import Hub
@@ -175,6 +175,34 @@ def test_spheres_between_two_parents_hear_that_the_run_is_over(who, run, tmp_pat
                 await tree.kill("s-1")
             await lost
             await all_end(tree)
+
+    run(main())
+
+
+def test_a_run_that_ends_as_soon_as_its_control_is_back_tells_the_spheres_of_the_one_before(run, tmp_path):
+    """They look for it, and it knows nothing of them: else they would until their --orphan-timeout."""
+    chosen, network = config(spheres=3, patience=0.5), MemoryNetwork()
+    task = Synthetic(parameters=PARAMETERS, samples=SAMPLES)
+    (tmp_path / "again").mkdir()
+
+    async def main():
+        async with tree_of(tmp_path, task, network=network, config=chosen) as tree:
+            await tree.tree.wait_for(3)
+            killed = tree.tree
+            await killed._listener.aclose()
+            killed.children.drop(LinkClosedError("killed"))
+            again = control_node(
+                chosen, task, MemoryTransport(network, "control.2"), directory=tmp_path / "again", term=2
+            )
+            try:
+                await again.tree.listen(killed.address)
+                again.tree.came_back()
+                again.tree.stop_spheres("the run is over")
+                assert await again.tree.all_gone(0.1)
+            finally:
+                await again.tree.aclose()
+                again.close()
+            await asyncio.gather(*tree.tasks.values())
 
     run(main())
 

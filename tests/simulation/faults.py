@@ -73,10 +73,6 @@ class Faults:
         """Whether one of these spheres was, at or after a time; or shortly before: its neighbours may not know yet."""
         return any(self._until.get(name, -CALM_SECONDS) + CALM_SECONDS > since for name in names)
 
-    def control_is_back(self) -> None:
-        """Control starts again: nobody had a way to it until now, and it knows only those who come by themselves."""
-        self._isolate([node.name for node in self.world.living()], 0.0)
-
     def way_of(self, node: Node) -> list[str]:
         """Return a sphere and those between it and control, as far as it knows."""
         parent = getattr(node.sphere, "parent", None)

@@ -220,6 +220,8 @@ class World:
         sealed = tree.hub.hooks.sealed
         tree.hub.hooks.sealed = lambda: (self.checks.sealed(control), sealed())
         await tree.listen(ADDRESS)
+        if len(self.controls) > 1:
+            tree.came_back()
         await controller.run()
         # what control.training does when its context is left
         await tree.states(2.0)
@@ -275,7 +277,6 @@ class World:
         if self.disk.full:
             self.loop.call_later(1.0, self.control_again)
         else:
-            self.faults.control_is_back()
             self.start_control()
 
     def _published(self, record: Any) -> None:
