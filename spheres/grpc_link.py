@@ -297,6 +297,10 @@ class GrpcListener:
         return method
 
     async def aclose(self) -> None:
+        # Whoever closes may be cancelled; a server that nobody stops would hold its port for ever.
+        await asyncio.shield(asyncio.create_task(self._close()))
+
+    async def _close(self) -> None:
         self._closing = True
         self._watching.cancel()
         await asyncio.wait({self._watching})

@@ -586,6 +586,33 @@ async def _read_on(link):
         pass
 
 
+def test_a_listener_is_closed_although_whoever_closes_it_is_cancelled(transport, run):
+    async def main():
+        listener = await transport.listen(ANY_PORT, Handlers(echo, echo))
+        link = await transport.dial(listener.address, Rpc.WORK)
+        closing = asyncio.create_task(listener.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(LinkClosedError):
+            await link.receive()
+        await link.aclose()
+        async with asyncio.timeout(10):
+            await _free(transport, listener.address)
+
+    run(main())
+
+
+async def _free(transport, address):
+    """Wait until an address can be listened on again."""
+    while True:
+        try:
+            listener = await transport.listen(address, Handlers(echo, echo))
+        except ConfigError:
+            await asyncio.sleep(0.01)
+        else:
+            return await listener.aclose()
+
+
 def test_a_listener_closes_although_a_peer_does_not_read(transport, run):
     async def main():
         async with listening(transport, _flood) as listener:
