@@ -20,7 +20,7 @@ from control import client as client_module
 from control.client import Client, state_name
 from control.lives import Started
 from control.servicers import ControlServicer
-from spheres import grpc_link
+from spheres import grpc_listener
 from spheres.config import manifest_to_proto
 from spheres.errors import (
     ArmillaryError,
@@ -53,7 +53,7 @@ class Control(ControlServiceServicer):
 
 @asynccontextmanager
 async def serving(control: ControlServiceServicer, *, deadline: float = 5.0) -> AsyncIterator[Client]:
-    server = aio.server(options=grpc_link._SERVER)  # as control's own
+    server = aio.server(options=grpc_listener._SERVER)  # as control's own
     add_ControlServiceServicer_to_server(control, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -24,7 +24,8 @@ from control.config import RunConfig
 from control.starting import start_process
 from control.testing import local_tree
 from control.training import Training
-from spheres.grpc_link import GrpcListener, GrpcTransport
+from spheres.grpc_link import GrpcTransport
+from spheres.grpc_listener import GrpcListener
 from spheres.server import Health, add_services
 from spheres.sphere import Sphere, SphereOptions
 from spheres.testing.synthetic import Synthetic

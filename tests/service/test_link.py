@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from spheres import errors, grpc_link
+from spheres import errors, grpc_link, grpc_listener
 from spheres.config import MAX_MESSAGE_BYTES
 from spheres.errors import (
     ArmillaryError,
@@ -519,7 +519,7 @@ def test_an_address_of_another_machine_is_refused(transport, run):
 
 
 def test_a_listener_that_closes_ends_its_links_and_waits_for_their_handlers(transport, run, monkeypatch):
-    monkeypatch.setattr(grpc_link, "_LAST_WORDS_SECONDS", 0.05)
+    monkeypatch.setattr(grpc_listener, "_LAST_WORDS_SECONDS", 0.05)
     began, ended = asyncio.Queue(), []
 
     async def handler(link):
@@ -686,7 +686,8 @@ async def dial_until_it_is_taken(transport, address):
 
 
 def _warnings(caplog):
-    return [r.getMessage() for r in caplog.records if r.name == "spheres.grpc_link" and r.levelno == logging.WARNING]
+    warnings = (r for r in caplog.records if r.name == "spheres.grpc_listener" and r.levelno == logging.WARNING)
+    return [record.getMessage() for record in warnings]
 
 
 @where_it_does
@@ -729,7 +730,7 @@ def test_after_a_request_that_ends_the_server_links_live_on_and_others_get_in(ru
 @where_it_does
 @over_grpc_only
 def test_a_listener_waits_for_its_port_where_another_has_taken_it(transport, run, monkeypatch):
-    bind, tries = grpc_link._bind, []
+    bind, tries = grpc_listener._bind, []
 
     def taken_twice(server, address):
         tries.append(address)
@@ -742,20 +743,20 @@ def test_a_listener_waits_for_its_port_where_another_has_taken_it(transport, run
             assert tries[1:] == [listener.address] * 3
             await link.aclose()
 
-    monkeypatch.setattr(grpc_link, "_bind", taken_twice)
-    monkeypatch.setattr(grpc_link, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(grpc_listener, "_bind", taken_twice)
+    monkeypatch.setattr(grpc_listener, "_LOOK_SECONDS", 0.05)
     run(main())
 
 
 @where_it_does
 @over_grpc_only
 def test_a_listener_that_cannot_have_its_port_again_says_so_and_keeps_its_links(transport, run, monkeypatch, caplog):
-    monkeypatch.setattr(grpc_link, "_REBIND_SECONDS", 0.0)
+    monkeypatch.setattr(grpc_listener, "_REBIND_SECONDS", 0.0)
 
     async def main():
         async with listening(transport, echo) as listener:
             link = await transport.dial(listener.address, Rpc.WORK)
-            monkeypatch.setattr(grpc_link, "_bind", lambda server, address: 0)
+            monkeypatch.setattr(grpc_listener, "_bind", lambda server, address: 0)
             await call_a_path_that_is_no_utf8(listener.address)
             await asyncio.wait({listener._watching})
             await link.send(b"still here")
@@ -780,14 +781,14 @@ def test_a_listener_closes_also_while_its_server_has_failed(transport, run, monk
 
     async def main():
         async with listening(transport, echo) as listener:
-            monkeypatch.setattr(grpc_link, "_bind", taken)
+            monkeypatch.setattr(grpc_listener, "_bind", taken)
             link = await transport.dial(listener.address, Rpc.WORK)
             await call_a_path_that_is_no_utf8(listener.address)
             await tried.wait()
         await ends_with(link.receive(), LinkClosedError("the listener has closed"))
         await link.aclose()
 
-    monkeypatch.setattr(grpc_link, "_REBIND_SECONDS", seconds)
+    monkeypatch.setattr(grpc_listener, "_REBIND_SECONDS", seconds)
     run(main())
 
 
