@@ -176,12 +176,18 @@ func (c *client) watch(ctx context.Context, after int64, each func(*pb.WatchRunR
 	over := false
 	for {
 		stream, err := c.stub.WatchRun(ctx, &pb.WatchRunRequest{AfterEventId: after})
+		if err == nil {
+			// control has taken it up, however long the next event may take
+			if header, _ := stream.Header(); len(header.Get("watch")) > 0 {
+				lost = time.Time{}
+			}
+		}
 		for err == nil {
 			var event *pb.WatchRunResponse
 			if event, err = stream.Recv(); err != nil {
 				break
 			}
-			after, over, lost = event.EventId, isEnd(event), time.Time{}
+			after, over = event.EventId, over || isEnd(event)
 			if err := each(event); err != nil {
 				return err
 			}
