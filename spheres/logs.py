@@ -62,7 +62,7 @@ def is_json(kind: str) -> bool:
 def json_asked(words: Sequence[str]) -> bool:
     """Whether flags that may be wrong, or else the environment, ask for JSON: of what is wrong one is told so, too."""
     kind = os.environ.get(VARIABLE, "")
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         flag, _, value = word.partition("=")
         if flag == "--log-format":
             kind = value or following

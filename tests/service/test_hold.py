@@ -133,6 +133,7 @@ def test_the_same_processes_take_part_when_the_total_is_raised(nodes: Any, tmp_p
     assert second.ends(signal.SIGTERM) == 0
 
 
+@pytest.mark.slow
 def test_it_waits_for_a_control_that_is_gone_and_takes_another_run_of_another_task(nodes: Any) -> None:
     control, sphere = nodes
     first = control("--steps", "1000000", "--min-spheres", "2", "--fan-out", "1")

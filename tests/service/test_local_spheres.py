@@ -250,6 +250,7 @@ async def _spheres(directory: Path) -> dict[str, int]:
         return {sphere.sphere_id: sphere.report.pid for sphere in await client.spheres()}
 
 
+@pytest.mark.slow
 def test_spheres_of_a_control_that_was_killed_go_on_under_the_next(run, tmp_path):
     """DESIGN section 5: they keep their lives, their ids and their processes, and so do the weights their bits."""
     flags = ("--spheres", "4", "--fan-out", "2", "--steps", "160", "--checkpoint-every", "20steps")

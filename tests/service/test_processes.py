@@ -298,7 +298,8 @@ LOADING_TASK = """
 """
 
 
-@pytest.mark.parametrize("sign", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_sphere_that_still_loads_its_task(sign, tmp_path):
     """Nobody counts on it yet: it does not load to the end first."""
     (tmp_path / "loading.py").write_text(textwrap.dedent(LOADING_TASK))
@@ -460,6 +461,7 @@ def test_a_sphere_that_cannot_start_ends_the_run_with_its_reason(run, tmp_path, 
     assert "not on this machine" in str(summary.error)
 
 
+@pytest.mark.slow
 def test_local_spheres_that_are_all_killed_are_started_again(run, tmp_path):
     config = RunConfig(task="digits", steps=40, spheres=2, run_dir=tmp_path / "run")
 

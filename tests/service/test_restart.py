@@ -49,7 +49,8 @@ def _journal(directory: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (directory / "run" / "journal.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("checkpoint_every", ["none", pytest.param("10steps", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint_every", ["none", "10steps"])
 def test_one_command_line_begins_goes_on_and_knows_when_it_is_done(checkpoint_every, tmp_path):
     flags = ("--steps", "60", "--checkpoint-every", checkpoint_every, "--orphan-timeout", "1s")
     first = _start(tmp_path, *flags, "--spheres", "2", "--log-every", "1steps")
@@ -87,6 +88,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path):
     assert "no good checkpoint" in err
 
 
+@pytest.mark.slow
 def test_a_run_that_another_control_still_has_is_waited_for(tmp_path):
     """As a Pod of control that was deleted by force, and goes on for a while beside the next one."""
     flags = ("--steps", "60", "--checkpoint-every", "none", "--spheres", "1")

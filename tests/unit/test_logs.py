@@ -70,6 +70,8 @@ def test_text_is_the_default_and_other_kinds_are_refused():
 
 def test_json_is_asked_for_by_the_last_flag_or_else_the_environment(monkeypatch):
     for value, words, asked in [
+        ("", "", False),
+        ("json", "", True),
         ("", "start", False),
         ("json", "start", True),
         ("json", "start --log-format text", False),
