@@ -23,6 +23,8 @@ __all__ = ["LogTail", "main", "make_parser"]
 
 log = logging.getLogger(__name__)
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 EXIT_CODES = """exit codes: 0 the run is over, or told to go; 1 any other error; 2 wrong flags or a port in use;
 3 the task cannot be loaded or its data are missing; 5 control or the run refused, or nobody answered for
 --orphan-timeout; 130 Ctrl+C. Of the environment: ARMILLARY_CONTROL, ARMILLARY_LISTEN, ARMILLARY_ADVERTISE,
@@ -171,6 +173,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
     # Before anything else: the first process of a container gets no signal that it has no handler for.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # held back while a sphere began anew
     options = make_parser().parse_args(words)
     _end(_health(options) if options.command == "health" else _started(options))
 
@@ -252,12 +255,26 @@ def _start(options: argparse.Namespace, tail: LogTail, names: dict[str, str]) ->
     allow_many_files()
     limit_threads()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_take_part(options, tail, names))
+        anew = runner.run(_take_part(options, tail, names))
+    if anew:
+        _begin_anew()
     return 0
 
 
-async def _take_part(options: argparse.Namespace, tail: LogTail, names: dict[str, str]) -> None:
-    """Be a sphere until the run is over, or a signal comes; at the second signal end at once."""
+def _begin_anew() -> NoReturn:
+    """Be the same command again in this process, with nothing imported, cached or allocated."""
+    logging.shutdown()
+    sys.stdout.flush()
+    # as long as there is no handler, the first process of a container would not get them
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+async def _take_part(options: argparse.Namespace, tail: LogTail, names: dict[str, str]) -> bool:
+    """Be a sphere until the run is over, or a signal comes; at the second signal end at once.
+
+    Returns whether it is to begin anew.
+    """
     from spheres.grpc_link import GrpcTransport
     from spheres.server import Health, add_services
     from spheres.sphere import Sphere, SphereOptions
@@ -297,7 +314,7 @@ async def _take_part(options: argparse.Namespace, tail: LogTail, names: dict[str
         told = True
 
     loop = asyncio.get_running_loop()
-    for sign in (signal.SIGTERM, signal.SIGINT):
+    for sign in _SIGNALS:
         loop.add_signal_handler(sign, stop)
     log.info("looking for control at %s, for up to %g s", options.control, options.orphan_timeout)
     try:
@@ -305,6 +322,7 @@ async def _take_part(options: argparse.Namespace, tail: LogTail, names: dict[str
     except UnreachableError:
         if not told:  # to go, before it had found control
             raise
+    return sphere.anew
 
 
 def _is_on(variable: str) -> bool:

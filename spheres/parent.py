@@ -135,8 +135,8 @@ class Parent:
             left = self._alone_since + self._orphan_timeout - now()
             if left <= 0:
                 raise UnreachableError(
-                    f"no way to control for {self._orphan_timeout:g} s (--orphan-timeout); this sphere ends; "
-                    f"the last attempt: {self._last_error}"
+                    f"no way to control for {self._orphan_timeout:g} s (--orphan-timeout); the last attempt: "
+                    f"{self._last_error}"
                 )
             await asyncio.sleep(min(pause, left))
             pause = min(pause * 2, _LONGEST_PAUSE)

@@ -123,6 +123,8 @@ class Sphere:
         # it waits between two runs, and what it had said of that last
         self._holding, self._said = False, ""
         self._warned_of_state = self._told_of_address = False
+        #: whether the command shall begin anew: with ``hold``, when a run is over that it took part in
+        self.anew = False
         #: set once it has its place and serves children
         self.ready = asyncio.Event()
         self.hub: Hub | None = None
@@ -140,7 +142,10 @@ class Sphere:
             self._leaving = asyncio.get_running_loop().create_task(self._leave(reason))
 
     async def run(self) -> None:
-        """Take part until told to stop; with ``hold``, until this one is. Raises what made that impossible."""
+        """Take part until told to stop. Raises what made that impossible.
+
+        With ``hold`` until this one is told to stop, or ``anew`` is set: then begin in a process whose memory is new.
+        """
         options = self._options
         listener: Listener | None = None
         try:
@@ -148,16 +153,19 @@ class Sphere:
                 listener = await self._transport.listen(options.listen, Handlers(self._work, self._heartbeat))
                 self._listening = listener.address
             while not self._stop.is_set():
+                why = ""
                 try:
                     await self._take_part()
                     if self._over and self._holds:
-                        await self._hold(RUN_OVER)
+                        why = RUN_OVER
                 except StaleError as error:
                     log.warning("enrolling anew: %s", error)
                 except (UnreachableError, RefusedError) as error:
                     if self._stop.is_set() or not (self._holds and _may_pass(error)):
                         raise
-                    await self._hold(str(error))
+                    why = str(error)
+                if why:
+                    await self._hold(why)
         finally:
             for task in (self._leaving, self._ending):
                 if task is not None:
@@ -172,21 +180,20 @@ class Sphere:
         return self._options.hold and self._leaving is None
 
     async def _hold(self, why: str) -> None:
-        """Keep nothing of the run that was, and return when control is to be asked again, or this sphere ends.
+        """Wait until control is to be asked again, or this sphere ends; meanwhile it listens: alive, and not ready.
 
-        It listens all the while: it lives, and is not ready.
+        One that has taken part does not wait: it ends to begin anew. The next run may have other code by the same name,
+        which a process that has imported it once would not see; and memory of two runs would add up.
         """
+        level = logging.INFO if why == RUN_OVER else logging.WARNING
+        if self.hub is not None or (self._task is not None and not self._task_is_given):
+            log.log(level, "%s; this sphere begins anew (--hold)", why)
+            self.anew = True
+            self._stop.set()
+            return
         if why != self._said:
-            level = logging.INFO if why == RUN_OVER else logging.WARNING
             log.log(level, "%s; this sphere stays, and asks again every %g s (--hold)", why, _ASK_SECONDS)
-        self._said, self._over, self._holding = why, False, True
-        self._stop.clear()
-        self.ready.clear()
-        if self._ending is not None:
-            self._ending.cancel()
-        self.hub = self.parent = self._children = self._ending = None
-        if not self._task_is_given:  # the next run may have another one
-            self._task = None
+        self._said, self._holding = why, True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ASK_SECONDS):
                 await self._stop.wait()
@@ -238,7 +245,6 @@ class Sphere:
         if config.trace:
             self._trace(hub, self.parent, children)
         self.ready.set()
-        self._said = ""
         log.info("%s joins %s (incarnation %d)", hub.id, ancestors[-1].id, hub.incarnation)
         self._tell_of_address()
         try:

@@ -126,11 +126,38 @@ def test_the_same_processes_take_part_when_the_total_is_raised(nodes: Any, tmp_p
 
     # held again, each signal ends one in order
     for one, sign in zip(spheres, (signal.SIGTERM, signal.SIGINT), strict=True):
-        one.until("(--hold)")
+        one.until("this sphere stays")
         assert one.ends(sign) == 0
-        said = [line for line in one.lines if "(--hold)" in line]
+        said = [line for line in one.lines if "this sphere stays" in line]
         assert len(said) == 2  # once for each run, however often control has refused it
     assert second.ends(signal.SIGTERM) == 0
+
+
+def test_the_next_run_is_computed_with_the_code_that_is_there_by_then(nodes: Any, tmp_path: Path) -> None:
+    """A module is imported once in the life of a process, and what it has cached would stay too."""
+    control, sphere = nodes
+    source = """
+        from spheres.testing.synthetic import Synthetic
+
+        class Mine(Synthetic):
+            def gradient(self, weights, samples, rng, out):
+                sums = super().gradient(weights, samples, rng, out)
+                for array in out.values():
+                    array *= SCALE
+                return sums
+
+        SCALE = 1.0
+    """
+    held, shas = None, []
+    for run, scale in (("one", "1.0"), ("two", "0.25")):
+        (tmp_path / "mine.py").write_text(textwrap.dedent(source).replace("1.0", scale))
+        first = control("--task", "mine:Mine", "--steps", "3", run=run)
+        held = held or sphere(PYTHONPATH=str(tmp_path))
+        shas.append(json.loads(first.until('"event": "summary"'))["weights_sha256"])
+        first.ends()
+    assert shas[0] != shas[1]
+    assert held is not None
+    assert held.ends(signal.SIGTERM) == 0
 
 
 @pytest.mark.slow
