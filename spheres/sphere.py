@@ -55,6 +55,8 @@ _LOOK_SECONDS = 0.05
 #: seconds that a sphere waits for its children to end before it ends itself, and those that its last words have to go
 #: up. Control waits longer than the first.
 _FAREWELL_SECONDS, _FLUSH_SECONDS = 3.0, 1.0
+#: seconds for which the task's state may wait for a unit that is still in compute between two steps
+_STATE_SECONDS = 0.5
 #: seconds after which a sphere that stays when the run is over asks control again
 _ASK_SECONDS = 10.0
 #: of a task's state as JSON, and of what is said of one that cannot be had
@@ -440,14 +442,20 @@ class Sphere:
         hub, state = self.hub, getattr(self._task, "state_dict", None)
         assert hub is not None
 
+        answered = False
+
         def told(state: bytes) -> None:
-            if hub is self.hub:  # else it has enrolled anew
+            nonlocal answered
+            if hub is self.hub and not answered:  # else it has enrolled anew, or was not waited for
+                answered = True
                 hub.up.report(pb.StateReport(request_id=request_id, report=self.report(), task_state=state))
 
         if not callable(state):
             told(b"")
         elif self._worker is not None:
-            self._worker.call(lambda: self._task_state(state), told)
+            if not self._worker.call(lambda: self._task_state(state), told):
+                # a cancelled unit is still in the task's code: the checkpoint is not to wait for that
+                asyncio.get_running_loop().call_later(_STATE_SECONDS, told, b"")
         else:  # a relay's task computes nothing
             asking = asyncio.get_running_loop().run_in_executor(None, self._task_state, state)
             asking.add_done_callback(lambda asked: None if asked.cancelled() else told(asked.result()))

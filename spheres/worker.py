@@ -269,7 +269,7 @@ class Pool:
 
 
 class Worker:
-    """One compute thread of a sphere. Mutable state: its gradient buffers.
+    """One compute thread of a sphere. Mutable state: its gradient buffers, and how many units are in compute.
 
     ``allocate`` makes such a buffer of so many elements: zeros that start at a 64-byte address. It is called on the
     compute thread.
@@ -281,6 +281,7 @@ class Worker:
         self._pool = Pool(config.manifest.size, allocate)
         # at most one unit that is not cancelled: the hub gives the next when the one before is done or cancelled
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._units = 0
         # a daemon: a task that is deep in its own code must not hold up the end of the process
         threading.Thread(target=self._work, name="compute", daemon=True).start()
 
@@ -289,14 +290,21 @@ class Worker:
 
         The buffer of what it gives goes back with ``release``.
         """
-        self._jobs.put((asyncio.get_running_loop(), lambda: partial(done, unit, self._computed(unit, weights))))
 
-    def call(self, work: Callable[[], T], done: Callable[[T], object]) -> None:
+        def over(result: Held | Failure | None) -> None:
+            self._units -= 1
+            done(unit, result)
+
+        self._units += 1
+        self._jobs.put((asyncio.get_running_loop(), lambda: partial(over, self._computed(unit, weights))))
+
+    def call(self, work: Callable[[], T], done: Callable[[T], object]) -> bool:
         """Do what touches the task, once what was submitted before is over; ``done`` is called on the loop.
 
-        ``work`` must not raise.
+        ``work`` must not raise. Returns False where a unit is in compute: cancelled or not, it may take long.
         """
         self._jobs.put((asyncio.get_running_loop(), lambda: partial(done, work())))
+        return not self._units
 
     def release(self, held: Held) -> None:
         """The step is sealed: the buffer may be used again."""

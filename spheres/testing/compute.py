@@ -84,9 +84,10 @@ class VirtualWorker:
             begin()
         loop.call_at(self.busy_until, end)
 
-    def call(self, work: Callable[[], T], done: Callable[[T], object]) -> None:
+    def call(self, work: Callable[[], T], done: Callable[[T], object]) -> bool:
         loop = asyncio.get_running_loop()
         loop.call_at(max(loop.time(), self.busy_until), lambda: self._closed or done(work()))
+        return self.busy_until <= loop.time()
 
     def release(self, held: Held) -> None:
         if held.array is not None:

@@ -492,6 +492,46 @@ def test_the_loop_goes_on_while_a_task_gives_its_state(run, tmp_path):
     run(main(), timeout=30)
 
 
+class StillInside(Synthetic):
+    """Does not come out of one gradient; others take it over."""
+
+    def __init__(self, *, stays=False):
+        super().__init__(parameters=PARAMETERS, samples=SAMPLES)
+        self.out = threading.Event()
+        if not stays:
+            self.out.set()
+
+    def gradient(self, *given):
+        assert self.out.wait(20)
+        return super().gradient(*given)
+
+    def state_dict(self):
+        return {"it": "has one"}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_does_not_wait_for_a_straggler(run, tmp_path):
+    """Whose block others have computed, while its own thread is still at it: its state is left out, and it alone."""
+
+    async def main():
+        tasks = {f"s-{n}": StillInside(stays=n == 3) for n in range(1, 7)}
+        async with tree_of(tmp_path, task=StillInside(), sphere_task=tasks.__getitem__) as tree:
+            tree.controller.pause()
+            training = asyncio.create_task(tree.run())
+            await tree.controller.advance(2)
+            async with asyncio.timeout(tree.tree.config.patience_seconds - 1):
+                await tree.controller.save()
+            saved = read_snapshot(tmp_path / "checkpoints" / "step-000000002")
+            states = {record.report.sphere_id: record.task_state for record in saved.spheres}
+            assert states.pop("s-3") == b""
+            assert set(states.values()) == {b'{"it": "has one"}'}
+            tasks["s-3"].out.set()
+            tree.controller.resume()
+            await training
+
+    run(main(), timeout=30)
+
+
 class MetricsOfSamples(Synthetic):
     """Each microbatch has few enough metrics, but others than the next one."""
 
