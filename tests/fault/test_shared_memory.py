@@ -253,7 +253,8 @@ def _no_namespaces() -> str:
     return "" if tried.returncode == 0 else f"another PID namespace cannot be made: {tried.stderr.strip()}"
 
 
-@pytest.mark.parametrize("wire", ["auto", pytest.param("shm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("wire", ["auto", "shm"])
 def test_a_sphere_in_another_container(wire, run, tmp_path):
     """It sees no process of this one's: its payload goes inline, or it is refused with a word on what to do."""
     if reason := _no_namespaces():

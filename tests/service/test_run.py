@@ -387,7 +387,7 @@ def test_a_callback_that_raises_at_who_comes_or_goes_ends_the_run_and_no_link(ho
     run(train())
 
 
-@pytest.mark.parametrize("when", ["in a step", "paused"])
+@pytest.mark.parametrize("when", [pytest.param("in a step", marks=pytest.mark.slow), "paused"])
 def test_a_run_whose_leases_are_not_kept_any_more_ends(when, run, tmp_path, monkeypatch):
     async def train() -> None:
         async with tree_of(config(steps=100_000), tmp_path) as tree:
