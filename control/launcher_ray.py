@@ -26,7 +26,7 @@ from control.ray_actor import SphereActor, sentence
 from control.restarts import Restarts
 from spheres import SINGLE_THREAD
 from spheres.errors import ConfigError, UnreachableError
-from spheres.exposure import is_loopback
+from spheres.exposure import is_every_address, is_loopback
 from spheres.task import IN_SPHERE
 
 __all__ = ["RaySpheres", "ray_launcher"]
@@ -48,8 +48,6 @@ _FAREWELL_SECONDS = 5.0
 _RECONNECT, _RECONNECT_SECONDS = "RAY_gcs_rpc_server_reconnect_timeout_s", 30 * 24 * 3600
 #: seconds between the end of an actor's process and the question where it is now
 _PAUSE = 0.5
-#: every address of a machine
-_ANY = ("0.0.0.0", "[::]")
 
 
 def ray_launcher(config: RunConfig) -> Callable[[RunFacts], RaySpheres]:
@@ -223,7 +221,8 @@ class RaySpheres:
     def aside(self) -> list[tuple[str, str]]:
         """Return also the head where it is gone, those that Ray has no place for, and whose processes keep dying."""
         now = time.monotonic()
-        head = [] if self._gone_since is None else [("ray", self._gone(now))]
+        since = self._gone_since
+        head = [] if since is None else [("ray", self._gone(now - since))]
         waiting = [
             (
                 f"ray-{number}",
@@ -328,14 +327,13 @@ class RaySpheres:
                 self._gone_since = None
                 log.info("the head of the Ray cluster at %s answers again", self._head)
 
-    def _gone(self, now: float) -> str:
-        since = 0.0 if self._gone_since is None else now - self._gone_since
-        return f"the head of the cluster at {self._head} is gone since {since:.3g} s: no sphere can be started"
+    def _gone(self, seconds: float) -> str:
+        return f"the head of the cluster at {self._head} is gone since {seconds:.3g} s: no sphere can be started"
 
     def _made(self) -> _Life:
         facts = self._facts
         host, _, port = facts.address.rpartition(":")
-        if host in _ANY:
+        if is_every_address(host):
             ip = self._ray.util.get_node_ip_address()
             host = f"[{ip}]" if ":" in ip else ip
         variables = dict(_VARIABLES)

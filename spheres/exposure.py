@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 
-__all__ = ["insecure_warning", "is_address", "is_loopback"]
+__all__ = ["insecure_warning", "is_address", "is_every_address", "is_loopback"]
 
 
 def is_address(text: str) -> bool:
     """Whether a text is HOST:PORT, with a port from 0 to 65535: gRPC itself takes port 99999 for another one."""
     host, _, port = text.rpartition(":")
     return bool(host) and port.isdecimal() and int(port) <= 65_535
+
+
+def is_every_address(host: str) -> bool:
+    """Whether what listens on ``host`` listens on every address of its machine: it is dialled under another one."""
+    return host in ("0.0.0.0", "::", "[::]")
 
 
 def is_loopback(host: str) -> bool:

@@ -28,7 +28,7 @@ from spheres.errors import (
     UnreachableError,
     WrongRunError,
 )
-from spheres.exposure import is_loopback
+from spheres.exposure import is_every_address, is_loopback
 from spheres.hub import EVALUATE, Hub
 from spheres.lease import Lease
 from spheres.parent import Fingerprints, Parent
@@ -90,10 +90,6 @@ class SphereOptions:
     clock: Callable[[], int] = monotonic_ns
 
 
-#: what listens there is dialled elsewhere
-_EVERY_ADDRESS = ("0.0.0.0", "::", "[::]")
-
-
 class Sphere:
     """The life of one sphere. ``task`` is given by tests; otherwise it is loaded by the run's configuration.
 
@@ -112,7 +108,6 @@ class Sphere:
         link_changed: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self._options, self._transport, self._task = options, transport, task
-        self._task_is_given = task is not None
         self._make_worker, self._log_lines = make_worker, log_lines
         self._link_changed = link_changed
         # where it listens, and what others dial to reach it
@@ -188,7 +183,7 @@ class Sphere:
         which a process that has imported it once would not see; and memory of two runs would add up.
         """
         level = logging.INFO if why == RUN_OVER else logging.WARNING
-        if self.hub is not None or (self._task is not None and not self._task_is_given):
+        if self.hub is not None:
             log.log(level, "%s; this sphere begins anew (--hold)", why)
             self.anew = True
             self._stop.set()
@@ -525,7 +520,7 @@ class Sphere:
 def _is_local(address: str) -> bool:
     """Whether it leads to this machine, whoever dials it."""
     host = address.rpartition(":")[0]
-    return is_loopback(host) or host in _EVERY_ADDRESS
+    return is_loopback(host) or is_every_address(host)
 
 
 def _may_pass(error: ArmillaryError) -> bool:
@@ -539,7 +534,7 @@ def _reachable(listening: str, control: str) -> str:
     Raises UnreachableError where control's name is not known (yet), or there is no way to it.
     """
     host, _, port = listening.rpartition(":")
-    if host not in _EVERY_ADDRESS:
+    if not is_every_address(host):
         return listening
     name, _, number = control.rpartition(":")
     try:
