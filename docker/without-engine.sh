@@ -28,17 +28,22 @@ install_podman() {
         || { loud "apt-get could not install ${packages[*]}"; return 1; }
 }
 
-# No systemd: cgroups and events by files. The limits are below those of machines that are containers themselves.
+# No systemd: cgroups and events by files. The limits are below those of machines that are containers themselves. What tells
+# names here (aardvark-dns 1.4) loses questions while a container starts or ends: who asks again after 5 s, as is usual, may
+# wait for most of a minute.
 configure() {
-    export CONTAINERS_CONF=${CONTAINERS_CONF:-/var/tmp/armillary-containers.conf}
-    [[ -e $CONTAINERS_CONF ]] || cat > "$CONTAINERS_CONF" << 'CONF'
+    [[ -z ${CONTAINERS_CONF:-} ]] || return 0
+    export CONTAINERS_CONF=/var/tmp/armillary-containers.conf
+    cat > "$CONTAINERS_CONF.$$" << 'CONF'
 [containers]
 default_ulimits = ["nofile=8192:8192", "nproc=4096:4096"]
+dns_options = ["timeout:1", "attempts:5"]
 [engine]
 runtime = "runc"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 CONF
+    mv "$CONTAINERS_CONF.$$" "$CONTAINERS_CONF"
 }
 
 make_base() {

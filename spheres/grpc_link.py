@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -140,6 +141,16 @@ class GrpcTransport:
                 return bytes(await channel.unary_unary(ENROLL, _same, _same)(request, timeout=timeout))
             except grpc.aio.AioRpcError as error:
                 raise from_rpc_error(error, f"control at {address}") from None
+
+    async def look_up(self, address: str) -> str:
+        name, _, port = address.rpartition(":")
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(name.strip("[]"), port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:  # the latter where it cannot be a name at all
+            why = error.strerror if isinstance(error, OSError) else "that is no name of a host"
+            raise UnreachableError(f"no way to {address}: {why}") from None
+        host = str(found[0][4][0])
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     async def listen(self, address: str, handlers: Handlers) -> GrpcListener:
         listener = GrpcListener(handlers, self._add_services)

@@ -75,10 +75,13 @@ class Parent:
         lease: Lease,
         orphan_timeout: float,
         reports: Callable[[int], list[common_pb2.SphereReport]],
+        control: str = "",
     ) -> None:
         self._hub, self._transport, self._fingerprints = hub, transport, fingerprints
         self._member, self._lease = member, lease
         self._ancestors = list(ancestors)
+        # the number that control's name stood for, where it has a name: what tells names may go when a machine goes
+        self._number = control if control != self._ancestors[0].address else ""
         # when something last came from the parent; the parent whose lease ran out, which is not dialled first
         self._heard = 0.0
         self._silent = ""
@@ -151,7 +154,7 @@ class Parent:
             while left or dialling:
                 if left:
                     ancestor = left.pop(0)
-                    dialling[asyncio.ensure_future(self._transport.dial(ancestor.address, Rpc.WORK))] = ancestor
+                    dialling[asyncio.ensure_future(self._dial(ancestor))] = ancestor
                 wait = _NEXT_SECONDS if left else None
                 await asyncio.wait(dialling, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
                 for task in [task for task in dialling if task.done()]:
@@ -169,6 +172,14 @@ class Parent:
                 if not isinstance(link_or_error, BaseException):  # it answered, too late
                     await link_or_error.aclose()
         return None
+
+    async def _dial(self, ancestor: pb.Ancestor) -> Link:
+        """Dial an ancestor. The number of old has a second: control may be elsewhere by now, and nobody say so."""
+        try:
+            async with asyncio.timeout(_NEXT_SECONDS if ancestor.address == self._number else None):
+                return await self._transport.dial(ancestor.address, Rpc.WORK)
+        except TimeoutError:
+            raise UnreachableError(f"nobody answers at {ancestor.address}") from None
 
     async def _link(self, ancestor: pb.Ancestor, link: Link) -> bool:
         """Work for an ancestor until the link ends. False where it did not take this node. Raises a final refusal."""
@@ -188,10 +199,16 @@ class Parent:
         return was_linked
 
     def _in_order(self) -> list[pb.Ancestor]:
-        """Return whom to dial: the nearest first, but a parent that has gone silent last."""
+        """Return whom to dial: the nearest first, but a parent that has gone silent last; then control by number.
+
+        That one is none of the ancestors: another run may live there by now, so what is refused there is not final.
+        """
         silent, self._silent = self._silent, ""
         order = self._ancestors[::-1]
         order.sort(key=lambda ancestor: ancestor.id == silent)
+        if self._number:
+            control = self._ancestors[0]
+            order.append(pb.Ancestor(id=control.id, incarnation=control.incarnation, address=self._number))
         return order
 
     def cut(self, error: ArmillaryError) -> None:

@@ -112,6 +112,8 @@ class Sphere:
         self._link_changed = link_changed
         # where it listens, and what others dial to reach it
         self._listening = self._address = ""
+        # the number that control's name stood for when this sphere enrolled
+        self._control = ""
         self._leaving: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
@@ -236,6 +238,7 @@ class Sphere:
             lease=lease,
             orphan_timeout=options.orphan_timeout,
             reports=self._reports,
+            control=self._control,
         )
         self.parent.link_changed = self._link_changed
         children.alone = self.parent.alone
@@ -354,9 +357,8 @@ class Sphere:
 
     async def _ask_for_place(self, request: control_pb2.EnrollSphereRequest) -> control_pb2.EnrollSphereResponse:
         options = self._options
-        self._address = options.advertise
-        if self._listening and not self._address:
-            self._address = await asyncio.to_thread(_reachable, self._listening, options.control)
+        self._control = await self._transport.look_up(options.control)
+        self._address = options.advertise or _reachable(self._listening, self._control)
         request.address = self._address
         data = await self._transport.enroll(options.control, request.SerializeToString(), 10.0)
         return control_pb2.EnrollSphereResponse.FromString(data)
@@ -531,14 +533,16 @@ def _may_pass(error: ArmillaryError) -> bool:
 def _reachable(listening: str, control: str) -> str:
     """Return where others can dial what listens on ``listening``: for every address, that of the way to control.
 
-    Raises UnreachableError where control's name is not known (yet), or there is no way to it.
+    ``control`` has a number, not a name: nothing is looked up. Raises UnreachableError where there is no way to it.
     """
     host, _, port = listening.rpartition(":")
     if not is_every_address(host):
         return listening
     name, _, number = control.rpartition(":")
     try:
-        family, kind, _, _, target = socket.getaddrinfo(name.strip("[]"), number, type=socket.SOCK_DGRAM)[0]
+        family, kind, _, _, target = socket.getaddrinfo(
+            name.strip("[]"), number, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST
+        )[0]
         with socket.socket(family, kind) as probe:
             probe.connect(target)  # a datagram socket: this asks for the route and sends nothing
             found = str(probe.getsockname()[0])

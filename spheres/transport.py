@@ -122,6 +122,13 @@ class Transport(Protocol):
         """Call EnrollSphere. Raises UnreachableError, RefusedError and its kinds."""
         ...
 
+    async def look_up(self, address: str) -> str:
+        """Return ``address`` with the number that its host's name stands for now, a number of one that has many.
+
+        Raises UnreachableError where the name is not known, or not yet.
+        """
+        ...
+
     async def listen(self, address: str, handlers: Handlers) -> Listener:
         """Bind ``host:port``; port 0 chooses a free one. Raises ConfigError where the address cannot be bound."""
         ...

@@ -296,6 +296,9 @@ class MemoryTransport:
         except Exception as error:  # noqa: BLE001 - as a server does; what was not raised on purpose is logged
             raise told(error, "EnrollSphere") from None
 
+    async def look_up(self, address: str) -> str:
+        return address
+
     async def listen(self, address: str, handlers: Handlers) -> MemoryListener:
         host, port = split_address(address)
         address = f"{host}:{port or self._network.free_port()}"

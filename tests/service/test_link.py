@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import re
 import socket
 import struct
 from contextlib import asynccontextmanager
@@ -844,6 +845,37 @@ def test_a_proxy_of_the_environment_is_not_asked(transport, run, monkeypatch):
 
 
 # ---- enrolling
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:7", "[::1]:7"])
+def test_an_address_that_has_a_number_is_looked_up_as_it_is(transport, run, address):
+    async def main():
+        assert await transport.look_up(address) == address
+
+    run(main())
+
+
+def test_a_name_is_looked_up_to_a_number(run):
+    async def main():
+        assert await GrpcTransport().look_up("localhost:7") in ("127.0.0.1:7", "[::1]:7")
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("localhost:no-port", "Servname not supported.*"),  # asks nobody, as a name that is not known would
+        (f"{'x' * 64}:7", "that is no name of a host"),
+        ("a..b:7", "that is no name of a host"),
+    ],
+)
+def test_what_cannot_be_looked_up_is_said(run, address, why):
+    async def main():
+        with pytest.raises(UnreachableError, match=f"^no way to {re.escape(address)}: {why}$"):
+            await GrpcTransport().look_up(address)
+
+    run(main())
 
 
 def test_enrolling_brings_the_answer_or_the_refusal(transport, run):

@@ -151,7 +151,7 @@ class Dialling(GrpcTransport):
 class Below:
     """A child: a hub that computes, and its link upward."""
 
-    def __init__(self, small, ancestors, *, orphan_timeout, heartbeat_seconds):
+    def __init__(self, small, ancestors, *, orphan_timeout, heartbeat_seconds, control):
         config = replace(small.config, heartbeat_seconds=heartbeat_seconds)
         self.worker = Worker(config, small.task)
         self.hub = Hub(config, "s-1", worker=self.worker)
@@ -165,13 +165,18 @@ class Below:
             lease=Lease(config.patience_seconds),
             orphan_timeout=orphan_timeout,
             reports=lambda most: [common_pb2.SphereReport(sphere_id="s-1", activity=self.hub.activity)],
+            control=control,
         )
 
 
 @asynccontextmanager
-async def child_of(small, *ancestors, orphan_timeout=20.0, heartbeat_seconds=1.0):
-    """Run a child below these, control first; a name and an address each. Gives it and the task of its link."""
-    below = Below(small, ancestors, orphan_timeout=orphan_timeout, heartbeat_seconds=heartbeat_seconds)
+async def child_of(small, *ancestors, orphan_timeout=20.0, heartbeat_seconds=1.0, control=""):
+    """Run a child below these, control first; a name and an address each. Gives it and the task of its link.
+
+    ``control`` is the number that control's name once stood for.
+    """
+    settings = {"orphan_timeout": orphan_timeout, "heartbeat_seconds": heartbeat_seconds, "control": control}
+    below = Below(small, ancestors, **settings)
     running = asyncio.create_task(below.parent.run())
     try:
         yield below, running
@@ -547,6 +552,97 @@ def test_of_two_that_are_dialled_who_answers_first_is_taken(small, run, monkeypa
 
     monkeypatch.setattr(parent_module, "_NEXT_SECONDS", next_after)
     monkeypatch.setattr(Dialling, "dial", dial_slowly)
+    run(main())
+
+
+class Names:
+    """Control's name, for a transport that is asked for it: it stands for a number, is unknown, or is waited for."""
+
+    ADDRESS = "control:7070"
+
+    def __init__(self, monkeypatch):
+        #: what happens to who dials the name
+        self.then = self.hang
+        self.asked = 0
+        dial = Dialling.dial
+
+        async def dial_by_name(transport, address, rpc):
+            if address == self.ADDRESS:
+                self.asked += 1
+                address = await self.then()
+            return await dial(transport, address, rpc)
+
+        monkeypatch.setattr(Dialling, "dial", dial_by_name)
+        monkeypatch.setattr(parent_module, "_NEXT_SECONDS", 0.1)
+
+    async def hang(self):
+        await asyncio.Event().wait()
+
+    async def fail(self):
+        raise UnreachableError("that name is not known")
+
+
+@pytest.mark.parametrize("then", ["hang", "fail"])
+def test_where_nobody_knows_the_name_of_control_by_now_its_number_is_dialled(small, run, monkeypatch, then):
+    """What tells names may go when a machine goes, or lose a question."""
+    names = Names(monkeypatch)
+    names.then = getattr(names, then)
+
+    async def main():
+        above, gone = Above(small, train), ("s-9", NOBODY)
+        async with (
+            serving(above) as number,
+            child_of(small, ("control", names.ADDRESS), gone, control=number) as (below, _),
+        ):
+            await above.trained
+            await above.beating.wait()
+            # what is dialled next, and handed on, is the name: control may be elsewhere then
+            assert [node.address for node in below.hub.path[:-1]] == [names.ADDRESS]
+
+    run(main())
+
+
+def test_a_refusal_under_the_number_is_not_final_since_another_run_may_live_there(small, run, monkeypatch):
+    names = Names(monkeypatch)
+    names.then = names.fail
+
+    async def main():
+        twice = asyncio.Event()
+
+        async def refuse_again(above, link):
+            twice.set()
+            raise WrongRunError("another run")
+
+        stranger, above = Above(small, refuse(WrongRunError("another run")), refuse_again), Above(small, train)
+        async with (
+            serving(above) as by_name,
+            serving(stranger) as number,
+            child_of(small, ("control", names.ADDRESS), control=number),
+        ):
+            await twice.wait()
+
+            async def found():
+                return by_name
+
+            names.then = found
+            await above.trained
+
+    run(main())
+
+
+def test_a_number_that_nobody_answers_at_does_not_keep_a_child_from_the_name(small, run, monkeypatch):
+    names = Names(monkeypatch)
+    names.then = names.fail
+    monkeypatch.setattr(grpc_link, "DIAL_SECONDS", 60.0)
+
+    async def main():
+        with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel takes the connection, nobody speaks
+            number = "{}:{}".format(*silent.getsockname())
+            async with child_of(small, ("control", names.ADDRESS), control=number, orphan_timeout=1.0) as (_, running):
+                with pytest.raises(UnreachableError, match=f"nobody answers at {number}$"):
+                    await running
+                assert names.asked > 2
+
     run(main())
 
 
