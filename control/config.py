@@ -20,9 +20,9 @@ from pydantic import (
     model_validator,
 )
 
-from control.units import Every, parse_duration, parse_size
 from spheres.errors import ConfigError
 from spheres.exposure import is_address, is_loopback
+from spheres.units import Every, parse_duration, parse_size
 from spheres.words import is_encodable
 
 __all__ = [

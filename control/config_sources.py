@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from control.config import SUB_MODELS, RunConfig, flat_paths, flatten
-from control.units import Every, format_duration, format_size
 from spheres.errors import ConfigError
+from spheres.units import Every, format_duration, format_size
 
 __all__ = ["PREFIX", "Origin", "allowed", "default_text", "help_text", "load_config"]
 

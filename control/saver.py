@@ -17,9 +17,9 @@ from typing import Any
 from control.checkpoint import CheckpointInfo, Checkpoints
 from control.position import Copies
 from control.snapshot import Snapshot
-from control.units import Every
 from spheres.errors import CheckpointError, RunStateError
 from spheres.numerics import is_finite
+from spheres.units import Every
 from spheres.v1.checkpoint_pb2 import SphereRecord
 
 __all__ = ["Saver"]

@@ -17,6 +17,7 @@ from spheres import set_environment
 from spheres.errors import ArmillaryError, ConfigError, GradientError, TaskLoadError, UnreachableError
 from spheres.exposure import insecure_warning, is_address, is_loopback
 from spheres.logs import VARIABLE, JsonFormatter, formatter, is_json, json_asked
+from spheres.units import parse_duration
 from spheres.words import cut, is_encodable
 
 __all__ = ["LogTail", "main", "make_parser"]
@@ -346,17 +347,7 @@ def _address_or_none(text: str) -> str:
 
 
 def _seconds(text: str) -> float:
-    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-    for unit in sorted(units, key=len, reverse=True):
-        if text.endswith(unit):
-            text, factor = text.removesuffix(unit), units[unit]
-            break
-    else:
-        factor = 1.0
     try:
-        value = float(text) * factor
-    except ValueError:
-        raise argparse.ArgumentTypeError("give a duration such as 60s, 5m or 0.5s") from None
-    if value < 0:
-        raise argparse.ArgumentTypeError("a duration is not negative")
-    return value
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -148,7 +148,7 @@ class GrpcTransport:
             found = await asyncio.get_running_loop().getaddrinfo(name.strip("[]"), port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:  # the latter where it cannot be a name at all
             why = error.strerror if isinstance(error, OSError) else "that is no name of a host"
-            raise UnreachableError(f"no way to {address}: {why}") from None
+            raise UnreachableError(f"no way to {address}: {why}; is the name right?") from None
         host = str(found[0][4][0])
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

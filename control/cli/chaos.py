@@ -38,7 +38,7 @@ def chaos(
 
     from control.chaos import parse_rate, schedule
     from control.storm import Storm
-    from control.units import parse_duration
+    from spheres.units import parse_duration
 
     try:
         rates = {"kill": parse_rate(kill), "stop": parse_rate(stop)}

@@ -64,7 +64,7 @@ def conformance(
     """
     from control.config_sources import load_config
     from control.conformance import CASES
-    from control.units import parse_duration
+    from spheres.units import parse_duration
 
     set_environment()
     log_to_stderr(max(0, verbose - 1))

@@ -872,7 +872,7 @@ def test_a_name_is_looked_up_to_a_number(run):
 )
 def test_what_cannot_be_looked_up_is_said(run, address, why):
     async def main():
-        with pytest.raises(UnreachableError, match=f"^no way to {re.escape(address)}: {why}$"):
+        with pytest.raises(UnreachableError, match=rf"^no way to {re.escape(address)}: {why}; is the name right\?$"):
             await GrpcTransport().look_up(address)
 
     run(main())

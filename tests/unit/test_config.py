@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from control.config import RunConfig, compare_identity, flat_paths, flatten, identity
 from control.config_sources import PREFIX, allowed, default_text, help_text, load_config
-from control.units import Every, format_duration, format_size, parse_duration, parse_size
 from spheres.errors import ConfigError
+from spheres.units import Every, format_duration, format_size, parse_duration, parse_size
 
 
 def load(file: Path | None = None, environ: dict[str, str] | None = None, **flags: Any) -> RunConfig:
