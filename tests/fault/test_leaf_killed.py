@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from control import restarts
 from control.config import RunConfig
 from control.reference import reference
 from control.testing import local_tree
@@ -193,6 +194,7 @@ def test_a_leaf_process_killed_by_sigkill_in_mid_step(run, tmp_path, monkeypatch
     (tmp_path / "dying.py").write_text(textwrap.dedent(DYING_TASK))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(restarts, "_FIRST_PAUSE", 60.0)  # it comes back after the end of the run
     settings = config(steps=12, chunk_bytes=4096)
     digits = load_task("digits")
 

@@ -32,7 +32,7 @@ from spheres.tensors import Manifest
 from spheres.v1.checkpoint_pb2 import RunRecord, SphereRecord
 
 LAYOUT = Manifest.of({"w": np.zeros((3, 5), np.float32), "b": np.ones(7, "f4")})
-SECONDS = 20.0
+SECONDS = 60.0
 #: each request of S3 is a call of another process
 pytestmark = pytest.mark.timeout(180)
 
