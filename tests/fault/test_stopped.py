@@ -78,7 +78,8 @@ def test_a_control_that_was_stopped_takes_its_spheres_back(run, tmp_path):
             sessions = {name: tree.spheres[name].link for name in tree.names()}
             # SIGSTOP of this very process, for longer than the lease, by one that is outside of it
             stop = f"kill -STOP {os.getpid()}; sleep 2.5; kill -CONT {os.getpid()}"
-            outside = await start_process("sh", "-c", stop)
+            # in a session of its own: what ends this one's processes does not keep it from the second signal
+            outside = await start_process("sh", "-c", stop, start_new_session=True)
             await training.step(3)
             assert await outside.wait() == 0
             await training.step(3)
