@@ -5,7 +5,10 @@ killed twice and started again with --resume: the run must end with the bits of 
 """
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +22,7 @@ from common import report
 
 from control.config_sources import load_config
 from control.initial import initial_weights
+from control.processes import spheres_of
 from control.reference import reference
 from control.run_dir import process_of
 from spheres.testing.synthetic import Synthetic
@@ -82,6 +86,17 @@ def check(records: list[dict[str, Any]], steps: int) -> dict[str, int]:
     }
 
 
+def end_what_is_left(control: subprocess.Popen[bytes], run: Path) -> None:
+    """Kill what has not come to its end: control in whichever life, and its spheres, which may be stopped."""
+    address = run / "address"
+    living = {process_of(run), *(spheres_of(address.read_text().split()[0]) if address.exists() else [])} - {None}
+    for pid in living:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    control.kill()
+    control.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
@@ -94,11 +109,12 @@ def main() -> None:
     options = parser.parse_args()
     values = settings(options)
     cli = [sys.executable, "-m", "control"]
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as left:
         run = Path(directory) / "run"
         began = time.monotonic()
         with (Path(directory) / "control.log").open("wb") as log:
             control = subprocess.Popen([*cli, "start", *flags(values), "--run-dir", str(run)], stdout=log, stderr=log)
+        left.callback(end_what_is_left, control, run)
         while not (run / "journal.jsonl").exists() or not (run / "journal.jsonl").stat().st_size:
             if control.poll() is not None or time.monotonic() - began > 60:
                 sys.exit((Path(directory) / "control.log").read_text())

@@ -20,6 +20,7 @@ import pytest
 import uvloop
 
 from control.config import RunConfig
+from tests import reaper
 
 T = TypeVar("T")
 
@@ -59,6 +60,11 @@ async def _bounded(coro: Coroutine[Any, Any, T], timeout: float) -> T:
 def _run(coro: Coroutine[Any, Any, T], *, timeout: float = 30.0) -> T:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_bounded(coro, timeout))
+
+
+def pytest_sessionstart() -> None:
+    """What tests start ends with this process, however that ends."""
+    reaper.watch()
 
 
 @pytest.fixture(scope="session")

@@ -205,13 +205,17 @@ def _remove(name: str) -> None:
 
 
 def _left_over() -> Iterator[str]:
-    """Yield the hosts whose switch is gone: killed, so that it could not remove them."""
+    """Yield the hosts whose switch is gone: killed, so that it could not remove them.
+
+    One of this process's number is left over too: nothing is made yet. A probe is of a process of any kind.
+    """
     for line in _ip("netns", "list").splitlines():
         prefix, _, rest = line.split()[0].partition("-")
-        pid = rest.partition("-")[0]
+        pid, _, number = rest.partition("-")
         if prefix == _PREFIX and pid.isdecimal():
             try:
-                lives = Path(__file__).name in Path(f"/proc/{pid}/cmdline").read_text()
+                command = Path(f"/proc/{pid}/cmdline").read_text()
+                lives = int(pid) != os.getpid() and (number == "probe" or Path(__file__).name in command)
             except OSError:
                 lives = False
             if not lives:

@@ -65,8 +65,11 @@ def outcome(folder: Path, plant: str) -> str:
             process.wait(1)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)  # ends at once, with all spheres
-            process.wait(20)
+            process.wait(30)
         return "did not end"
+    finally:
+        process.kill()
+        process.wait()
     summary = json.loads((folder / "run" / "summary.json").read_text())
     return summary["error"] or (summary["weights_sha256"] if summary["steps"] == 12 else f"{summary['steps']} steps")
 

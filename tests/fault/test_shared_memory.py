@@ -140,7 +140,9 @@ def test_a_reader_that_was_stopped_publishes_nothing_of_what_it_read(task, run, 
             try:
                 await rest  # this step and three more without it
                 assert tree.state_of(name) == "lost"
-                assert all(tree.state_of(other) == "active" for other in tree.names() if other != name)
+                # those below it may still be on their way to another parent
+                await tree.until(lambda: all(tree.state_of(n) == "active" for n in tree.names() if n != name))
+                assert tree.state_of(name) == "lost"
             finally:
                 os.kill(pid, signal.SIGCONT)
                 await asyncio.to_thread((folder / "go").write_text, "on")
@@ -292,10 +294,5 @@ def test_a_sphere_in_another_container(wire, run, tmp_path):
         assert "shares no memory with control" in said
         assert "--wire auto" in said
     else:
-        assert (
-            sum(
-                sphere["samples"] > 0
-                for sphere in json.loads((tmp_path / "run" / "summary.json").read_text())["spheres"]
-            )
-            == 2
-        )
+        records = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+        assert len({part[2] for record in records for part in record["contributions"]}) == 2

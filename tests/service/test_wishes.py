@@ -45,6 +45,7 @@ KINDS = ("restore", "restore of what is not there", "save", "rebalance", "copy",
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("wire", ["shm", "inline"])
 @pytest.mark.parametrize("evaluations", ["1 steps", None])
 def test_whatever_clients_wish_for_is_answered_and_the_weights_are_those_of_the_reference_loop(
@@ -91,5 +92,5 @@ def test_whatever_clients_wish_for_is_answered_and_the_weights_are_those_of_the_
             assert tree.tree.living == 4, "no link has ended for it"
             return controller.step, sha256
 
-    steps, sha256 = run(main(), timeout=60.0)
+    steps, sha256 = run(main(), timeout=150.0)
     assert sha256 == reference(task, config(), steps=steps).weights_sha256

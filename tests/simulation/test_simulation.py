@@ -75,6 +75,7 @@ def test_a_planted_bug_is_called_like_what_it_replaces(bug: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_what_control_sends_and_does_follows_the_fan_out_and_not_the_number_of_spheres() -> None:
     for spheres in (30, 240):
         figures = scale(spheres, fan_out=6)
