@@ -162,7 +162,8 @@ def test_an_actor_whose_process_dies_again_and_again_is_named(run, cluster, tmp_
         async with NotingTraining(
             config(cluster, tmp_path, task="crashing:Crashing", task_options=options, spheres=1)
         ) as training:
-            await eventually(lambda: training._launcher.aside() != [], seconds=90)
+            # before that, it may wait for its place
+            await eventually(lambda: any("has died" in why for _, why in training._launcher.aside()), seconds=90)
             ((name, why),) = training._launcher.aside()
             assert name == "ray-1"
             assert re.fullmatch(r"its process has died \d+ times in [\d.]+ s; Ray starts it again each time", why)

@@ -37,9 +37,11 @@ import spheres.cli
 from control.client import Client, state_name
 from control.run_dir import find
 
-pytestmark = pytest.mark.processes
+SECONDS = 100.0
 
-SECONDS = 40.0
+#: of a fixture of the whole module too: it starts some forty commands
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(SECONDS + 60)]
+
 #: in the environment of every process that is started here, so that none is overlooked
 MARK = f"MARK_{uuid.uuid4().hex}"
 
@@ -697,7 +699,7 @@ def wait_for(run: Any, live: Live, reached: Callable[[Any], bool]) -> Any:
                 pass
             return found
 
-    return run(ask())
+    return run(ask(), timeout=SECONDS)
 
 
 def test_questions_to_a_run(live: Live) -> None:
