@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from control import restarts
 from control.config import RunConfig
 from control.reference import reference
 from control.testing import local_tree
@@ -193,13 +194,14 @@ def test_a_leaf_process_killed_by_sigkill_in_mid_step(run, tmp_path, monkeypatch
     (tmp_path / "dying.py").write_text(textwrap.dedent(DYING_TASK))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(restarts, "_FIRST_PAUSE", 60.0)  # nobody comes in its place before the run is over
     settings = config(steps=12, chunk_bytes=4096)
     digits = load_task("digits")
 
     def train(name: str, sample: int) -> list[dict[str, Any]]:
         options = {"marker": str(tmp_path / "marker"), "sample": str(sample)}
         changes = {"task": "dying:Dying", "task_options": options, "run_dir": tmp_path / name}
-        summary = run(run_training(settings.model_copy(update=changes)), timeout=50)
+        summary = run(run_training(settings.model_copy(update=changes)), timeout=55)
         assert summary.error is None
         assert summary.weights_sha256 == reference(digits, settings).weights_sha256
         return [json.loads(line) for line in (tmp_path / name / "journal.jsonl").read_text().splitlines()]

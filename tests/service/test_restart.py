@@ -56,6 +56,8 @@ def test_one_command_line_begins_goes_on_and_knows_when_it_is_done(checkpoint_ev
     first = _start(tmp_path, *flags, "--spheres", "2", "--log-every", "1steps")
     assert first.stdout is not None
     fcntl.fcntl(first.stdout, fcntl.F_SETPIPE_SZ, 4096)  # some ten steps: it waits until they are read
+    if checkpoint_every != "none":
+        _until(first, "checkpoint")  # it is saved beside the steps, and takes as long as the disk does
     _until(first, "step", 25)
     first.kill()
     first.communicate(timeout=30)
