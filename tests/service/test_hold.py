@@ -67,7 +67,7 @@ class Node:
     def ends(self, *signals: signal.Signals) -> int:
         for sign in signals:
             self.process.send_signal(sign)
-        self.lines += self.process.communicate(timeout=30)[0].splitlines(keepends=True)
+        self.lines += self.process.communicate(timeout=100)[0].splitlines(keepends=True)
         return self.process.returncode
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ def nodes(tmp_path: Path) -> Iterator[Any]:
 
 def asked(address: str, service: str) -> str:
     command = [sys.executable, "-m", "spheres", "health", address, "--service", service]
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.split()[-1]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.split()[-1]
 
 
 def test_the_same_processes_take_part_when_the_total_is_raised(nodes: Any, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_local_spheres_of_a_control_that_is_held_end_with_the_run(nodes: Any) ->
     # before the summary is shown all spheres are gone from the tree; its process is a moment later
     with contextlib.suppress(ProcessLookupError):
         descriptor = os.pidfd_open(report["pid"])
-        ended, _, _ = select.select([descriptor], [], [], 20.0)
+        ended, _, _ = select.select([descriptor], [], [], 60.0)
         os.close(descriptor)
         assert ended, "it lives on"
     assert held.process.poll() is None

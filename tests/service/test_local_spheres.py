@@ -40,7 +40,7 @@ DIES = "#!/bin/sh\necho 'error: no task here' >&2\nexit 3\n"
 SLEEPS = "#!/bin/sh\necho looking for control at nowhere\nexec sleep 60\n"
 
 
-async def eventually(condition: Callable[[], bool], *, seconds: float = 10.0) -> None:
+async def eventually(condition: Callable[[], bool], *, seconds: float = 25.0) -> None:
     """Wait for what another process does and nobody tells."""
     for _ in range(int(seconds / 0.01)):
         if condition():
@@ -59,11 +59,14 @@ class Local:
         file.chmod(0o755)
         monkeypatch.setattr(launcher_local.sys, "executable", str(file))
         self.ended: list[Ended] = []
+        #: when each of them was told, before the pause that follows it has begun
+        self.times: list[float] = []
         self.news = asyncio.Event()
         self.spheres = LocalSpheres(RunFacts("127.0.0.1:1", folder / "logs", self._ended, orphan_timeout=1.0))
 
     def _ended(self, ended: Ended) -> None:
         self.ended.append(ended)
+        self.times.append(time.monotonic())
         self.news.set()
 
     async def until_ended(self, count: int) -> None:
@@ -78,13 +81,10 @@ def test_a_sphere_that_cannot_live_is_tried_ever_more_rarely_and_set_aside(run, 
     async def main() -> None:
         local = Local(tmp_path, DIES, monkeypatch)
         await local.spheres.start(1)
-        times = []
-        for count in range(1, 7):
-            await local.until_ended(count)
-            times.append(time.monotonic())
+        await local.until_ended(6)
         assert [(e.code, e.error, e.count) for e in local.ended] == [(3, "no task here", n) for n in range(1, 7)]
         assert str(local.ended[0]).startswith("local sphere 1 has ended (exit code 3): no task here; its log is ")
-        assert times[-1] - times[-2] > 4 * 0.005 * 2
+        assert local.times[-1] - local.times[-2] > 4 * 0.005 * 2
         ((name, reason),) = local.spheres.aside()
         assert name == "local-1"
         assert reason.startswith("ended 6 times in ")
@@ -196,12 +196,12 @@ def test_only_spheres_of_this_run_are_taken_for_that(run, tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         run(main(patch))
-    command = [sys.executable, "-m", "spheres", "start", "--control", "127.0.0.1:9", "--orphan-timeout", "30"]
+    command = [sys.executable, "-m", "spheres", "start", "--control", "127.0.0.1:9", "--orphan-timeout", "120"]
     (tmp_path / "logs").mkdir(exist_ok=True)
     with (tmp_path / "logs" / "sphere-4.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not command_of(process.pid) or command_of(process.pid)[1:3] != ["-m", "spheres"]:  # between fork and exec
             assert time.monotonic() < deadline
         assert is_sphere(process.pid, "127.0.0.1:9")
@@ -246,6 +246,22 @@ def _until(process: subprocess.Popen[str], step: int) -> None:
     pytest.fail(f"the run ended before step {step}: {process.stderr.read() if process.stderr else ''}")
 
 
+def _until_joined(process: subprocess.Popen[str], count: int) -> None:
+    """Read on until so many spheres have joined, of a run that waits for more."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        count -= json.loads(line)["event"] == "sphere_joined"
+        if not count:
+            return
+    pytest.fail(f"the run ended before it began: {process.stderr.read() if process.stderr else ''}")
+
+
+async def _spawn_one(directory: Path) -> int:
+    async with Client((directory / "run" / "address").read_text().split()[0]) as client:
+        (pid,) = await client.spawn(1)
+        return pid
+
+
 async def _spheres(directory: Path) -> dict[str, int]:
     async with Client((directory / "run" / "address").read_text().split()[0]) as client:
         return {sphere.sphere_id: sphere.report.pid for sphere in await client.spheres()}
@@ -254,15 +270,18 @@ async def _spheres(directory: Path) -> dict[str, int]:
 @pytest.mark.slow
 def test_spheres_of_a_control_that_was_killed_go_on_under_the_next(run, tmp_path):
     """DESIGN section 5: they keep their lives, their ids and their processes, and so do the weights their bits."""
-    flags = ("--spheres", "4", "--fan-out", "2", "--steps", "160", "--checkpoint-every", "20steps")
-    process = _start(tmp_path, "--run-dir", "run", *flags, "--log-every", "1steps")
-    _until(process, 1)
-    before = run(_spheres(tmp_path))
+    flags = ("--fan-out", "2", "--steps", "160", "--checkpoint-every", "20steps", "--log-every", "1steps")
+    process = _start(tmp_path, "--run-dir", "run", "--spheres", "3", "--min-spheres", "4", *flags)
+    assert process.stdout is not None
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)  # some ten steps: it waits until they are read
+    _until_joined(process, 3)
+    before = run(_spheres(tmp_path))  # asked before the first step, for which the fourth is waited for
+    before["s-4"] = run(_spawn_one(tmp_path))
     _until(process, 50)
     process.kill()
-    process.communicate(timeout=10)
+    process.communicate(timeout=30)
     os.kill(before["s-4"], signal.SIGKILL)  # one does not come back, and is started anew
-    resumed = _start(tmp_path, "--resume", "run", "-v", "--hold")
+    resumed = _start(tmp_path, "--resume", "run", "--spheres", "4", "-v", "--hold")
     _until(resumed, 60)
     after = run(_spheres(tmp_path))  # by then the run may be over
     assert resumed.stdout is not None
@@ -330,7 +349,7 @@ def test_a_task_that_no_sphere_can_load_any_more_ends_the_run_after_some_tries(r
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     options = {"marks": str(tmp_path / "marks"), "most": "2"}  # control's and that of one sphere
     config = RunConfig(task="stubborn:Stubborn", task_options=options, steps=9, spheres=1, run_dir=tmp_path / "run")
-    summary = run(run_training(config), timeout=60)
+    summary = run(run_training(config), timeout=110)
     assert summary.state == "error"
     assert "no sphere can be started: after 5 tries local sphere 1 has ended (exit code 3)" in str(summary.error)
     assert isinstance(summary.error, TaskError)
@@ -347,7 +366,7 @@ def test_why_a_sphere_has_ended_is_known_from_json_logs_too(run, tmp_path, monke
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("HERE", str(os.getpid()))
     config = RunConfig(task="elsewhere:Elsewhere", steps=9, spheres=1, run_dir=tmp_path / "run")
-    summary = run(run_training(config), timeout=60)
+    summary = run(run_training(config), timeout=110)
     line = (tmp_path / "run" / "logs" / "sphere-1.log").read_text().splitlines()[-1]
     assert len(line) > 4096
     assert isinstance(summary.error, TaskError)

@@ -1,7 +1,9 @@
 """Runs of real processes: the reference loop's bits, signals, and what becomes of spheres when control dies."""
 
+import fcntl
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -79,7 +81,7 @@ def test_a_tree_of_processes_that_sums_in_another_order_does_not(tmp_path):
     """The twin of the test above: every microbatch stands in its neighbour's place, and is summed once still."""
     (tmp_path / "shifted.py").write_text(textwrap.dedent(SHIFTED))
     process = _start(tmp_path, "--task", "shifted:Digits", "--steps", "24", "--spheres", "6", "--fan-out", "2")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     summary = json.loads(out.splitlines()[-1])
     assert summary["steps"] == 24
@@ -137,6 +139,12 @@ async def _sphere_pids(directory: Path) -> list[int]:
         return [sphere.report.pid for sphere in await client.spheres()]
 
 
+async def _spawn(directory: Path) -> list[int]:
+    address = (directory / "run" / "address").read_text().split()[0]
+    async with Client(address) as client:
+        return list(await client.spawn(1))
+
+
 def _wait_for_end(pids: list[int], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     for pid in pids:
@@ -160,10 +168,10 @@ def test_a_signal_finishes_the_step_saves_and_ends_every_process(sign, run, tmp_
     pids = run(_sphere_pids(tmp_path))
     assert len(pids) == 3
     process.send_signal(sign)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + sign
     assert "Traceback" not in err
-    _wait_for_end(pids, 15)
+    _wait_for_end(pids, 60)
     summary = json.loads(out.splitlines()[-1])
     assert (summary["event"], summary["state"], summary["reason"]) == ("summary", "stopped", sign.name)
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
@@ -187,7 +195,7 @@ TOLD_TASK = """
 def test_a_signal_while_the_run_opens_ends_it_in_order_before_its_first_step(tmp_path):
     (tmp_path / "told.py").write_text(textwrap.dedent(TOLD_TASK))
     process = _start(tmp_path, "--task", "told:Told", "--spheres", "2")
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err
     summary = json.loads(out.splitlines()[-1])
     assert (summary["state"], summary["reason"], summary["steps"]) == ("stopped", "SIGTERM", 0)
@@ -201,17 +209,19 @@ def test_local_spheres_write_the_log_format_of_control_and_not_to_its_port(tmp_p
     process = _start(tmp_path, *flags, environment={"ARMILLARY_LISTEN": address})
     _until_step(process, 5)
     process.terminate()
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     run_id = json.loads(out.splitlines()[-1])["run_id"]
     (line,) = [json.loads(line) for line in err.splitlines()]
     assert (line["run_id"], line["message"].split(":")[0]) == (run_id, "SIGTERM")
     for number in (1, 2):
-        lines = (tmp_path / "run" / "logs" / f"sphere-{number}.log").read_text().splitlines()
-        last = json.loads(lines[-1])
-        assert (last["message"], last["run_id"]) == ("told to stop: the run is over", run_id)
-        assert last["sphere_id"] in ("s-1", "s-2")
-        assert any(f"{last['sphere_id']} joins control" in json.loads(line)["message"] for line in lines)
+        text = (tmp_path / "run" / "logs" / f"sphere-{number}.log").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        # the last word but for that of a signal: control's to one that takes its time to end
+        (told,) = [line for line in lines if line["message"] == "told to stop: the run is over"]
+        assert told["run_id"] == run_id
+        assert told["sphere_id"] in ("s-1", "s-2")
+        assert any(f"{told['sphere_id']} joins control" in line["message"] for line in lines)
     found = log_lines(tmp_path / "run", "s-2", 100)
     assert any("s-2 joins control" in line for line in found)
 
@@ -247,7 +257,7 @@ def test_a_run_in_a_folder_whose_name_is_no_utf_8(run, tmp_path):
         path, run_dir, lines = run(ask())
     finally:
         process.terminate()
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     assert run_dir == f"{tmp_path}/caf\\udce9/run"
     assert path.startswith("run/checkpoints/step-")
@@ -269,17 +279,15 @@ SLOW_TASK = """
 
 def test_a_second_signal_ends_at_once_with_a_step_in_hand(run, tmp_path):
     (tmp_path / "slow.py").write_text(textwrap.dedent(SLOW_TASK))
-    process = _start(tmp_path, "--task", "slow:Slow", "--spheres", "2")
-    assert process.stdout is not None
-    while json.loads(process.stdout.readline())["event"] != "train_start":
-        pass
+    process = _start(tmp_path, "--task", "slow:Slow", "--spheres", "2", "--log-every", "1steps")
+    _until_step(process, 2)  # the next does not end before both signals have come
     pids = run(_sphere_pids(tmp_path))
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
     assert "once more to end at once" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 130
-    _wait_for_end(pids, 15)
+    assert process.wait(timeout=30) == 130
+    _wait_for_end(pids, 60)
     process.communicate()
     assert not (tmp_path / "run" / "address").exists()
 
@@ -313,11 +321,11 @@ def test_a_signal_ends_a_sphere_that_still_loads_its_task(sign, tmp_path):
         while sphere.stdout.readline().strip() != "loading":
             assert sphere.poll() is None
         sphere.send_signal(sign)
-        out, _ = sphere.communicate(timeout=10)
+        out, _ = sphere.communicate(timeout=60)
     finally:
         sphere.kill()
         control.terminate()
-        control.communicate(timeout=30)
+        control.communicate(timeout=60)
     assert sphere.returncode == 0
     assert "a signal before this sphere takes part" in out.splitlines()[-1]
 
@@ -346,7 +354,7 @@ def test_a_second_signal_ends_a_sphere_whatever_its_threads_are_at(tmp_path):
             while sphere.stdout.readline().strip() != word:
                 assert sphere.poll() is None
             sphere.terminate()
-        assert sphere.wait(timeout=10) == 0
+        assert sphere.wait(timeout=30) == 0
     finally:
         sphere.kill()
         sphere.communicate()
@@ -354,27 +362,19 @@ def test_a_second_signal_ends_a_sphere_whatever_its_threads_are_at(tmp_path):
 
 @pytest.mark.slow
 def test_spheres_end_by_themselves_after_control_was_killed_and_the_run_goes_on(run, tmp_path):
-    flags = (
-        "--spheres",
-        "2",
-        "--fan-out",
-        "1",
-        "--orphan-timeout",
-        "1s",
-        "--steps",
-        "150",
-        "--checkpoint-every",
-        "20steps",
-        "--log-every",
-        "1steps",
-    )
-    process = _start(tmp_path, *flags)
-    _until_step(process, 1)
-    pids = run(_sphere_pids(tmp_path))
+    flags = ("--fan-out", "1", "--orphan-timeout", "1s", "--steps", "150", "--checkpoint-every", "20steps")
+    process = _start(tmp_path, "--spheres", "1", "--min-spheres", "2", *flags, "--log-every", "1steps")
+    assert process.stdout is not None
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)  # some ten steps: it waits until they are read
+    while json.loads(process.stdout.readline())["event"] != "sphere_joined":
+        pass
+    pids = run(_sphere_pids(tmp_path))  # asked before the first step, for which the second is waited for
+    pids += run(_spawn(tmp_path))
+    assert len(pids) == 2
     _until_step(process, 45)
     process.kill()
     process.communicate(timeout=10)
-    _wait_for_end(pids, 15)
+    _wait_for_end(pids, 60)
     resumed = subprocess.run(
         [sys.executable, "-m", "control", "start", "--json", "--resume", str(tmp_path / "run"), "--spheres", "3"],
         capture_output=True,
@@ -418,19 +418,19 @@ def test_a_sphere_finds_control_and_is_found_when_both_listen_on_every_address(r
     flags = ("--listen", "0.0.0.0:0", "--insecure", "--spheres", "0", "--min-spheres", "2", "--fan-out", "1")
     process = _start(tmp_path, *flags, "--steps", "30")
     address = tmp_path / "run" / "address"
-    deadline = time.monotonic() + 20
-    while not (address.exists() and address.read_text().split()[0].startswith("0.0.0.0")):
+    deadline = time.monotonic() + 60
+    while not (address.exists() and re.fullmatch(r"0\.0\.0\.0:\d+\n\d+\n", address.read_text())):  # written to its end
         assert time.monotonic() < deadline
         select.select([], [], [], 0.05)
     control = address.read_text().split()[0].replace("0.0.0.0", "127.0.0.1")
     command = [sys.executable, "-m", "spheres", "start", "--control", control, "--listen", "0.0.0.0:0", "--insecure"]
     spheres = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     summary = json.loads(out.splitlines()[-1])
     assert summary["tree"] == {"s-1": "control", "s-2": "s-1"}
     assert summary["weights_sha256"] == reference(load_task("digits"), RunConfig(steps=30)).weights_sha256
-    assert [sphere.wait(timeout=10) for sphere in spheres] == [0, 0]
+    assert [sphere.wait(timeout=60) for sphere in spheres] == [0, 0]
     for sphere in spheres:
         sphere.communicate()
 
@@ -472,8 +472,10 @@ def test_local_spheres_that_are_all_killed_are_started_again(run, tmp_path):
                     os.kill(sphere.pid, signal.SIGKILL)
 
     async def train() -> Any:
-        nonlocal training
         async with training:
+            await training.step(20)
+            # who is back first trains on: the run could be over before the other is
+            await training.controller.tree.wait_for(2)
             await training.run()
         return training.summary
 

@@ -56,9 +56,11 @@ def test_one_command_line_begins_goes_on_and_knows_when_it_is_done(checkpoint_ev
     first = _start(tmp_path, *flags, "--spheres", "2", "--log-every", "1steps")
     assert first.stdout is not None
     fcntl.fcntl(first.stdout, fcntl.F_SETPIPE_SZ, 4096)  # some ten steps: it waits until they are read
+    if checkpoint_every != "none":
+        _until(first, "checkpoint")  # it is saved beside the steps, and takes as long as the disk does
     _until(first, "step", 25)
     first.kill()
-    first.communicate(timeout=10)
+    first.communicate(timeout=30)
     second = _summary(_start(tmp_path, *flags, "--spheres", "2"))
     wanted = reference(load_task("digits"), RunConfig(task="digits", steps=60)).weights_sha256
     assert (second["state"], second["weights_sha256"]) == ("completed", wanted)
@@ -100,7 +102,7 @@ def test_a_run_that_another_control_still_has_is_waited_for(tmp_path):
     assert second.stderr is not None
     assert f"is in use by process {first.pid}: waiting for it, up to 60 s" in second.stderr.readline()
     first.kill()
-    first.communicate(timeout=10)
+    first.communicate(timeout=30)
     assert _summary(second)["state"] == "completed"
     assert {record["term"] for record in _journal(tmp_path)} == {1, 2}
 
@@ -128,11 +130,11 @@ def test_a_run_that_is_over_and_held_answers_until_it_is_told_to_go(end, run, tm
         async with Client(address) as client:
             assert (await client.status()).step == summary["steps"]
         with pytest.raises(RefusedError, match="the run is over"):
-            await Sphere(SphereOptions(control=address, orphan_timeout=5.0), GrpcTransport()).run()
+            await Sphere(SphereOptions(control=address, orphan_timeout=25.0), GrpcTransport()).run()
 
     run(look())
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, ""), err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["state"] == state

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(30)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(60)]
 
 SCRIPT = """
 import asyncio, gc, os, sys
@@ -34,5 +34,5 @@ with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
 
 
 def test_nothing_is_collected_between_fork_and_exec():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=50, check=True)
     assert done.stdout.splitlines() == ["started", "code 0 collecting True"]
