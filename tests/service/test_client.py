@@ -257,7 +257,7 @@ def test_a_watch_that_finds_nobody_any_more_gives_up(run: Any) -> None:
     async def watch() -> None:
         control = watching([event(1), CUT], [CUT])
         async with serving(control) as client:
-            events = client.watch(patience=1.0)
+            events = client.watch(patience=2.0)  # on a busy machine too long enough for some attempts
             assert (await anext(events)).id == 1
             with pytest.raises(UnreachableError):
                 await anext(events)
@@ -447,7 +447,7 @@ def often(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> No
 def test_a_control_that_goes_silent_is_noticed_and_the_watch_goes_on_once_it_is_back(run: Any) -> None:
     async def watch(request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
         control.requests.append(request.after_event_id)
-        yield event(len(control.requests))
+        yield event(1 if len(control.requests) == 1 else 2)
         if len(control.requests) == 1:
             await asyncio.get_running_loop().create_future()
 
@@ -460,7 +460,8 @@ def test_a_control_that_goes_silent_is_noticed_and_the_watch_goes_on_once_it_is_
 
     control = Control(WatchRun=watch)
     run(follow())
-    assert control.requests == [0, 1]
+    assert control.requests[0] == 0
+    assert set(control.requests[1:]) == {1}  # again, where an answer to a ping took half a second
 
 
 @pytest.mark.slow
@@ -500,7 +501,7 @@ def test_a_watch_dials_as_often_as_it_tries(run: Any) -> None:
         async with serving(watching([event(1), CUT])) as direct, Relay(direct.address) as relay:
             port = int(relay.address.rpartition(":")[2])
             async with Client(relay.address) as client:
-                events = client.watch(patience=2.0)
+                events = client.watch(patience=4.0)
                 assert (await anext(events)).id == 1
                 relay.hang_up()
                 async with await asyncio.start_server(hang_up, "127.0.0.1", port):
@@ -509,7 +510,7 @@ def test_a_watch_dials_as_often_as_it_tries(run: Any) -> None:
 
     dialled: list[float] = []
     run(follow())
-    assert len(dialled) > 3
+    assert len(dialled) > 4  # of some sixteen; by itself after 1 s and 2.6 s, perhaps after 4 s
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -204,13 +204,12 @@ def test_a_client_that_does_not_read_on_holds_no_copy(
     async def main() -> None:
         async with served(tmp_path, Synthetic(parameters=LARGE, samples=100), checkpoint_every=None) as at:
             call = await begun(at.client)
-            monkeypatch.setattr(servicers, "_PIECE_SECONDS", 0.2)
             await freed(at, 0)
-            with pytest.raises(aio.AioRpcError, match=r"a piece of the weights was not taken within 0\.2 s") as caught:
+            with pytest.raises(aio.AioRpcError, match=r"a piece of the weights was not taken within 2 s") as caught:
                 [_ async for _ in call]
             assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
 
-    monkeypatch.setattr(servicers, "_PIECE_SECONDS", 1.0)
+    monkeypatch.setattr(servicers, "_PIECE_SECONDS", 2.0)
     run(main())
 
 
