@@ -325,21 +325,22 @@ def test_a_watch_that_is_refused_is_not_tried_again(run: Any) -> None:
     run(watch())
 
 
+@pytest.mark.timeout(220)
 def test_the_command_watch_goes_on_where_control_was_started_again(run: Any) -> None:
     async def watch(control: Control, *words: str) -> subprocess.CompletedProcess[str]:
         async with serving(control) as client:
             command = [sys.executable, "-m", "control", "watch", "--json", "--address", client.address, *words]
             return await asyncio.to_thread(
-                subprocess.run, command, capture_output=True, text=True, timeout=20, check=False
+                subprocess.run, command, capture_output=True, text=True, timeout=80, check=False
             )
 
     gone = grpc.StatusCode.OUT_OF_RANGE
     control = watching([event(7), CUT], [gone], [event(1, "state", state="completed")])
-    done = run(watch(control))
+    done = run(watch(control), timeout=100)
     assert [json.loads(line)["event_id"] for line in done.stdout.splitlines()] == [7, 1]
     assert (done.returncode, control.requests) == (0, [0, 7, 0])
     assert "control was started again" in done.stderr
-    done = run(watch(watching([gone]), "--after", "7"))
+    done = run(watch(watching([gone]), "--after", "7"), timeout=100)
     assert (done.returncode, done.stdout) == (6, "")
     assert "no longer keeps the events after 7" in done.stderr
 

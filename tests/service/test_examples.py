@@ -1,6 +1,5 @@
 """The examples run as they stand, each a program of its own; the hello of docs/protocol.md is what a sphere says."""
 
-import asyncio
 import contextlib
 import importlib.util
 import json

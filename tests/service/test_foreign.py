@@ -610,17 +610,24 @@ async def gives_no_sign_of_life(made):
 @pytest.mark.parametrize("silent", [says_nothing, says_an_empty_hello, gives_no_sign_of_life])
 @pytest.mark.parametrize("parent", PARENTS)
 def test_one_that_is_silent_is_given_up(run, tmp_path, parent, silent, monkeypatch):
-    async def main():
-        async with stage(tmp_path, parent, patience="1s") as made:
-            if silent is says_nothing:
-                monkeypatch.setattr(children, "HELLO_SECONDS", 0.3)
-            code, reason = await silent(made)
-            made.start()
-            status, details = await made.foreign.status()
-            assert (status, reason in details) == (code, True), details
+    async def given_up(patience):
+        folder = tmp_path / patience
+        folder.mkdir()
+        async with stage(folder, parent, patience=patience) as made:
+            with monkeypatch.context() as patch:
+                if silent is says_nothing:
+                    patch.setattr(children, "HELLO_SECONDS", 0.3)
+                code, reason = await silent(made)
+                made.start()
+                status, details = await made.foreign.status()
             await made.ends_undisturbed()
+            return status == code and reason in details, details
 
-    run(main())
+    for patience in ("1s", "4s", "10s"):
+        right, details = run(given_up(patience))
+        if "this node was stopped for" not in details:  # by a busy machine, for longer than patience: another end (N10)
+            break
+    assert right, details
 
 
 @pytest.mark.slow
