@@ -128,10 +128,13 @@ test-clients-node: clients-node $(VENV)/.dev ## Test the worker in Node.js: itse
 	node examples/clients/node/worker.js --vectors protos/testdata
 	$(BIN)/control-cli conformance -- node examples/clients/node/worker.js
 
-# no lock file: it would name the registry that it was made with; package.json names exact versions
+# no lock file: it would name the registry that it was made with; package.json names exact versions. What an install left
+# that was cut off is thrown away: npm would take a folder that is there for whole.
 examples/clients/node/node_modules/.made: examples/clients/node/package.json
 	@echo 'clients-node: installing what the worker in Node.js needs'
+	@rm -rf $(@D)
 	@cd examples/clients/node && npm install --no-save --no-package-lock --no-audit --no-fund --loglevel=error --silent
+	@touch $@
 
 .PHONY: test-ray
 test-ray: $(RAY_VENV)/.made ## Run the tests of spheres on Ray: a cluster of three nodes on this machine

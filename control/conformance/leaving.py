@@ -13,8 +13,9 @@ from control.conformance.script import breach_unless
 from spheres.errors import RefusedError
 from spheres.v1 import work_pb2 as pb
 
-#: seconds of silence after which the other side counts as dead, where a case waits for that
-_SHORT_PATIENCE = 3.0
+#: seconds of silence after which the other side counts as dead, where a case waits for that: longer than a busy machine
+#: may let a worker stand
+_SHORT_PATIENCE = 5.0
 _LINES = 5
 
 
@@ -26,6 +27,7 @@ async def stop(play: Play) -> None:
     await play.train(edge, play.script.tag(0, 0), [play.script.all])
     play.expect("A step (directive STOP)", "heartbeats, after a STOP that was for another")
     await play.control.beats_after(len(play.control.beats) + 2)
+    play.may_end = True  # before it is told to: which is seen first, that it was told or that it has ended, is chance
     await edge.direct(pb.DIRECTIVE_KIND_STOP, target_sphere_id="", reason="the run is over")
     await play.ends(0, "A step (directive STOP)")
 
@@ -137,9 +139,9 @@ async def drain_idle(play: Play) -> None:
     """DRAIN between two steps: the worker says leaving, and is gone when no step has come for patience."""
     edge = await play.join()
     await play.train(edge, play.script.tag(0, 0), [play.script.all])
-    await edge.direct(pb.DIRECTIVE_KIND_DRAIN, reason="a test")
     play.expect("Leaving", "leaving")
     play.may_end = True
+    await edge.direct(pb.DIRECTIVE_KIND_DRAIN, reason="a test")
     await edge.saying("leaving")
     await play.ends(0, "Leaving")
 

@@ -31,6 +31,8 @@ __all__ = ["Edge", "Node", "check_hello"]
 _MOST_WAITING = 4096
 #: seconds that a worker which is told to end, and is no process of ours, has for that
 _STOP_SECONDS = 2.0
+#: heartbeats in which a worker shows that it has run while nothing came of it
+_QUIET_BEATS = 2
 #: frames that belong to no step
 _STEPLESS = {"capacity", "state_report", "log_report", "task_failure", "leaving", "sphere_change"}
 
@@ -164,13 +166,20 @@ class Edge:
             self.said.append(message)
 
     async def quiet(self, seconds: float, rule: str, expected: str) -> None:
-        """Nothing of a step comes for so long: a negative has no event that could be waited for."""
-        try:
-            async with asyncio.timeout(seconds):
-                message = await self.frame()
-        except TimeoutError:
-            return
-        raise BreachError(rule, expected, _words(message))
+        """Nothing of a step comes for so long: a negative has no event that could be waited for.
+
+        A worker that is slow has its time too: it has to give signs of life meanwhile.
+        """
+
+        async def waits() -> None:
+            count = len(self.node.beats) + _QUIET_BEATS
+            await asyncio.sleep(seconds)
+            await self.node.beats_after(count)
+
+        async def comes() -> None:
+            raise BreachError(rule, expected, _words(await self.frame()))
+
+        await first_end(comes(), waits())
 
     async def gone(self, rule: str, expected: str) -> None:
         """Wait for the worker to end the link. Raises BreachError where it goes on with a step instead."""

@@ -7,11 +7,10 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,10 @@ import pytest
 from control.config import RunConfig
 from control.conformance import CASES
 from control.reference import reference
+from control.sync_client import SyncClient
 from spheres.task import load_task
 
-pytestmark = [pytest.mark.clients, pytest.mark.processes, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.clients, pytest.mark.processes, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -29,13 +29,15 @@ CLIENTS = ROOT / "examples" / "clients"
 #: name -> command, and what must be there for it
 WORKERS = {
     "python": ([str(BIN / "sphere"), "start"], [BIN / "sphere"]),
-    "node": (["node", str(CLIENTS / "node" / "worker.js")], [CLIENTS / "node" / "node_modules" / "@grpc" / "grpc-js"]),
+    "node": (["node", str(CLIENTS / "node" / "worker.js")], [CLIENTS / "node" / "node_modules" / ".made"]),
     "cpp": ([str(CLIENTS / "cpp" / "build" / "worker")], [CLIENTS / "cpp" / "build" / "worker"]),
 }
 FOREIGN = [name for name in WORKERS if name != "python"]
 MICROBATCHES, BATCH, SAMPLES = 12, 48, 1437
 #: relative difference of the last loss from that of Python alone: other languages round otherwise, step by step
 CLOSE = 1e-3
+#: seconds for what takes a moment on a machine that has nothing else to do
+PATIENCE = 120
 
 
 def command_of(name):
@@ -50,21 +52,14 @@ def command_of(name):
     return command
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Run:
     """``control-cli start`` with Python spheres of its own; its lines are read one by one."""
 
     def __init__(self, folder, stack, *, spheres, others, steps, fan_out=12):
         self.folder, self.stack, self.others = folder, stack, []
-        self.address = f"127.0.0.1:{free_port()}"
         flags = {"task": "digits", "steps": steps, "microbatches": MICROBATCHES, "batch-size": BATCH,
                  "chunk-bytes": 4096, "window-chunks": 2, "spheres": spheres, "min-spheres": spheres + others,
-                 "fan-out": fan_out, "patience": "3s", "listen": self.address, "run-dir": folder / "run",
+                 "fan-out": fan_out, "patience": "3s", "run-dir": folder / "run",
                  "log-every": "1steps"}  # fmt: skip
         words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
         self.errors = (folder / "control.err").open("w")
@@ -74,6 +69,18 @@ class Run:
             stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd=folder,
         )  # fmt: skip
         stack.callback(self._end)
+        self.address = self._listens()
+
+    def _listens(self):
+        """Wait until control has a port, and return where that is."""
+        path, deadline = self.folder / "run" / "address", time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with suppress(FileNotFoundError):
+                address, *more = path.read_text().splitlines() or [""]
+                if address and more:
+                    return address
+            time.sleep(0.02)
+        return pytest.fail(f"control does not listen: {(self.folder / 'control.err').read_text()}")
 
     def _end(self):
         if self.process.poll() is None:
@@ -112,18 +119,26 @@ class Run:
         pytest.fail(f"the run ended before step {step}: {(self.folder / 'control.err').read_text()}")
 
     def until_stuck(self):
-        """Wait until no step ends any more, because somebody who takes part has stopped."""
+        """Wait until no step ends any more, because somebody who takes part has stopped: no step takes so long.
+
+        It is below ``patience``, by which control would give up who has stopped before anybody kills it.
+        """
         journal, size = self.folder / "run" / "journal.jsonl", -1
         while size != (now := journal.stat().st_size):
             size = now
-            time.sleep(0.3)
+            time.sleep(1.5)
+
+    def stop(self):
+        """End the run: it goes on for as long as a test needs it."""
+        with SyncClient(self.address, deadline=PATIENCE) as client:
+            client.stop("seen enough")
 
     def summary(self):
         """Read to the end."""
         last = None
         for line in self.process.stdout:
             last = json.loads(line)
-        assert self.process.wait(timeout=60) == 0, (self.folder / "control.err").read_text()
+        assert self.process.wait(timeout=PATIENCE) == 0, (self.folder / "control.err").read_text()
         assert last["event"] == "summary"
         return last
 
@@ -187,7 +202,7 @@ def test_vectors_that_are_wrong_are_noticed(name, tmp_path):
 def test_every_case_of_the_conformance_command_passes(name, tmp_path):
     command = [str(BIN / "control-cli"), "conformance", "--timeout", "60s", "--log-dir", str(tmp_path / "logs")]
     done = subprocess.run(
-        [*command, "--", *command_of(name)], capture_output=True, text=True, timeout=280, check=False, cwd=tmp_path
+        [*command, "--", *command_of(name)], capture_output=True, text=True, timeout=800, check=False, cwd=tmp_path
     )
     sys.stdout.write(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -201,7 +216,7 @@ def test_two_of_them_beside_two_python_spheres_finish_a_run(name, tmp_path):
     with run_of(tmp_path, spheres=2, others=2, steps=steps) as run:
         workers = [run.add(name) for _ in range(2)]
         summary = run.summary()
-        assert [worker.wait(timeout=30) for worker in workers] == [0, 0]
+        assert [worker.wait(timeout=PATIENCE) for worker in workers] == [0, 0]
     assert (summary["state"], summary["steps"]) == ("completed", steps)
     records = run.journal()
     counts_each_sample_once(records, steps)
@@ -212,9 +227,9 @@ def test_two_of_them_beside_two_python_spheres_finish_a_run(name, tmp_path):
 @pytest.mark.parametrize("name", WORKERS)
 def test_each_is_killed_in_mid_step_and_the_run_survives(name, tmp_path):
     """SIGKILL, one after the other, at a moment when the steps run; another takes its place each time."""
-    steps = 400
     command_of(name)
-    with run_of(tmp_path, spheres=2, others=1, steps=steps) as run:
+    # without end: it shall not be over before it has come to the last of what is done to it
+    with run_of(tmp_path, spheres=2, others=1, steps=1_000_000) as run:
         worker = run.add(name)
         for step in (20, 120, 220):
             run.until_step(step)
@@ -222,12 +237,15 @@ def test_each_is_killed_in_mid_step_and_the_run_survives(name, tmp_path):
                 worker.send_signal(signal.SIGSTOP)
                 run.until_stuck()
             worker.send_signal(signal.SIGKILL)
-            assert worker.wait(timeout=30) == -signal.SIGKILL
+            assert worker.wait(timeout=PATIENCE) == -signal.SIGKILL
             worker = run.add(name)
+        run.until_step(400)
+        run.stop()
         summary = run.summary()
-    assert (summary["state"], summary["steps"]) == ("completed", steps)
+    assert summary["state"] == "stopped"
     records = run.journal()
-    counts_each_sample_once(records, steps)
+    assert len(records) > 400
+    counts_each_sample_once(records, len(records))
     # what two more languages round otherwise grows over so many steps: the first of them are compared
     learns_as_python_alone(records[:40], 40)
     assert len(contributors(records)) >= 3
@@ -243,7 +261,7 @@ def test_all_of_them_in_one_tree(tmp_path):
     with run_of(tmp_path, spheres=2, others=2 * len(names), steps=steps, fan_out=2) as run:
         workers = [run.add(name) for name in names for _ in range(2)]
         summary = run.summary()
-        assert [worker.wait(timeout=30) for worker in workers] == [0] * len(workers)
+        assert [worker.wait(timeout=PATIENCE) for worker in workers] == [0] * len(workers)
     assert (summary["state"], summary["steps"]) == ("completed", steps)
     records = run.journal()
     counts_each_sample_once(records, steps)

@@ -257,7 +257,7 @@ def test_a_watch_that_finds_nobody_any_more_gives_up(run: Any) -> None:
     async def watch() -> None:
         control = watching([event(1), CUT], [CUT])
         async with serving(control) as client:
-            events = client.watch(patience=1.0)
+            events = client.watch(patience=2.0)  # on a busy machine too long enough for some attempts
             assert (await anext(events)).id == 1
             with pytest.raises(UnreachableError):
                 await anext(events)
@@ -325,21 +325,22 @@ def test_a_watch_that_is_refused_is_not_tried_again(run: Any) -> None:
     run(watch())
 
 
+@pytest.mark.timeout(220)
 def test_the_command_watch_goes_on_where_control_was_started_again(run: Any) -> None:
     async def watch(control: Control, *words: str) -> subprocess.CompletedProcess[str]:
         async with serving(control) as client:
             command = [sys.executable, "-m", "control", "watch", "--json", "--address", client.address, *words]
             return await asyncio.to_thread(
-                subprocess.run, command, capture_output=True, text=True, timeout=20, check=False
+                subprocess.run, command, capture_output=True, text=True, timeout=80, check=False
             )
 
     gone = grpc.StatusCode.OUT_OF_RANGE
     control = watching([event(7), CUT], [gone], [event(1, "state", state="completed")])
-    done = run(watch(control))
+    done = run(watch(control), timeout=100)
     assert [json.loads(line)["event_id"] for line in done.stdout.splitlines()] == [7, 1]
     assert (done.returncode, control.requests) == (0, [0, 7, 0])
     assert "control was started again" in done.stderr
-    done = run(watch(watching([gone]), "--after", "7"))
+    done = run(watch(watching([gone]), "--after", "7"), timeout=100)
     assert (done.returncode, done.stdout) == (6, "")
     assert "no longer keeps the events after 7" in done.stderr
 
@@ -447,7 +448,7 @@ def often(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> No
 def test_a_control_that_goes_silent_is_noticed_and_the_watch_goes_on_once_it_is_back(run: Any) -> None:
     async def watch(request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
         control.requests.append(request.after_event_id)
-        yield event(len(control.requests))
+        yield event(1 if len(control.requests) == 1 else 2)
         if len(control.requests) == 1:
             await asyncio.get_running_loop().create_future()
 
@@ -460,7 +461,8 @@ def test_a_control_that_goes_silent_is_noticed_and_the_watch_goes_on_once_it_is_
 
     control = Control(WatchRun=watch)
     run(follow())
-    assert control.requests == [0, 1]
+    assert control.requests[0] == 0
+    assert set(control.requests[1:]) == {1}  # again, where an answer to a ping took half a second
 
 
 @pytest.mark.slow
@@ -500,7 +502,7 @@ def test_a_watch_dials_as_often_as_it_tries(run: Any) -> None:
         async with serving(watching([event(1), CUT])) as direct, Relay(direct.address) as relay:
             port = int(relay.address.rpartition(":")[2])
             async with Client(relay.address) as client:
-                events = client.watch(patience=2.0)
+                events = client.watch(patience=4.0)
                 assert (await anext(events)).id == 1
                 relay.hang_up()
                 async with await asyncio.start_server(hang_up, "127.0.0.1", port):
@@ -509,7 +511,7 @@ def test_a_watch_dials_as_often_as_it_tries(run: Any) -> None:
 
     dialled: list[float] = []
     run(follow())
-    assert len(dialled) > 3
+    assert len(dialled) > 4  # of some sixteen; by itself after 1 s and 2.6 s, perhaps after 4 s
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """The conformance command: the Python sphere passes all of it, and each planted fault fails the case it belongs to."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from spheres.task import load_task
 from spheres.worker import limit_threads
 from tests.service.faulty_sphere import FAULTS
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 FAULTY = Path(__file__).with_name("faulty_sphere.py")
 
@@ -120,10 +122,15 @@ def test_every_fault_is_tried():
 @pytest.mark.parametrize("fault", mostly_slow(FAILS, FEW_FAULTS))
 def test_a_planted_fault_fails_its_case(fault, run, tmp_path, played):
     name, words = FAILS[fault]
-    # what fails by silence takes all of its time
-    result = run(play_case(CASES[name], *played, sphere(fault), seconds=6, log=tmp_path / "log"), timeout=60)
+    case = CASES[name]
+    short = 4.0 + (case.patience if case.patience < 10 else 2.0)
+    # what fails by silence takes all of its time, so that is short; a busy machine may need more to come to the fault
+    for seconds in (short, 25.0, 50.0):
+        result = run(play_case(case, *played, sphere(fault), seconds=seconds, log=tmp_path / "log"), timeout=70)
+        said = f"{result.rule}; {result.expected}; {result.came}"
+        if words in said or "nothing more came" not in said:
+            break
     assert result.state == "failed", result
-    said = f"{result.rule}; {result.expected}; {result.came}"
     assert words in said
 
 
@@ -200,15 +207,27 @@ def test_as_json_each_case_is_an_object():
     )  # fmt: skip
 
 
+def until_ended(pid):
+    """Wait for a process that was killed: it is at its end, but who killed it may be faster."""
+    deadline = time.monotonic() + 20
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X"):
+            assert time.monotonic() < deadline, pid
+            time.sleep(0.01)
+
+
 def test_a_worker_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     """A worker that never enrolls, and has a child; then Ctrl+C in the middle of a case."""
     pids, pipe = tmp_path / "pids", tmp_path / "pipe"
     os.mkfifo(pipe)
     script = tmp_path / "hangs.sh"
     script.write_text('sleep 1000 & echo hanging here; echo $$ $! > "$1"; wait\n')
-    done = called("--case", "hello", "--timeout", "1s", "--", "bash", str(script), str(pids))
-    assert done.returncode == 1
-    assert "came      nothing more came within 1 s (--timeout)" in done.stdout
+    for seconds in (1, 5, 25):  # it is ended at that, and a busy machine may not have come to its second line
+        done = called("--case", "hello", "--timeout", f"{seconds}s", "--", "bash", str(script), str(pids))
+        assert done.returncode == 1
+        assert f"came      nothing more came within {seconds} s (--timeout)" in done.stdout
+        if pids.exists() and pids.read_text():
+            break
     assert "| hanging here" in done.stdout
     command = [*COMMAND, "--case", "hello", "--timeout", "50s", "--", "bash", str(script), str(pipe)]
     with subprocess.Popen(command) as process:
@@ -218,5 +237,4 @@ def test_a_worker_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     started = [int(pid) for pid in (pids.read_text() + later).split()]
     assert len(started) == 4
     for pid in started:
-        stat = Path(f"/proc/{pid}/stat")
-        assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z", pid
+        until_ended(pid)

@@ -20,7 +20,7 @@ from control.reference import CanonicalSum, reference
 from control.starting import start_process
 from control.testing import HOST, local_tree
 from control.training import Training
-from spheres import children
+from spheres import children, watchdog
 from spheres.blocks import Block
 from spheres.config import MAX_MESSAGE_BYTES, NodeConfig
 from spheres.environment import environment_fingerprint
@@ -44,9 +44,21 @@ def threads():
     limit_threads()
 
 
+@pytest.fixture(autouse=True)
+def unhurried(request, monkeypatch):
+    """Nobody is late, however long this machine lets a worker stand: an attempt more (N12) would be another test."""
+    if "hurried" not in request.fixturenames:
+        monkeypatch.setattr(watchdog, "_SHORTEST", 60.0)
+
+
+@pytest.fixture
+def hurried():
+    """For a test of what is late."""
+
+
 def config(**changes):
     values = {"task": "digits", "steps": STEPS, "batch_size": 50, "microbatches": 8, "chunk_bytes": 4096,
-              "window_chunks": 2, "spheres": 1, "wire": "inline", "patience": "2s"}  # fmt: skip
+              "window_chunks": 2, "spheres": 1, "wire": "inline", "patience": "20s"}  # fmt: skip
     return RunConfig(**{**values, **changes})
 
 
@@ -316,6 +328,7 @@ def test_a_foreign_worker_that_does_right_takes_part_to_the_end(run, tmp_path, p
 
 
 @pytest.mark.processes
+@pytest.mark.timeout(200)  # five commands, one after the other
 def test_what_a_foreign_worker_is_written_in_is_shown(run, tmp_path):
     """It hangs below a sphere, so control hears of its language and environment hop by hop."""
 
@@ -354,7 +367,7 @@ def test_what_a_foreign_worker_is_written_in_is_shown(run, tmp_path):
             assert not any(text.startswith("python") for text in lines[0])  # as most are
         await ending
 
-    run(main(), timeout=60)
+    run(main(), timeout=180)
 
 
 # ---- a hello that does not fit
@@ -597,20 +610,28 @@ async def gives_no_sign_of_life(made):
 @pytest.mark.parametrize("silent", [says_nothing, says_an_empty_hello, gives_no_sign_of_life])
 @pytest.mark.parametrize("parent", PARENTS)
 def test_one_that_is_silent_is_given_up(run, tmp_path, parent, silent, monkeypatch):
-    async def main():
-        async with stage(tmp_path, parent, patience="1s") as made:
-            if silent is says_nothing:
-                monkeypatch.setattr(children, "HELLO_SECONDS", 0.3)
-            code, reason = await silent(made)
-            made.start()
-            status, details = await made.foreign.status()
-            assert (status, reason in details) == (code, True), details
+    async def given_up(patience):
+        folder = tmp_path / patience
+        folder.mkdir()
+        async with stage(folder, parent, patience=patience) as made:
+            with monkeypatch.context() as patch:
+                if silent is says_nothing:
+                    patch.setattr(children, "HELLO_SECONDS", 0.3)
+                code, reason = await silent(made)
+                made.start()
+                status, details = await made.foreign.status()
             await made.ends_undisturbed()
+            return status == code and reason in details, details
 
-    run(main())
+    for patience in ("1s", "4s", "10s"):
+        right, details = run(given_up(patience))
+        if "this node was stopped for" not in details:  # by a busy machine, for longer than patience: another end (N10)
+            break
+    assert right, details
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("answers", [True, False], ids=["answers begin", "answers nothing"])
 @pytest.mark.parametrize("parent", PARENTS)
 def test_one_that_lives_and_never_sends_a_gradient_holds_nothing_up(run, tmp_path, parent, answers):
