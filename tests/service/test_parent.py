@@ -555,6 +555,31 @@ def test_of_two_that_are_dialled_who_answers_first_is_taken(small, run, monkeypa
     run(main())
 
 
+def test_who_is_ended_while_it_gives_up_the_other_dial_keeps_no_link_open(small, run, monkeypatch):
+    """The dial that is given up takes a moment to end: who has answered meanwhile is not forgotten."""
+    dial = Dialling.dial
+
+    async def main():
+        ending = asyncio.Event()
+
+        async def dial_slowly(self, address, rpc):
+            if address != NOBODY:
+                return await dial(self, address, rpc)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ending.set()
+                await asyncio.sleep(0.05)
+
+        monkeypatch.setattr(Dialling, "dial", dial_slowly)
+        above = Above(small, idle)
+        async with serving(above) as address, child_of(small, ("control", address), ("s-9", NOBODY)):
+            await ending.wait()  # the child is ended now; that none of its links is open then is looked at there
+
+    monkeypatch.setattr(parent_module, "_NEXT_SECONDS", 0.1)
+    run(main())
+
+
 class Names:
     """Control's name, for a transport that is asked for it: it stands for a number, is unknown, or is waited for."""
 

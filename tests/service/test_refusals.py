@@ -427,7 +427,7 @@ MISDEEDS = {
     "beyond the model": (beyond_the_model, "OUT_OF_RANGE", "raw sent chunk 3 of"),
     "a chunk before its header": (at_once(lambda raw: raw.chunk(0)), "INVALID_ARGUMENT", "came before its header"),
     "chunks out of order": (
-        after_header(lambda raw: raw.chunk(1), lambda raw: raw.chunk(0)),
+        after_header(lambda raw: raw.chunk(1)),  # the first word that is wrong must be the last: its link ends there
         "INVALID_ARGUMENT",
         "chunk 1 of [2,4) came; expected chunk 0",
     ),
