@@ -333,7 +333,7 @@ class Controller:
         if step % sampler.steps_per_epoch == 0:
             self._teller.emit("epoch_start", {"epoch": self.epoch})
         self._teller.emit("batch_start", {"step": step})
-        began, up, down = perf_counter(), hub.received_bytes, hub.sent_down_bytes
+        traced, began, up, down = self._teller.clock(), perf_counter(), hub.received_bytes, hub.sent_down_bytes
         if not await self._while_waiting(self.tree.compute(step, TRAIN, self._renewal.gradient)):
             return
         sealed = perf_counter()
@@ -366,7 +366,7 @@ class Controller:
             bytes_down=hub.sent_down_bytes - down,
         )
         await self._commit(record)
-        self._teller.span("step", perf_counter() - began, step)
+        self._teller.span_since("step", traced, step)
 
     def _trains_next(self) -> bool:
         """Whether the step in hand is followed by another at once, as far as is known now, and weights then travel."""

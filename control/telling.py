@@ -60,6 +60,15 @@ class Teller:
             at = self._run.step if step is None else step
             self._callbacks.emit(Event(name, at, self._sampler.epoch_of(at), record), self._run)
 
+    def clock(self) -> int:
+        """Return nanoseconds by the clock of the trace; 0 where the run is not traced."""
+        return 0 if self._recorder is None else self._recorder.clock()
+
+    def span_since(self, name: str, began: int, step: int) -> None:
+        """Record what began then, by ``clock``, and has just ended, where the run is traced."""
+        if self._recorder is not None:
+            self._recorder.add_since(name, began, step=step)
+
     def span(self, name: str, seconds: float, step: int) -> None:
         """Record what has just ended, where the run is traced."""
         if self._recorder is not None:

@@ -161,16 +161,19 @@ class Parent:
                     ancestor = dialling.pop(task)
                     order.remove(ancestor)
                     try:
-                        return ancestor, task.result()
+                        link = task.result()
                     except UnreachableError as error:
                         self._last_error = error
                         log.debug("%s: %s", self._hub.id, error)
+                        continue
+                    try:
+                        await _give_up(dialling)
+                    except asyncio.CancelledError:
+                        await link.aclose()
+                        raise
+                    return ancestor, link
         finally:
-            for task in dialling:
-                task.cancel()
-            for link_or_error in await asyncio.gather(*dialling, return_exceptions=True):
-                if not isinstance(link_or_error, BaseException):  # it answered, too late
-                    await link_or_error.aclose()
+            await _give_up(dialling)
         return None
 
     async def _dial(self, ancestor: pb.Ancestor) -> Link:
@@ -439,3 +442,15 @@ class Parent:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._flushed.wait()
+
+
+async def _give_up(dialling: dict[asyncio.Task[Link], pb.Ancestor]) -> None:
+    """End these dials. One that has answered by now, too late, is a link that is closed."""
+    for task in dialling:
+        task.cancel()
+    if dialling:
+        await asyncio.wait(dialling)
+    while dialling:
+        task, _ = dialling.popitem()
+        if not task.cancelled() and task.exception() is None:
+            await task.result().aclose()

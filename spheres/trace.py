@@ -121,6 +121,13 @@ class Recorder:
             self._idle_since = end
         self._put(Span(name, start, duration, step, detail))
 
+    def add_since(self, name: str, began: int, *, step: int) -> None:
+        """Record a stretch from ``began`` by this clock until now: all that came in between lies in it.
+
+        A duration that was measured a moment ago would lie later by as long as this process was held up in between.
+        """
+        self._put(Span(name, began, max(0, self.clock() - began), step))
+
     def received(self, child: str, message: pb.WorkRequest, came: int) -> None:
         """A child's message, which came at ``came``, was taken in: from a block's header to its footer is one span."""
         if message.HasField("gradient_header"):

@@ -297,7 +297,7 @@ class MemoryTransport:
             raise told(error, "EnrollSphere") from None
 
     async def look_up(self, address: str) -> str:
-        return address
+        return await asyncio.to_thread(str, address)  # takes a moment, as a name does
 
     async def listen(self, address: str, handlers: Handlers) -> MemoryListener:
         host, port = split_address(address)

@@ -45,6 +45,18 @@ def transport(request):
     return MemoryTransport(MemoryNetwork() if request.param == "memory" else FaultyNetwork(random.Random(0)))
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """The reason of a write that failed is waited for, however busy this machine is."""
+    monkeypatch.setattr(grpc_link, "_WHY_SECONDS", 20.0)
+
+
+@pytest.fixture
+def sees_who_goes(monkeypatch):
+    """That a client has gone, and not only ended its side, is waited for too."""
+    monkeypatch.setattr(grpc_listener, "_GONE_SECONDS", 20.0)
+
+
 class Ends:
     """Both ends of one link. The handler waits until the link ends, and notes whether it was cancelled."""
 
@@ -398,6 +410,7 @@ def test_closing_ends_a_receive_and_a_send_under_way_at_the_dialling_end(transpo
     run(main())
 
 
+@pytest.mark.usefixtures("sees_who_goes")
 def test_when_the_dialling_end_goes_the_handler_is_cancelled_and_its_link_broken(transport, run):
     async def main():
         async with both_ends(transport) as (dialled, listening, ends):
@@ -417,6 +430,7 @@ def test_when_the_dialling_end_goes_the_handler_is_cancelled_and_its_link_broken
 
 
 @over_grpc_only
+@pytest.mark.usefixtures("sees_who_goes")
 def test_a_connection_that_is_cut_breaks_both_ends(transport, run):
     async def main():
         ends = Ends()
@@ -692,6 +706,12 @@ async def dial_until_it_is_taken(transport, address):
             await asyncio.sleep(0.02)
 
 
+async def dial_until_nobody_answers(transport, address):
+    """A server that has failed may still connect for a moment. Raises UnreachableError."""
+    while True:
+        await (await transport.dial(address, Rpc.WORK)).aclose()
+
+
 def _warnings(caplog):
     warnings = (r for r in caplog.records if r.name == "spheres.grpc_listener" and r.levelno == logging.WARNING)
     return [record.getMessage() for record in warnings]
@@ -770,7 +790,7 @@ def test_a_listener_that_cannot_have_its_port_again_says_so_and_keeps_its_links(
             assert await link.receive() == b"still here"
             await link.aclose()
             with pytest.raises(UnreachableError):
-                await transport.dial(listener.address, Rpc.WORK)
+                await dial_until_nobody_answers(transport, listener.address)
 
     run(main())
     assert any("cannot be had again" in record.getMessage() for record in caplog.records)

@@ -56,7 +56,7 @@ def depth(local: LocalTree) -> int:
 
 def test_a_drained_sphere_leaves_with_its_children_placed_elsewhere(run, tmp_path):
     async def main() -> None:
-        async with training(tmp_path, steps=25) as (local, _, running):
+        async with training(tmp_path, steps=2_000) as (local, _, running):
             left: list[tuple[str, bool]] = []
             local.tree.dismissed = lambda sphere, at_once: left.append((sphere, at_once)) or False
             local.tree.drain("s-1", "makes room")
@@ -71,13 +71,14 @@ def test_a_drained_sphere_leaves_with_its_children_placed_elsewhere(run, tmp_pat
             await local.tree.until(lambda: local.tree.living == 5)
             assert left[0] == ("s-1", False)
             assert local.tree.members.reason_of("s-1") == "said twice"
+            local.controller.request_stop("seen")
 
     run(main())
 
 
 def test_a_sphere_that_is_terminated_ends_at_once(run, tmp_path):
     async def main() -> None:
-        async with training(tmp_path, steps=25) as (local, _, running):
+        async with training(tmp_path, steps=2_000) as (local, _, running):
             local.tree.terminate("s-5", "enough")
             await local.tree.until(lambda: local.tree.state_of("s-5") == "lost")
             assert not running.done()
@@ -86,6 +87,7 @@ def test_a_sphere_that_is_terminated_ends_at_once(run, tmp_path):
                 local.tree.terminate("s-50", "")
             with pytest.raises(ConfigError, match="see control-cli spheres"):
                 local.tree.drain("nobody", "")
+            local.controller.request_stop("seen")
 
     run(main())
 
@@ -107,7 +109,7 @@ def test_a_rebalance_brings_everyone_to_its_place_between_two_steps(run, tmp_pat
     """Two inner spheres die; their children hang on control, until all are placed anew. Again: nothing to do."""
 
     async def main() -> None:
-        async with training(tmp_path, spheres=12, fan_out=2, steps=20) as (local, _, running):
+        async with training(tmp_path, spheres=12, fan_out=2, steps=2_000) as (local, _, running):
             await local.kill("s-1")
             await local.kill("s-4")
             await local.tree.until(lambda: local.tree.living == 10)
@@ -127,6 +129,7 @@ def test_a_rebalance_brings_everyone_to_its_place_between_two_steps(run, tmp_pat
             assert depth(local) == 3
             assert not local.tree.members.overfull
             assert await local.controller.between_steps(local.tree.rebalance) == ([], [])
+            local.controller.request_stop("seen")
 
     run(main())
 
@@ -221,7 +224,7 @@ def test_who_does_not_move_is_late_and_training_goes_on(run, tmp_path, monkeypat
     monkeypatch.setattr(tree_module, "_REBALANCE_SECONDS", 0.1)
 
     async def main() -> None:
-        async with training(tmp_path, spheres=6, fan_out=2, steps=25) as (local, _, running):
+        async with training(tmp_path, spheres=6, fan_out=2, steps=2_000) as (local, _, running):
             # deaf to that one word
             parent = local.spheres["s-3"].parent
             assert parent is not None
@@ -234,6 +237,7 @@ def test_who_does_not_move_is_late_and_training_goes_on(run, tmp_path, monkeypat
             assert "s-3" not in moved
             assert not running.done()
             assert local.tree.members.moving_to("s-3") is None
+            local.controller.request_stop("seen")
 
     run(main())
 
@@ -246,6 +250,7 @@ def test_the_end_of_a_log_comes_up_the_tree(run, tmp_path, monkeypatch):
             sphere._log_lines = lambda count: [f"line {n}" for n in range(100)][-count:]
             assert await local.tree.log_of("s-6", 3) == ["line 97", "line 98", "line 99"]
             with monkeypatch.context() as patch:
+                patch.setattr(tree_module, "_LOG_SECONDS", 0.1)
                 patch.setattr(local.tree.hub, "direct", lambda _directive: None)
                 patch.setattr(tree_module, "_LOG_SECONDS", 0.1)  # in vain, whatever the time
                 with pytest.raises(UnreachableError, match=r"s-6 did not send its log in 0\.1 s"):
@@ -256,13 +261,14 @@ def test_the_end_of_a_log_comes_up_the_tree(run, tmp_path, monkeypatch):
 
 def test_a_sphere_that_joins_in_mid_run_is_put_where_there_is_room(run, tmp_path):
     async def main() -> None:
-        async with training(tmp_path, spheres=3, fan_out=2, steps=25) as (local, network, running):
+        async with training(tmp_path, spheres=3, fan_out=2, steps=2_000) as (local, network, running):
             options = SphereOptions(control=local.tree.address, host=HOST, orphan_timeout=5.0)
             sphere = Sphere(options, MemoryTransport(network, "s-4"), task=TASK)
             local.spheres["s-4"], local.tasks["s-4"] = sphere, asyncio.create_task(sphere.run())
             await local.tree.until(lambda: local.tree.living == 4)
             assert not running.done()
             assert local.tree.parent_of("s-4") == "s-1"
+            local.controller.request_stop("seen")
 
     run(main())
 

@@ -555,6 +555,31 @@ def test_of_two_that_are_dialled_who_answers_first_is_taken(small, run, monkeypa
     run(main())
 
 
+def test_who_is_ended_while_it_gives_up_the_other_dial_keeps_no_link_open(small, run, monkeypatch):
+    """The dial that is given up takes a moment to end: who has answered meanwhile is not forgotten."""
+    dial = Dialling.dial
+
+    async def main():
+        ending = asyncio.Event()
+
+        async def dial_slowly(self, address, rpc):
+            if address != NOBODY:
+                return await dial(self, address, rpc)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ending.set()
+                await asyncio.sleep(0.05)
+
+        monkeypatch.setattr(Dialling, "dial", dial_slowly)
+        above = Above(small, idle)
+        async with serving(above) as address, child_of(small, ("control", address), ("s-9", NOBODY)):
+            await ending.wait()  # the child is ended now; that none of its links is open then is looked at there
+
+    monkeypatch.setattr(parent_module, "_NEXT_SECONDS", 0.1)
+    run(main())
+
+
 class Names:
     """Control's name, for a transport that is asked for it: it stands for a number, is unknown, or is waited for."""
 
@@ -564,19 +589,27 @@ class Names:
         #: what happens to who dials the name
         self.then = self.hang
         self.asked = 0
+        self._slow = asyncio.Event()
         dial = Dialling.dial
 
         async def dial_by_name(transport, address, rpc):
             if address == self.ADDRESS:
                 self.asked += 1
                 address = await self.then()
-            return await dial(transport, address, rpc)
+            try:
+                return await dial(transport, address, rpc)
+            except asyncio.CancelledError:
+                self._slow.set()
+                raise
 
         monkeypatch.setattr(Dialling, "dial", dial_by_name)
         monkeypatch.setattr(parent_module, "_NEXT_SECONDS", 0.1)
 
     async def hang(self):
-        await asyncio.Event().wait()
+        """Until the number was given up, where this machine was too busy for it: then both are dialled again."""
+        self._slow.clear()
+        await self._slow.wait()
+        raise UnreachableError("nobody has told that name")
 
     async def fail(self):
         raise UnreachableError("that name is not known")
@@ -632,16 +665,26 @@ def test_a_refusal_under_the_number_is_not_final_since_another_run_may_live_ther
 
 def test_a_number_that_nobody_answers_at_does_not_keep_a_child_from_the_name(small, run, monkeypatch):
     names = Names(monkeypatch)
-    names.then = names.fail
     monkeypatch.setattr(grpc_link, "DIAL_SECONDS", 60.0)
 
     async def main():
+        above = Above(small, train)
         with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel takes the connection, nobody speaks
             number = "{}:{}".format(*silent.getsockname())
-            async with child_of(small, ("control", names.ADDRESS), control=number, orphan_timeout=1.0) as (_, running):
+            async with serving(above) as by_name:
+
+                async def found_in_the_end():
+                    if names.asked <= 3:
+                        await names.fail()
+                    return by_name
+
+                names.then = found_in_the_end
+                async with child_of(small, ("control", names.ADDRESS), control=number):
+                    await above.trained
+            names.then = names.fail
+            async with child_of(small, ("control", names.ADDRESS), control=number, orphan_timeout=0.3) as (_, running):
                 with pytest.raises(UnreachableError, match=f"nobody answers at {number}$"):
                     await running
-                assert names.asked > 2
 
     run(main())
 

@@ -2,11 +2,12 @@
 
 import json
 from collections import defaultdict
-from time import monotonic_ns
+from time import monotonic_ns, sleep
 
 import pytest
 
 from control.config import RunConfig
+from control.telling import Teller
 from control.testing import local_tree
 from control.training import Training
 from spheres.grpc_link import GrpcTransport
@@ -42,6 +43,7 @@ def computed(spans, journal):
 
 
 def test_all_nodes_stand_on_one_time_line_though_their_clocks_differ(run, tmp_path, monkeypatch):
+    """And though control's process is held up, as on a busy machine, when it is about to say that a step has ended."""
     errors: list[int] = []
     offsets: dict[str, tuple[int, int]] = {}
     estimate = ClockOffset.estimate
@@ -52,7 +54,17 @@ def test_all_nodes_stand_on_one_time_line_though_their_clocks_differ(run, tmp_pa
             errors.append(found[1])
         return found
 
+    def hold_up(told):
+        def late(teller, name, stretch, step):
+            if (name, step) == ("step", 10):
+                sleep(0.2)
+            told(teller, name, stretch, step)
+
+        return late
+
     monkeypatch.setattr(ClockOffset, "estimate", noted)
+    for told in ("span", "span_since"):
+        monkeypatch.setattr(Teller, told, hold_up(getattr(Teller, told)))
     config = RunConfig(task="digits", steps=20, batch_size=100, spheres=3, fan_out=2, trace=True)
     task = load_task("digits")
 

@@ -59,6 +59,14 @@ def test_a_stretch_ends_now_and_belongs_to_the_step_that_it_was_done_for():
     assert [(span.name, span.step) for span in made.take()[0].spans] == [("send_up", 7), ("send_up", 8), ("journal", 5)]
 
 
+def test_a_stretch_since_a_moment_begins_there_however_late_it_is_told():
+    clock = Clock()
+    made, began = recorder(clock), clock.now
+    clock.now += SECOND
+    made.add_since("step", began, step=5)
+    assert made.take()[0].spans == [Span("step", began, SECOND, 5)]
+
+
 def test_between_two_blocks_the_compute_thread_waits():
     clock = Clock()
     made = recorder(clock)
