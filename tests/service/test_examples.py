@@ -120,6 +120,8 @@ def test_the_client_of_the_example_watches_a_run_to_its_end(tmp_path):
         with SyncClient(listening(tmp_path / "runs" / "latest" / "address", control), deadline=PATIENCE) as client:
             client.pause()
             client.spawn()
+            while [sphere.state for sphere in client.spheres()] != ["active", "active"]:
+                time.sleep(0.05)
         script = [sys.executable, str(EXAMPLES / "watch_run.py")]
         done = subprocess.run(
             script, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
