@@ -28,9 +28,17 @@ install_podman() {
         || { loud "apt-get could not install ${packages[*]}"; return 1; }
 }
 
+# The bridge of a network has the lowest hardware address of its ports, so another one when containers start or end, and
+# netavark before 1.9 does not settle it: whoever remembers the old one gets no answer from the bridge, which tells names
+# there, for up to a minute. So let interfaces that are made from now on say when their address changes.
+announce_addresses() {
+    local switch=/proc/sys/net/ipv4/conf/default/arp_notify
+    { echo 1 > "$switch"; } 2> /dev/null \
+        || printf 'without-engine: %s cannot be set: names may be unknown to containers for a minute\n' "$switch" >&2
+}
+
 # No systemd: cgroups and events by files. The limits are below those of machines that are containers themselves. What tells
-# names here (aardvark-dns 1.4) loses questions while a container starts or ends: who asks again after 5 s, as is usual, may
-# wait for most of a minute.
+# names here (aardvark-dns 1.4) loses what it is asked while it reads that a container has started or ended: ask again soon.
 configure() {
     [[ -z ${CONTAINERS_CONF:-} ]] || return 0
     export CONTAINERS_CONF=/var/tmp/armillary-containers.conf
@@ -67,6 +75,6 @@ make_base() {
 if ((EUID != 0)); then
     loud "that needs root"
 else
-    install_podman && configure && make_base || true
+    install_podman && announce_addresses && configure && make_base || true
 fi
 exec "$@"

@@ -145,11 +145,13 @@ class GrpcTransport:
     async def look_up(self, address: str) -> str:
         name, _, port = address.rpartition(":")
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(name.strip("[]"), port, type=socket.SOCK_STREAM)
+            # in a thread: a loop's own, uvloop's for one, leaves out which interface an address of one link is for
+            found = await asyncio.to_thread(socket.getaddrinfo, name.strip("[]"), port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:  # the latter where it cannot be a name at all
             why = error.strerror if isinstance(error, OSError) else "that is no name of a host"
             raise UnreachableError(f"no way to {address}: {why}; is the name right?") from None
-        host = str(found[0][4][0])
+        # not found[0][4][0], which leaves it out, too
+        host, _ = socket.getnameinfo(found[0][4], socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     async def listen(self, address: str, handlers: Handlers) -> GrpcListener:

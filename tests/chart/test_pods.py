@@ -33,7 +33,7 @@ from tests.chart.conftest import ROOT, Documents
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(600)]
 
-STEPS = 1500
+STEPS = 3000
 SPHERES = 3
 REFERENCE = f"""
 from control.config import RunConfig
@@ -175,6 +175,7 @@ def installed(image: str, render: Callable[..., Documents]) -> Iterator[Installe
 def send(sign: signal.Signals, name: str) -> None:
     """Send a signal to a container's process; one that podman itself has killed it would not start again."""
     (inspected,) = json.loads(podman("inspect", name).stdout)
+    assert inspected["State"]["Pid"] > 1  # 0 where it has ended: that would signal these tests
     os.kill(inspected["State"]["Pid"], sign)
 
 
@@ -209,6 +210,7 @@ def test_pods_of_the_chart_train_are_killed_and_end_in_the_same_bits(image: str,
 
     # as Kubernetes would ask; what they may do
     until(control, event("step", step=50))
+    podman("exec", control, "control-cli", "pause")  # or the run may be over before it has been asked all that
     for pod, port in [(installed.pods[0], 7070), *((sphere, 7071) for sphere in spheres)]:
         for service in ("", "ready"):
             podman("exec", container(pod), "sphere", "health", f"127.0.0.1:{port}", "--service", service)
@@ -217,6 +219,8 @@ def test_pods_of_the_chart_train_are_killed_and_end_in_the_same_bits(image: str,
         status = podman("exec", container(pod), "cat", "/proc/1/status").stdout
         assert re.search(r"^CapEff:\s+0+$", status, re.MULTILINE)
         assert re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE)
+
+    podman("exec", control, "control-cli", "resume")
 
     # a sphere that dies is started again in its Pod; a Pod that is gone is replaced by another, as a Deployment does
     send(signal.SIGKILL, container(spheres[0]))

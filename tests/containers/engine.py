@@ -12,7 +12,7 @@ from typing import Any
 __all__ = ["Container", "Engine", "podman"]
 
 #: seconds in which a container has to do what it is asked, on a machine that has other things to do
-SECONDS = 60.0
+SECONDS = 180.0
 #: as anybody should run them: nothing of the image can be written, no privileges, and no way to get any
 HARDENED = (
     *("--read-only", "--read-only-tmpfs=false", "--tmpfs", "/tmp", "--cap-drop", "all"),

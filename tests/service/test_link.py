@@ -867,7 +867,7 @@ def test_a_proxy_of_the_environment_is_not_asked(transport, run, monkeypatch):
 # ---- enrolling
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:7", "[::1]:7"])
+@pytest.mark.parametrize("address", ["127.0.0.1:7", "[::1]:7", f"[fe80::1%{socket.if_nameindex()[0][1]}]:7"])
 def test_an_address_that_has_a_number_is_looked_up_as_it_is(transport, run, address):
     async def main():
         assert await transport.look_up(address) == address
