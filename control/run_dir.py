@@ -133,7 +133,8 @@ class RunDirectory:
     def write_address(self, address: str) -> None:
         """Say where control listens, and below it which process that is. Raises ConfigError."""
         try:
-            (self.path / "address").write_text(f"{address}\n{os.getpid()}\n", encoding="utf-8")
+            with atomic_file(self.path / "address") as file:  # somebody may be waiting to read it
+                file.write(f"{address}\n{os.getpid()}\n".encode())
         except OSError as error:
             raise ConfigError(f"cannot write {self.path / 'address'}: {error.strerror}") from error
 

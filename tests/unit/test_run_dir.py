@@ -279,7 +279,7 @@ def test_a_parent_that_is_not_writable(tmp_path: Path) -> None:
         RunDirectory.create(tmp_path / "run", "digits")
 
 
-@pytest.mark.parametrize("failing", ["mkdir", "write_text", "open"])
+@pytest.mark.parametrize("failing", ["mkdir", "replace", "open"])
 def test_a_directory_that_is_read_only(tmp_path: Path, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_only(self: Path, *args: object, **kwargs: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(self))
@@ -288,7 +288,7 @@ def test_a_directory_that_is_read_only(tmp_path: Path, failing: str, monkeypatch
         patch.setattr(Path, failing, read_only)
         with pytest.raises(ConfigError, match="Read-only file system"):
             create(tmp_path / "run").close()
-    if failing == "write_text":
+    if failing == "replace":
         create(tmp_path / "run").close()  # the failure has left no lock
 
 
