@@ -97,6 +97,12 @@ def end_what_is_left(control: subprocess.Popen[bytes], run: Path) -> None:
     control.wait()
 
 
+def wanted(options: argparse.Namespace) -> set[str]:
+    """What a storm does at least once, control's death for one, or it was none."""
+    rates = {"kill": float(options.kill.partition("/")[0]), "stop": float(options.stop.partition("/")[0])}
+    return {kind for kind, rate in {**rates, "control": options.control_kill}.items() if rate}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
@@ -137,11 +143,14 @@ def main() -> None:
         summary = json.loads((run / "summary.json").read_text())
         records = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
         figures = check([r for r in records if r["event"] == "step"], options.steps)
-        faults = json.loads((Path(directory) / "storm.json").read_text()) if storm.returncode == 0 else {}
-        if storm.returncode:
-            sys.stderr.write(storm.stderr)
+        sys.stderr.write(storm.stderr)  # it says so where the run was over before all its faults
+        if not (Path(directory) / "storm.json").exists():
+            sys.exit(storm.returncode or 1)
+        faults = json.loads((Path(directory) / "storm.json").read_text())
     assert summary["state"] == "completed", summary
     assert summary["weights_sha256"] == expected(values), "other bits than the undisturbed run's"
+    done = {fault["kind"] for fault in faults["faults"]}
+    assert done == wanted(options), f"no storm: {done} is all that was done to it; give it more --steps"
     result = {
         **figures,
         "seconds": time.monotonic() - began,
@@ -152,7 +161,7 @@ def main() -> None:
     def show() -> None:
         print(f"{figures['steps']} steps, {figures['replayed']} done again after control was killed, "
               f"{figures['attempts']} attempts at the root, {result['seconds']:.0f} s")  # fmt: skip
-        print(json.dumps(faults.get("table", faults), indent=1)[:2000])
+        print(json.dumps(faults["table"], indent=1)[:2000])
         print(f"weights {summary['weights_sha256']}: the undisturbed run's, bit for bit; every sample once")
 
     report("storm", result, show)

@@ -357,12 +357,11 @@ def _sphere(tree: Tree, name: str) -> pb.Sphere:
         agent=known.agent,
         environment_fingerprint=known.environment,
     )
-    found = tree.report_of(name)
-    if found is not None:
-        sphere.report.CopyFrom(found[1])
+    # what it said when it enrolled, while its first report is under way; and where a report leaves something out
+    sphere.report.CopyFrom(known.enrolled_report())
+    if (found := tree.report_of(name)) is not None:
+        sphere.report.MergeFrom(found[1])
         sphere.report_age.FromNanoseconds(int(found[0] * 1e9))
-    else:  # its first report is under way: what it said when it enrolled
-        sphere.report.CopyFrom(known.enrolled_report())
     return sphere
 
 

@@ -363,7 +363,8 @@ def test_what_a_foreign_worker_is_written_in_is_shown(run, tmp_path):
             await training.controller.tree.wait_for(2)
             of_each, lines = await both()
             assert of_each == [here, ("raw 2", "of another language")]
-            assert lines[1][:2] == ["s-2 active", "raw 2"]
+            # its reports, whether one has come by now or not, do not say where it is
+            assert lines[1][:3] == ["s-2 active", f"on {foreign.host}:0", "raw 2"]
             assert not any(text.startswith("python") for text in lines[0])  # as most are
         await ending
 
