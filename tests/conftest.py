@@ -1,5 +1,6 @@
 """What every test stands on: one BLAS thread, a fresh uvloop per coroutine, reproducible properties, the wire."""
 
+import gc
 import os
 import signal
 
@@ -60,6 +61,12 @@ async def _bounded(coro: Coroutine[Any, Any, T], timeout: float) -> T:
 def _run(coro: Coroutine[Any, Any, T], *, timeout: float = 30.0) -> T:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_bounded(coro, timeout))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and thousands of tests are there, and stay: no garbage collection needs to look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionstart() -> None:

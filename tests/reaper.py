@@ -13,7 +13,6 @@ import os
 import secrets
 import select
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,25 +21,15 @@ __all__ = ["watch"]
 _NAME = "TEST_RUN"
 
 
-#: outlives this process, which does not wait for it
-_reapers: list[subprocess.Popen[bytes]] = []
-
-
 def watch() -> None:
     """Mark what this process starts from now on, and have it killed once this process has ended."""
     if sys.platform != "linux":
         return
     mark = f"{os.getpid()}-{secrets.token_hex(8)}"
-    _reapers.append(
-        subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, str(os.getpid()), mark],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            start_new_session=True,  # whoever kills this one's session leaves it
-        )
-    )
+    nowhere = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
+    command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), mark]
+    # It outlives this process, which does not wait for it; whoever kills this one's session leaves it.
+    os.posix_spawn(sys.executable, command, os.environ, file_actions=nowhere, setsid=True)
     os.environ[_NAME] = mark  # it has none itself
 
 

@@ -490,6 +490,7 @@ def test_control_bears_the_pings_of_a_watch_that_hears_nothing_for_long(run: Any
     assert control.requests == [0]
 
 
+@pytest.mark.slow
 def test_a_watch_dials_as_often_as_it_tries(run: Any) -> None:
     """gRPC by itself would dial after one second, then after 1.6 s, and after 17 s when patience is at its end."""
 

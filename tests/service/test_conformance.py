@@ -216,6 +216,7 @@ def until_ended(pid):
             time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     """A worker that never enrolls, and has a child; then Ctrl+C in the middle of a case."""
     pids, pipe = tmp_path / "pids", tmp_path / "pipe"

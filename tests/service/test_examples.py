@@ -31,7 +31,7 @@ ALONE = [path.stem for path in sorted(EXAMPLES.glob("*.py")) if path.stem != "wa
 #: seconds that all of them have together, on a machine that has other things to do too
 PATIENCE = 200
 
-pytestmark = pytest.mark.timeout(2 * PATIENCE + 20)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE + 20)]
 
 
 def environment():

@@ -103,6 +103,7 @@ def asked(address: str, service: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.split()[-1]
 
 
+@pytest.mark.slow
 def test_the_same_processes_take_part_when_the_total_is_raised(nodes: Any, tmp_path: Path) -> None:
     control, sphere = nodes
     listens = [f"127.0.0.1:{free_port()}" for _ in range(2)]
@@ -133,6 +134,7 @@ def test_the_same_processes_take_part_when_the_total_is_raised(nodes: Any, tmp_p
     assert second.ends(signal.SIGTERM) == 0
 
 
+@pytest.mark.slow
 def test_the_next_run_is_computed_with_the_code_that_is_there_by_then(nodes: Any, tmp_path: Path) -> None:
     """A module is imported once in the life of a process, and what it has cached would stay too."""
     control, sphere = nodes

@@ -156,6 +156,7 @@ class SlowDial(MemoryNetwork):
         return await super().reach(source, address)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["s-3", "s-1"])
 def test_spheres_between_two_parents_hear_that_the_run_is_over(who, run, tmp_path):
     """Else they would look for control until their --orphan-timeout.
@@ -179,6 +180,7 @@ def test_spheres_between_two_parents_hear_that_the_run_is_over(who, run, tmp_pat
     run(main())
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_as_soon_as_its_control_is_back_tells_the_spheres_of_the_one_before(run, tmp_path):
     """They look for it, and it knows nothing of them: else they would until their --orphan-timeout."""
     chosen, network = config(spheres=3, patience=0.5), MemoryNetwork()

@@ -107,6 +107,7 @@ def test_a_run_that_another_control_still_has_is_waited_for(tmp_path):
     assert {record["term"] for record in _journal(tmp_path)} == {1, 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["completed", "stopped", "restarted"])
 def test_a_run_that_is_over_and_held_answers_until_it_is_told_to_go(end, run, tmp_path):
     flags = ("--spheres", "1", "--steps", "100000" if end == "stopped" else "20")

@@ -49,6 +49,13 @@ def mappings() -> list[int]:
     return [int(line[4]) for line in lines()]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _collections_are_quick() -> None:
+    """What the tests before have left in memory is not looked through again by each collection here."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
     gc.collect()
