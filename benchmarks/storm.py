@@ -20,6 +20,7 @@ from typing import Any
 
 from common import report
 
+from control.chaos import parse_rate
 from control.config_sources import load_config
 from control.initial import initial_weights
 from control.processes import spheres_of
@@ -99,7 +100,7 @@ def end_what_is_left(control: subprocess.Popen[bytes], run: Path) -> None:
 
 def wanted(options: argparse.Namespace) -> set[str]:
     """What a storm does at least once, control's death for one, or it was none."""
-    rates = {"kill": float(options.kill.partition("/")[0]), "stop": float(options.stop.partition("/")[0])}
+    rates = {"kill": parse_rate(options.kill), "stop": parse_rate(options.stop)}
     return {kind for kind, rate in {**rates, "control": options.control_kill}.items() if rate}
 
 

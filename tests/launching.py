@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +18,10 @@ from control.client import Client
 from control.config import RunConfig
 from control.lives import Ended
 from control.reference import reference
+from control.run_dir import find
 from control.starting import start_process
 from control.training import Summary, Training
+from spheres.errors import ArmillaryError
 from spheres.task import load_task
 
 STEPS = 60
@@ -33,6 +39,23 @@ async def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> No
             return
         await asyncio.sleep(0.02)
     pytest.fail(f"it did not come to that in {seconds:g} s")
+
+
+def listening(run_dir: Path, control: subprocess.Popen[Any], *, seconds: float, errors: Path | None = None) -> str:
+    """Wait until control has a port, and return where that is. ``errors`` is where it says why it has ended instead."""
+    deadline = time.monotonic() + seconds
+    while control.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(ArmillaryError):
+            return find(None, run_dir)
+        time.sleep(0.02)
+    return pytest.fail(f"control does not listen: {errors.read_text() if errors else control.poll()}")
+
+
+async def spawn_one(run_dir: Path) -> int:
+    """Have a running control start one more sphere, and return its process id."""
+    async with Client(find(None, run_dir)) as client:
+        (pid,) = await client.spawn(1)
+        return pid
 
 
 async def cli(*words: str) -> tuple[int, str, str]:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from control.conformance import CASES
 from control.reference import reference
 from control.sync_client import SyncClient
 from spheres.task import load_task
+from tests.launching import listening
 
 pytestmark = [pytest.mark.clients, pytest.mark.processes, pytest.mark.timeout(900)]
 
@@ -69,18 +70,8 @@ class Run:
             stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd=folder,
         )  # fmt: skip
         stack.callback(self._end)
-        self.address = self._listens()
-
-    def _listens(self):
-        """Wait until control has a port, and return where that is."""
-        path, deadline = self.folder / "run" / "address", time.monotonic() + PATIENCE
-        while time.monotonic() < deadline and self.process.poll() is None:
-            with suppress(FileNotFoundError):
-                address, *more = path.read_text().splitlines() or [""]
-                if address and more:
-                    return address
-            time.sleep(0.02)
-        return pytest.fail(f"control does not listen: {(self.folder / 'control.err').read_text()}")
+        errors = folder / "control.err"
+        self.address = listening(folder / "run", self.process, seconds=PATIENCE, errors=errors)
 
     def _end(self):
         if self.process.poll() is None:

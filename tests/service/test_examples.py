@@ -1,6 +1,5 @@
 """The examples run as they stand, each a program of its own; the hello of docs/protocol.md is what a sphere says."""
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -23,6 +22,7 @@ from spheres.testing.memory import MemoryNetwork, MemoryTransport
 from spheres.testing.synthetic import Synthetic
 from spheres.transport import Rpc
 from spheres.v1 import work_pb2 as pb
+from tests.launching import listening
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -117,7 +117,8 @@ def test_the_client_of_the_example_watches_a_run_to_its_end(tmp_path):
         control = subprocess.Popen([str(control_cli), "start", *flags], cwd=tmp_path, env=environment(), stdout=said)
     try:
         # the script shall find it alive: it waits for another sphere, and then for the script to say that it goes on
-        with SyncClient(listening(tmp_path / "runs" / "latest" / "address", control), deadline=PATIENCE) as client:
+        address = listening(tmp_path / "runs" / "latest", control, seconds=PATIENCE)
+        with SyncClient(address, deadline=PATIENCE) as client:
             client.pause()
             client.spawn()
             while [sphere.state for sphere in client.spheres()] != ["active", "active"]:
@@ -138,18 +139,6 @@ def test_the_client_of_the_example_watches_a_run_to_its_end(tmp_path):
     assert seen[2] == f"{summary['loss']:.4f}"
     assert re.search(r"^s-1 active", done.stdout, re.MULTILINE)
     assert "state completed" in done.stdout
-
-
-def listening(path, control):
-    """Wait until control has a port, and return where that is."""
-    deadline = time.monotonic() + PATIENCE
-    while control.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError):
-            address, *more = path.read_text().splitlines() or [""]
-            if address and more:
-                return address
-        time.sleep(0.02)
-    return pytest.fail("control does not listen")
 
 
 def own_task():

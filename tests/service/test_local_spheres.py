@@ -33,6 +33,7 @@ from control.training import run as run_training
 from spheres.errors import ConfigError, TaskError
 from spheres.task import load_task
 from spheres.testing.synthetic import Synthetic
+from tests.launching import spawn_one
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
@@ -256,12 +257,6 @@ def _until_joined(process: subprocess.Popen[str], count: int) -> None:
     pytest.fail(f"the run ended before it began: {process.stderr.read() if process.stderr else ''}")
 
 
-async def _spawn_one(directory: Path) -> int:
-    async with Client((directory / "run" / "address").read_text().split()[0]) as client:
-        (pid,) = await client.spawn(1)
-        return pid
-
-
 async def _spheres(directory: Path) -> dict[str, int]:
     async with Client((directory / "run" / "address").read_text().split()[0]) as client:
         return {sphere.sphere_id: sphere.report.pid for sphere in await client.spheres()}
@@ -276,7 +271,7 @@ def test_spheres_of_a_control_that_was_killed_go_on_under_the_next(run, tmp_path
     fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)  # some ten steps: it waits until they are read
     _until_joined(process, 3)
     before = run(_spheres(tmp_path))  # asked before the first step, for which the fourth is waited for
-    before["s-4"] = run(_spawn_one(tmp_path))
+    before["s-4"] = run(spawn_one(tmp_path / "run"))
     _until(process, 50)
     process.kill()
     process.communicate(timeout=30)

@@ -250,7 +250,6 @@ def test_the_end_of_a_log_comes_up_the_tree(run, tmp_path, monkeypatch):
             sphere._log_lines = lambda count: [f"line {n}" for n in range(100)][-count:]
             assert await local.tree.log_of("s-6", 3) == ["line 97", "line 98", "line 99"]
             with monkeypatch.context() as patch:
-                patch.setattr(tree_module, "_LOG_SECONDS", 0.1)
                 patch.setattr(local.tree.hub, "direct", lambda _directive: None)
                 patch.setattr(tree_module, "_LOG_SECONDS", 0.1)  # in vain, whatever the time
                 with pytest.raises(UnreachableError, match=r"s-6 did not send its log in 0\.1 s"):

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import re
 import select
 import signal
 import socket
@@ -25,6 +24,7 @@ from control.training import Training
 from control.training import run as run_training
 from spheres.errors import TaskError
 from spheres.task import load_task
+from tests.launching import listening, spawn_one
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
@@ -137,12 +137,6 @@ async def _sphere_pids(directory: Path) -> list[int]:
     address = (directory / "run" / "address").read_text().split()[0]
     async with Client(address) as client:
         return [sphere.report.pid for sphere in await client.spheres()]
-
-
-async def _spawn(directory: Path) -> list[int]:
-    address = (directory / "run" / "address").read_text().split()[0]
-    async with Client(address) as client:
-        return list(await client.spawn(1))
 
 
 def _wait_for_end(pids: list[int], seconds: float) -> None:
@@ -369,7 +363,7 @@ def test_spheres_end_by_themselves_after_control_was_killed_and_the_run_goes_on(
     while json.loads(process.stdout.readline())["event"] != "sphere_joined":
         pass
     pids = run(_sphere_pids(tmp_path))  # asked before the first step, for which the second is waited for
-    pids += run(_spawn(tmp_path))
+    pids.append(run(spawn_one(tmp_path / "run")))
     assert len(pids) == 2
     _until_step(process, 45)
     process.kill()
@@ -417,12 +411,9 @@ def test_a_sphere_finds_control_and_is_found_when_both_listen_on_every_address(r
     """As on two machines: 0.0.0.0 is no address that anybody could dial, and nobody gets it."""
     flags = ("--listen", "0.0.0.0:0", "--insecure", "--spheres", "0", "--min-spheres", "2", "--fan-out", "1")
     process = _start(tmp_path, *flags, "--steps", "30")
-    address = tmp_path / "run" / "address"
-    deadline = time.monotonic() + 60
-    while not (address.exists() and re.fullmatch(r"0\.0\.0\.0:\d+\n\d+\n", address.read_text())):  # written to its end
-        assert time.monotonic() < deadline
-        select.select([], [], [], 0.05)
-    control = address.read_text().split()[0].replace("0.0.0.0", "127.0.0.1")
+    address = listening(tmp_path / "run", process, seconds=60)
+    assert address.startswith("0.0.0.0:")
+    control = address.replace("0.0.0.0", "127.0.0.1")
     command = [sys.executable, "-m", "spheres", "start", "--control", control, "--listen", "0.0.0.0:0", "--insecure"]
     spheres = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     out, err = process.communicate(timeout=100)
